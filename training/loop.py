@@ -1,0 +1,98 @@
+"""The loop that every trainer runs: resume, step, log, checkpoint, sample."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: optimizer steps in all.
+        batch_size: examples a step.
+        learning_rate: peak of a one-cycle schedule.
+        save_every: steps between checkpoints and sample grids.
+        seed: of the weights, the data and the noise.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    save_every: int = 500
+    seed: int = 0
+
+
+class Progress:
+    """Steps done so far, kept in the checkpoint."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def read_config(path: Path, section: str) -> dict[str, Any]:
+    """Section `section` of a YAML file; raises KeyError that names the section and those there are."""
+    config = yaml.safe_load(path.read_text())
+    if section not in config:
+        raise KeyError(f"{path} has no section {section!r}; it has {sorted(config)}")
+    return config[section]
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, schedule: Schedule, warmup: float = 0.05) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up over a share `warmup` of the steps, then a cosine to a hundredth of the peak."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=schedule.steps + 1, pct_start=warmup, final_div_factor=100 / 25, cycle_momentum=False
+    )
+
+
+def train(
+    accelerator: Accelerator,
+    run: Path,
+    schedule: Schedule,
+    step: Callable[[int], dict[str, torch.Tensor]],
+    sample: Callable[[Path], None],
+) -> None:
+    """Run `step` from the last checkpoint under `run` on, up to `schedule.steps`.
+
+    `step(i)` does one optimizer step, seeded by `i`, and returns scalars to log. Every `save_every` steps the
+    state of all that `accelerator` prepared goes to `run/state`, and `sample` gets `run/samples/<step>.png`.
+    """
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    state, log = run / "state", run / "log.jsonl"
+    (run / "samples").mkdir(parents=True, exist_ok=True)
+    if state.exists():
+        accelerator.load_state(str(state))
+    totals: dict[str, float] = {}
+    since, started = progress.step, time.monotonic()
+    while progress.step < schedule.steps:
+        for name, value in step(progress.step).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+        progress.step += 1
+        if progress.step % 50 == 0:
+            count = progress.step - since
+            line = {"step": progress.step, "seconds_a_step": (time.monotonic() - started) / count}
+            line |= {name: total / count for name, total in totals.items()}
+            with log.open("a") as file:
+                file.write(json.dumps({key: round(value, 5) for key, value in line.items()}) + "\n")
+            totals, since, started = {}, progress.step, time.monotonic()
+        if progress.step % schedule.save_every == 0 or progress.step == schedule.steps:
+            accelerator.save_state(str(state))
+            sample(run / "samples" / f"{progress.step:06d}.png")

@@ -1,0 +1,73 @@
+"""Muon for matrices and kernels, AdamW for the rest."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from torch import nn
+from torch.nn.utils import parametrize
+
+from training.loop import Schedule
+
+
+class _ImageKernel(nn.Module):
+    """A causal kernel (out, in, t, h, w) whose last frame alone is trained, as a matrix (out, in * h * w)."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, matrix: torch.Tensor) -> torch.Tensor:
+        frame = matrix.view(self.shape[0], self.shape[1], 1, *self.shape[3:])
+        return F.pad(frame, (0, 0, 0, 0, self.shape[2] - 1, 0))
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        # Kernels are initialised for all their frames; one alone needs a larger scale for the same variance.
+        return weight[:, :, -1].flatten(1) * self.shape[2] ** 0.5
+
+
+class _Kernel(nn.Module):
+    """A kernel (out, in, h, w) trained as a matrix (out, in * h * w)."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.view(self.shape)
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.flatten(1)
+
+
+def flatten_kernels(vae: AutoencoderKLQwenImage) -> None:
+    """Train the kernels of `vae` as matrices, which is what Muon takes; undone by `restore_kernels`."""
+    for module in vae.modules():
+        if isinstance(module, QwenImageCausalConv3d):
+            parametrize.register_parametrization(module, "weight", _ImageKernel(module.weight.shape))
+        elif isinstance(module, nn.Conv2d):
+            parametrize.register_parametrization(module, "weight", _Kernel(module.weight.shape))
+
+
+def restore_kernels(vae: AutoencoderKLQwenImage) -> None:
+    """Bake the trained matrices back into ordinary weights."""
+    for module in vae.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+
+
+def make_optimizers(model: nn.Module, schedule: Schedule, embeddings: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan 2024) for all trainable 2-D parameters but `embeddings`, AdamW for the others.
+
+    `schedule.learning_rate` is AdamW's; Muon's updates are orthogonal matrices, for which 20 times that is usual.
+    """
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            chosen = parameter.ndim == 2 and not any(part in name for part in embeddings)
+            (matrices if chosen else others).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=20 * schedule.learning_rate, weight_decay=0.0)
+    adam = torch.optim.AdamW(others, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return [muon, adam]

@@ -1,0 +1,125 @@
+"""Train the autoencoder: `python -m training.vae training/scenes.yaml RUN_DIRECTORY`."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKLQwenImage
+from PIL import Image
+
+from stages.vae import convolve_images
+from training.loop import Schedule, one_cycle, read_config, train
+from training.optimize import flatten_kernels, make_optimizers, restore_kernels
+from training.scenes import Scene, examples, render, sample_scene
+
+CROP = 64
+
+
+def to_pixels(images: list[Image.Image]) -> torch.Tensor:
+    """RGB images as (B, 3, 1, H, W) float32 in -1..1."""
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return (stacked.permute(0, 3, 1, 2).float() / 127.5 - 1).unsqueeze(2)
+
+
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, 1, H, W) in -1..1 as RGB images."""
+    array = ((pixels.squeeze(2).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in array]
+
+
+def grid(images: list[Image.Image], columns: int) -> Image.Image:
+    """Images of one size, row by row, with a gap of 2 pixels."""
+    width, height = images[0].width + 2, images[0].height + 2
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * width, index // columns * height))
+    return sheet
+
+
+def _crop(scene: Scene, image: Image.Image, rng: Random) -> Image.Image:
+    """A square of side `CROP` around one of the objects: background alone teaches nothing."""
+    thing = rng.choice(scene.objects)
+    left = min(max(round(thing.x * image.width - rng.uniform(0.2, 0.8) * CROP), 0), image.width - CROP)
+    top = min(max(round(thing.y * image.height - rng.uniform(0.2, 0.8) * CROP), 0), image.height - CROP)
+    return image.crop((left, top, left + CROP, top + CROP))
+
+
+def crops(seed: int, count: int) -> torch.Tensor:
+    """(count, 3, 1, CROP, CROP) of new scenes."""
+    rng = Random(seed)
+    scenes = [sample_scene(rng) for _ in range(count)]
+    return to_pixels([_crop(scene, render(scene, rng), rng) for scene in scenes])
+
+
+def _detail(pixels: torch.Tensor) -> torch.Tensor:
+    """What a 3x3 mean takes away: edges, stripes and hairs."""
+    frames = pixels.squeeze(2)
+    return frames - F.avg_pool2d(frames, 3, stride=1, padding=1)
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKLQwenImage, seed: int, count: int = 256) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over `count` scenes, for the VAE's config."""
+    pixels = to_pixels([image for image, _ in islice(examples(seed), count)])
+    latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pixels.split(32)])
+    return latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("run", type=Path)
+    arguments = parser.parse_args()
+    config = read_config(arguments.config, "vae")
+    schedule = Schedule(**config["schedule"])
+    set_seed(schedule.seed)
+    accelerator = Accelerator(mixed_precision="bf16")
+    vae = convolve_images(AutoencoderKLQwenImage(**config["model"]))
+    with torch.no_grad():  # start with a narrow posterior: its noise would drown the first, small latents
+        vae.quant_conv.bias[vae.z_dim :] = -4.0
+    flatten_kernels(vae)
+    optimizers = make_optimizers(vae, schedule)
+    schedulers = [one_cycle(optimizer, schedule) for optimizer in optimizers]
+    vae, *movers = accelerator.prepare(vae, *optimizers, *schedulers)
+
+    def step(index: int) -> dict[str, torch.Tensor]:
+        pixels = crops(schedule.seed + index, schedule.batch_size).to(accelerator.device)
+        with accelerator.autocast():
+            posterior = vae.encode(pixels).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        decoded = decoded.float()
+        error = (decoded - pixels).abs().mean()
+        detail = (_detail(decoded) - _detail(pixels)).abs().mean()
+        square = F.mse_loss(decoded, pixels)  # the median alone would leave small coloured things out
+        kl = (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean() / 2
+        accelerator.backward(error + detail + square + config["kl_weight"] * kl)
+        for mover in movers:
+            mover.step()
+        vae.zero_grad()
+        return {"error": error.detach(), "detail": detail.detach(), "kl": kl.detach()}
+
+    @torch.no_grad()
+    def sample(path: Path) -> None:
+        truth = [image for image, _ in islice(examples(schedule.seed - 1), 16)]
+        pixels = to_pixels(truth).to(accelerator.device)
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+        grid(truth[:8] + to_images(decoded)[:8] + truth[8:] + to_images(decoded)[8:], 8).save(path)
+
+    train(accelerator, arguments.run, schedule, step, sample)
+    vae = accelerator.unwrap_model(vae)
+    restore_kernels(vae)
+    mean, std = measure_latents(vae, schedule.seed - 2)
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.save_pretrained(arguments.run / "vae")
+
+
+if __name__ == "__main__":
+    main()
