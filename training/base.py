@@ -15,34 +15,15 @@ from accelerate.utils import set_seed
 from diffusers import QwenImagePipeline
 from diffusers.training_utils import EMAModel
 
+from stages.plan import StageSpec
 from training.data import SceneBatches, SizeShare
 from training.loop import Schedule, one_cycle, read_config, train
-from training.vae import grid
-
-PROMPTS = (
-    "a red star",
-    "a large furry blue heart on a white background",
-    "a striped green circle on the left",
-    "a shape",
-    "a yellow square left of a purple ring",
-    "a small orange cross and a pink moon on a black background",
-)
-
+from training.optimize import make_optimizers
+from training.sampling import sample_grid
 
 def draw_sigmas(count: int, mean: float, deviation: float, generator: torch.Generator) -> torch.Tensor:
     """Logit-normal noise levels (count,), Stable Diffusion 3 (arXiv 2403.03206, section 3.1)."""
     return torch.sigmoid(mean + deviation * torch.randn(count, generator=generator))
-
-
-def sample_grid(pipeline: QwenImagePipeline, path: Path, steps: int, seeds: int = 4, **call: object) -> None:
-    """`PROMPTS` down, seeds across, at 128 x 128."""
-    prompts = [prompt for prompt in PROMPTS for _ in range(seeds)]
-    generators = [torch.Generator().manual_seed(seed) for _ in PROMPTS for seed in range(seeds)]
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        prompts, width=128, height=128, num_inference_steps=steps, generator=generators, **call
-    ).images
-    grid(images, seeds).save(path)
 
 
 def main() -> None:
@@ -59,15 +40,10 @@ def main() -> None:
     batches = SceneBatches(pipeline.vae, [SizeShare(**size) for size in config["sizes"]], arguments.run, schedule.seed)
 
     model = torch.nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder.model})
-    matrices = [p for p in pipeline.transformer.transformer_blocks.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    muon = torch.optim.Muon(matrices, lr=config["muon_learning_rate"], weight_decay=0.01, adjust_lr_fn="original")
-    adam = torch.optim.AdamW(others, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    ema = EMAModel(model.parameters(), decay=config["ema_decay"], use_ema_warmup=True)
-    model, muon, adam, *schedulers = accelerator.prepare(
-        model, muon, adam, one_cycle(muon, schedule), one_cycle(adam, schedule)
-    )
+    optimizers = make_optimizers(model, schedule, embeddings=("embed_tokens",))
+    schedulers = [one_cycle(optimizer, schedule) for optimizer in optimizers]
+    ema = EMAModel(model.parameters(), decay=config["ema_decay"], use_ema_warmup=True, foreach=True)
+    model, *movers = accelerator.prepare(model, *optimizers, *schedulers)
     accelerator.register_for_checkpointing(ema)
 
     def step(index: int) -> dict[str, torch.Tensor]:
@@ -90,17 +66,16 @@ def main() -> None:
         loss = (velocity.float() - (noise - clean).to(accelerator.device)).square().mean()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (muon, adam, *schedulers):
-            part.step()
-        for part in (muon, adam):
-            part.zero_grad()
+        for mover in movers:
+            mover.step()
+        model.zero_grad()
         ema.step(model.parameters())
         return {"loss": loss.detach(), "norm": norm}
 
     def sample(path: Path) -> None:
         ema.store(model.parameters())
         ema.copy_to(model.parameters())
-        sample_grid(pipeline, path, steps=25, negative_prompt=" ", true_cfg_scale=4.0)
+        sample_grid(pipeline, [StageSpec(name="base", steps=25, guidance_scale=4.0, sigma_start=1.0, sigma_end=0.0)], path)
         pipeline.save_pretrained(arguments.run / "pipeline")
         ema.restore(model.parameters())
 

@@ -1,0 +1,16 @@
+"""One small class per kind of accelerator; nothing outside this package names a vendor."""
+
+from backends.base import Backend
+from backends.cpu import CPUBackend
+
+_BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (CPUBackend,)}
+
+
+def get_backend(name: str) -> Backend:
+    """Backend called `name`; raises ValueError that lists those there are."""
+    if name not in _BACKENDS:
+        raise ValueError(f"backend must be one of {sorted(_BACKENDS)}, not {name!r}")
+    return _BACKENDS[name]()
+
+
+__all__ = ["Backend", "CPUBackend", "get_backend"]

@@ -1,0 +1,47 @@
+"""Latents to pixels to files."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from backends import Backend
+from stages.model import ModelConfig, load_vae
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+
+@torch.inference_mode()
+def decode_latents(vae: AutoencoderKLQwenImage, latents: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image]:
+    """RGB images of latents (batch, rows * columns, channels) on the device of `vae`."""
+    scale = vae.spatial_compression_ratio
+    height, width = (2 * scale * side for side in grid)
+    unpacked = QwenImagePipeline._unpack_latents(latents.to(vae.device), height, width, scale)
+    mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, device=vae.device).view(1, -1, 1, 1, 1)
+    pixels = vae.decode((unpacked * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]
+    return VaeImageProcessor().postprocess(pixels.float(), output_type="pil")
+
+
+class Decoder:
+    """The autoencoder's decoder on a device."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        self._vae = load_vae(config, backend)
+
+    def decode(self, latents: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image]:
+        """RGB images of latents (batch, rows * columns, channels)."""
+        return decode_latents(self._vae, latents, grid)
+
+
+def to_file(image: Image.Image, format: ImageFormat, quality: int = 95) -> bytes:
+    """Bytes of an image file; `quality` (1 to 100) is for jpeg and webp."""
+    buffer = BytesIO()
+    options = {"compress_level": 3} if format == "png" else {"quality": quality}
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()

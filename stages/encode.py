@@ -1,0 +1,90 @@
+"""Prompts to embeddings, and the packet that an image starts as."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from threading import Lock
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+from backends import Backend
+from stages.model import PIXELS_PER_TOKEN, ModelConfig, load_text_encoder, parse_size
+from stages.noise import draw_noise
+from stages.packet import LatentPacket, Span
+
+# What diffusers' users pass for "no negative prompt in particular".
+EMPTY_PROMPT = " "
+
+
+class PromptTooLong(ValueError):
+    """A prompt of more tokens than the model's config allows; `parameter` says which prompt."""
+
+    def __init__(self, parameter: str, tokens: int, limit: int) -> None:
+        super().__init__(f"{parameter} has {tokens} tokens, at most {limit} are allowed")
+        self.parameter, self.tokens, self.limit = parameter, tokens, limit
+
+    def __reduce__(self) -> tuple[type[PromptTooLong], tuple[str, int, int]]:
+        return type(self), (self.parameter, self.tokens, self.limit)
+
+
+class Encoder:
+    """The text encoder on a device, with the embeddings of the last `remembered` prompts."""
+
+    def __init__(self, config: ModelConfig, backend: Backend, remembered: int = 256) -> None:
+        self._pipeline = load_text_encoder(config, backend)
+        self._backend = backend
+        self._limit = config.max_prompt_tokens
+        transformer = QwenImageTransformer2DModel.load_config(config.source, subfolder="transformer")
+        self._latent_channels = transformer["in_channels"] // 4
+        self._lock = Lock()
+        self._remembered = lru_cache(maxsize=remembered)(self._encode)
+
+    def encode(self, prompt: str, parameter: str = "prompt") -> torch.Tensor:
+        """Embeddings (length, width) of `prompt` on the CPU; raises PromptTooLong, blaming `parameter`."""
+        tokens = len(self._pipeline.tokenizer(prompt).input_ids)
+        if tokens > self._limit:
+            raise PromptTooLong(parameter, tokens, self._limit)
+        with self._lock:  # images of one request ask for the same prompt at the same time
+            return self._remembered(prompt)
+
+    @torch.inference_mode()
+    def _encode(self, prompt: str) -> torch.Tensor:
+        embeds, _ = self._pipeline.encode_prompt(prompt, device=self._backend.device)
+        return embeds[0].cpu()
+
+    def begin(
+        self,
+        request_id: str,
+        image_index: int,
+        seed: int,
+        size: str,
+        prompt: str,
+        negative_prompt: str | None,
+    ) -> LatentPacket:
+        """The packet of pure noise that an image of `size` starts as.
+
+        Args:
+            negative_prompt: None if no stage of the plan is guided.
+
+        Raises:
+            PromptTooLong: one of the prompts is.
+        """
+        start = time.time()
+        width, height = (side // PIXELS_PER_TOKEN for side in parse_size(size))
+        embeds = self.encode(prompt, "prompt")
+        negative = None if negative_prompt is None else self.encode(negative_prompt, "negative_prompt")
+        noise = draw_noise(seed, self._latent_channels, 2 * height, 2 * width)
+        return LatentPacket(
+            request_id=request_id,
+            image_index=image_index,
+            seed=seed,
+            grid=(height, width),
+            sigma=1.0,
+            position=0,
+            spans=(Span("encode", start, time.time()),),
+            latent=noise.to(embeds.dtype),
+            prompt_embeds=embeds,
+            negative_embeds=negative,
+        )

@@ -1,0 +1,147 @@
+"""Which model is served: where its parts are, its sizes and its adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from backends import Backend
+from stages.vae import convolve_images
+
+
+# Eight pixels to a latent, two latents to a token: fixed by Qwen-Image's architecture.
+PIXELS_PER_TOKEN = 16
+
+
+class AdapterSource(BaseModel):
+    """A LoRA: a directory or a repo id, and the file in it where there are several."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    weight_name: str | None = None
+
+
+class ModelConfig(BaseModel):
+    """A diffusers Qwen-Image pipeline and the LoRAs that make its other stages.
+
+    Attributes:
+        name: what the API calls it.
+        source: directory, or repo id on a hub; a directory is looked up from the config file's own place too.
+        dtype: of the weights, or None for the backend's default.
+        sizes: `WIDTHxHEIGHT` in pixels, the first one the default.
+        adapters: LoRA by the name that plans use.
+        max_prompt_tokens: longest prompt, in tokens of the model's own tokenizer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    source: str
+    dtype: str | None = None
+    sizes: Annotated[tuple[str, ...], Field(min_length=1)]
+    adapters: dict[str, AdapterSource] = {}
+    max_prompt_tokens: Annotated[int, Field(ge=1, le=1024)] = 1024
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, value: str | None) -> str | None:
+        if value not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"must be float32, bfloat16 or float16, not {value!r}")
+        return value
+
+    @field_validator("sizes")
+    @classmethod
+    def _readable_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for size in value:
+            width, height = parse_size(size)
+            if width % PIXELS_PER_TOKEN or height % PIXELS_PER_TOKEN:
+                raise ValueError(f"{size}: width and height must be multiples of {PIXELS_PER_TOKEN}")
+        return value
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a YAML file; relative directories in it are found from the working directory or from its parent's.
+
+        Raises:
+            FileNotFoundError: no such file.
+            pydantic.ValidationError: names the key that is wrong.
+        """
+        config = cls(**yaml.safe_load(path.read_text()))
+        root = path.resolve().parent.parent
+
+        def locate(source: str) -> str:
+            return str(root / source) if (root / source).is_dir() else source
+
+        adapters = {
+            name: adapter.model_copy(update={"source": locate(adapter.source)})
+            for name, adapter in config.adapters.items()
+        }
+        return config.model_copy(update={"source": locate(config.source), "adapters": adapters})
+
+    def dtype_on(self, backend: Backend) -> torch.dtype:
+        """Of the weights: the config's, or else the backend's default."""
+        return getattr(torch, self.dtype) if self.dtype else backend.default_dtype
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """`WIDTHxHEIGHT` as two integers; raises ValueError."""
+    width, cross, height = size.partition("x")
+    if not (cross and width.isdigit() and height.isdigit()):
+        raise ValueError(f"size must be WIDTHxHEIGHT, not {size!r}")
+    return int(width), int(height)
+
+
+def load_text_encoder(config: ModelConfig, backend: Backend) -> QwenImagePipeline:
+    """A pipeline of tokenizer and text encoder alone, for its `encode_prompt`."""
+    tokenizer = Qwen2Tokenizer.from_pretrained(config.source, subfolder="tokenizer")
+    text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        config.source, subfolder="text_encoder", dtype=config.dtype_on(backend)
+    )
+    return QwenImagePipeline(
+        scheduler=None,
+        vae=None,
+        text_encoder=backend.place(text_encoder),
+        tokenizer=tokenizer,
+        transformer=None,
+    )
+
+
+def load_transformer(config: ModelConfig, backend: Backend) -> QwenImageTransformer2DModel:
+    """The transformer with every adapter of the config loaded and none active."""
+    transformer = QwenImageTransformer2DModel.from_pretrained(
+        config.source, subfolder="transformer", torch_dtype=config.dtype_on(backend)
+    )
+    transformer = backend.place(transformer)
+    for name, adapter in config.adapters.items():
+        state, metadata = QwenImagePipeline.lora_state_dict(
+            adapter.source, weight_name=adapter.weight_name, return_lora_metadata=True
+        )
+        QwenImagePipeline.load_lora_into_transformer(state, transformer, adapter_name=name, metadata=metadata)
+    if config.adapters:
+        transformer.disable_lora()
+    return transformer.requires_grad_(False)
+
+
+def load_scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
+    """The base model's scheduler, for its shift."""
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(config.source, subfolder="scheduler")
+
+
+def load_vae(config: ModelConfig, backend: Backend) -> AutoencoderKLQwenImage:
+    """The autoencoder, ready for single images."""
+    vae = AutoencoderKLQwenImage.from_pretrained(
+        config.source, subfolder="vae", torch_dtype=config.dtype_on(backend)
+    )
+    return convolve_images(backend.place(vae))

@@ -1,0 +1,117 @@
+"""What crosses a stage boundary: a versioned header and raw tensors, as bytes.
+
+Pools run different versions of torch and diffusers, so that nothing of theirs is pickled. Layout, little-endian:
+magic (4 bytes), version (u16), CRC-32 of all that follows (u32), length of the header (u32), the header as
+JSON, then a safetensors file.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from dataclasses import asdict, dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+VERSION = 1
+_MAGIC = b"LTNT"
+_PREFIX = struct.Struct("<4sHI")
+_LENGTH = struct.Struct("<I")
+
+
+class PacketError(ValueError):
+    """Bytes that are no packet of this version, or that were damaged on the way."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stage's work on one image.
+
+    Attributes:
+        stage: `encode`, `base`, `bridge`, `distilled` or `decode`.
+        start, end: seconds since the epoch.
+        nfe: network evaluations; what a cache skipped is not counted.
+    """
+
+    stage: str
+    start: float
+    end: float
+    nfe: float = 0.0
+
+
+@dataclass(frozen=True)
+class LatentPacket:
+    """One image between two stages.
+
+    Attributes:
+        request_id, image_index: whose it is.
+        seed: that its noise was drawn from.
+        grid: (rows, columns) of latent tokens.
+        sigma: noise level of `latent`.
+        position: stages of the plan that are done.
+        spans: what was done so far, for timings and traces.
+        latent: (rows * columns, channels).
+        prompt_embeds: (length, width), without padding.
+        negative_embeds: (length, width), or None where no stage to come is guided.
+        preview: (rows * columns, channels), the clean latent as the last step foresaw it, if asked for.
+    """
+
+    request_id: str
+    image_index: int
+    seed: int
+    grid: tuple[int, int]
+    sigma: float
+    position: int
+    spans: tuple[Span, ...]
+    latent: torch.Tensor
+    prompt_embeds: torch.Tensor
+    negative_embeds: torch.Tensor | None = None
+    preview: torch.Tensor | None = None
+
+    def to_bytes(self) -> bytes:
+        """Serialise; tensors are copied to the CPU."""
+        named = {
+            "latent": self.latent,
+            "prompt_embeds": self.prompt_embeds,
+            "negative_embeds": self.negative_embeds,
+            "preview": self.preview,
+        }
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items() if tensor is not None}
+        header = json.dumps(
+            {
+                "request_id": self.request_id,
+                "image_index": self.image_index,
+                "seed": self.seed,
+                "grid": self.grid,
+                "sigma": self.sigma,
+                "position": self.position,
+                "spans": [asdict(span) for span in self.spans],
+            }
+        ).encode()
+        body = _LENGTH.pack(len(header)) + header + save_tensors(tensors)
+        return _PREFIX.pack(_MAGIC, VERSION, zlib.crc32(body)) + body
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> LatentPacket:
+        """Inverse of `to_bytes`; raises PacketError on anything else."""
+        if len(data) < _PREFIX.size or data[: len(_MAGIC)] != _MAGIC:
+            raise PacketError("not a latent packet")
+        _, version, checksum = _PREFIX.unpack_from(data)
+        if version != VERSION:
+            raise PacketError(f"latent packet of version {version}; this replica reads version {VERSION}")
+        body = memoryview(data)[_PREFIX.size :]
+        if zlib.crc32(body) != checksum:
+            raise PacketError("latent packet was damaged: its checksum does not match")
+        (length,) = _LENGTH.unpack_from(body)
+        try:
+            header = json.loads(bytes(body[_LENGTH.size : _LENGTH.size + length]))
+            tensors = load_tensors(bytes(body[_LENGTH.size + length :]))
+            header["grid"] = tuple(header["grid"])
+            header["spans"] = tuple(Span(**span) for span in header["spans"])
+            return cls(**header, **tensors)
+        except (ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise PacketError(f"latent packet has another layout than version {VERSION}: {error}") from error

@@ -1,0 +1,79 @@
+"""The whole way from prompt to image in one process: what a notebook, the tests and the benchmarks call."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from backends import Backend
+from stages.decode import Decoder
+from stages.encode import EMPTY_PROMPT, Encoder
+from stages.model import ModelConfig
+from stages.packet import Span
+from stages.plan import Plan, presets
+from stages.stage import Denoiser
+
+
+@dataclass(frozen=True)
+class Result:
+    """An image, the seed that makes it again, and what it took."""
+
+    image: Image.Image
+    seed: int
+    spans: tuple[Span, ...]
+
+    @property
+    def nfe(self) -> float:
+        return sum(span.nfe for span in self.spans)
+
+
+class Pipeline:
+    """Encoder, denoiser and decoder side by side on one device."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        self.config = config
+        self.encoder = Encoder(config, backend)
+        self.denoiser = Denoiser(config, backend)
+        self.decoder = Decoder(config, backend)
+
+    def run(
+        self,
+        plan: Plan | str,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        seeds: tuple[int, ...] = (0,),
+        size: str | None = None,
+    ) -> list[Result]:
+        """One image for each seed.
+
+        Args:
+            plan: or the name of a preset.
+            negative_prompt: what to steer away from; plans without guidance do not look at it.
+            seeds: 0 to `MAX_SEED`.
+            size: one of the config's, by default the first.
+
+        Raises:
+            KeyError: no such preset.
+            ValueError: the plan needs an adapter that the model lacks, or the size is not one of the model's.
+        """
+        plan = (presets()[plan] if isinstance(plan, str) else plan).with_adapters(self.config.adapters)
+        size = size or self.config.sizes[0]
+        if size not in self.config.sizes:
+            raise ValueError(f"size must be one of {list(self.config.sizes)}, not {size!r}")
+        negative = (negative_prompt or EMPTY_PROMPT) if plan.guided else None
+        packets = [
+            self.encoder.begin("local", index, seed, size, prompt, negative) for index, seed in enumerate(seeds)
+        ]
+        for _ in plan.stages:
+            packets = self.denoiser.denoise(packets, plan)
+        start = time.time()
+        images = self.decoder.decode(torch.stack([packet.latent for packet in packets]), packets[0].grid)
+        decoded = Span("decode", start, time.time())
+        return [
+            Result(image, packet.seed, (*packet.spans, decoded))
+            for image, packet in zip(images, packets, strict=True)
+        ]

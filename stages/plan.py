@@ -1,0 +1,153 @@
+"""What happens to one image, as data: which stages, over which noise levels, at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+StageName = Literal["base", "bridge", "distilled"]
+STAGES: tuple[StageName, ...] = ("base", "bridge", "distilled")
+
+# A distilled adapter at part of its strength stands in for a bridge that nobody trained.
+UNTRAINED_BRIDGE_SCALE = 0.5
+
+Sigma = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class CacheSpec(BaseModel):
+    """Reuse of the later blocks' output between steps.
+
+    Attributes:
+        kind: `first_block`: keep it while the first block's residual changes little.
+        threshold: largest relative change of that residual at which the other blocks are skipped.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["first_block"]
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class StageSpec(BaseModel):
+    """One stage's share of a trajectory.
+
+    Attributes:
+        name: which deployment runs it.
+        sigma_start, sigma_end: noise levels, 1 for pure noise, 0 for a clean latent.
+        steps: Euler steps; guidance doubles the network evaluations of each.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        shift: spacing of the steps: `dynamic` (the base model's own, by resolution, with its terminal sigma)
+            or a constant, exp(mu) of diffusers' exponential shift (3 for Qwen-Image-Lightning).
+        adapter: name of the LoRA, or None for the base model alone.
+        adapter_scale: its weight.
+        cache: reuse between steps, or None.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: StageName
+    sigma_start: Sigma
+    sigma_end: Sigma
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    guidance_scale: Annotated[float, Field(ge=1.0, le=20.0)] = 1.0
+    shift: Literal["dynamic"] | Annotated[float, Field(ge=0.1, le=100.0)] = "dynamic"
+    adapter: str | None = None
+    adapter_scale: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    cache: CacheSpec | None = None
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations if no cache hits."""
+        return self.steps * (2 if self.guided else 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sigma_end >= self.sigma_start:
+            raise ValueError(f"sigma_end ({self.sigma_end}) must be below sigma_start ({self.sigma_start})")
+        if self.guided and self.adapter is not None:
+            raise ValueError(f"guidance_scale must be 1 with adapter {self.adapter!r}, which takes no guidance")
+        return self
+
+
+class Plan(BaseModel):
+    """Stages that lead from pure noise to a clean latent; pydantic's ValidationError where they do not."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "inline"
+    stages: Annotated[tuple[StageSpec, ...], Field(min_length=1, max_length=len(STAGES))]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        first, last = self.stages[0], self.stages[-1]
+        if first.sigma_start != 1.0:
+            raise ValueError(f"stages[0].sigma_start must be 1 (pure noise), not {first.sigma_start}")
+        if last.sigma_end != 0.0:
+            raise ValueError(f"stages[{len(self.stages) - 1}].sigma_end must be 0 (clean), not {last.sigma_end}")
+        for index, (before, after) in enumerate(zip(self.stages, self.stages[1:], strict=False), start=1):
+            if after.sigma_start != before.sigma_end:
+                raise ValueError(
+                    f"stages[{index}].sigma_start must be {before.sigma_end}, where {before.name} ends, "
+                    f"not {after.sigma_start}"
+                )
+            if STAGES.index(after.name) <= STAGES.index(before.name):
+                raise ValueError(f"stages[{index}].name must come after {before.name} in the order {', '.join(STAGES)}")
+        return self
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one image if no cache hits."""
+        return sum(stage.nfe for stage in self.stages)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any stage looks at the negative prompt."""
+        return any(stage.guided for stage in self.stages)
+
+    def with_guidance(self, scale: float) -> Plan:
+        """The same plan at another guidance scale, 1 for none.
+
+        Raises:
+            ValueError: no stage is guided, so that a scale would be ignored; or the scale is out of range.
+        """
+        if not self.guided:
+            raise ValueError(f"guidance_scale has no effect on plan {self.name!r}, none of whose stages is guided")
+        stages = [
+            StageSpec(**{**stage.model_dump(), "guidance_scale": scale}) if stage.guided else stage
+            for stage in self.stages
+        ]
+        return Plan(name=self.name, stages=tuple(stages))
+
+    def with_adapters(self, available: Collection[str]) -> Plan:
+        """The plan as a model with these adapters can run it; without a trained bridge a training-free one.
+
+        Raises:
+            ValueError: an adapter is missing and nothing can stand in for it.
+        """
+        stages = []
+        for index, stage in enumerate(self.stages):
+            if stage.adapter is not None and stage.adapter not in available:
+                if stage.name != "bridge" or "distilled" not in available:
+                    raise ValueError(
+                        f"stages[{index}].adapter must be one of {sorted(available)}, not {stage.adapter!r}"
+                    )
+                scale = UNTRAINED_BRIDGE_SCALE * stage.adapter_scale
+                stage = stage.model_copy(update={"adapter": "distilled", "adapter_scale": scale})
+            stages.append(stage)
+        return self.model_copy(update={"stages": tuple(stages)})
+
+
+@cache
+def presets() -> dict[str, Plan]:
+    """The plans of `plans.yaml` by name."""
+    data = yaml.safe_load((files("stages") / "plans.yaml").read_text())
+    return {name: Plan(name=name, stages=stages) for name, stages in data.items()}

@@ -1,0 +1,42 @@
+"""LoRAs under training: which one is active, and how they are saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+# Every linear layer of Qwen-Image's blocks, modulation included.
+TARGETS = [
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    "net.0.proj", "net.2", "img_mod.1", "txt_mod.1",
+]  # fmt: skip
+
+
+def add_lora(transformer: QwenImageTransformer2DModel, name: str, rank: int) -> list[torch.nn.Parameter]:
+    """Add a LoRA that changes nothing yet; its parameters, in float32."""
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), adapter_name=name)
+    return [parameter for key, parameter in transformer.named_parameters() if f".{name}." in key]
+
+
+@contextmanager
+def active(transformer: QwenImageTransformer2DModel, name: str | None) -> Iterator[None]:
+    """Run the transformer with LoRA `name`, or with none; only the active one takes gradients."""
+    if name is None:
+        transformer.disable_lora()
+    else:
+        transformer.enable_lora()
+        transformer.set_adapter(name)
+    yield
+
+
+def save_lora(transformer: QwenImageTransformer2DModel, name: str, directory: Path, dtype: torch.dtype) -> None:
+    """Write LoRA `name` in the format that `load_lora_weights` takes."""
+    state = get_peft_model_state_dict(transformer, adapter_name=name)
+    state = {key: value.to(dtype).contiguous() for key, value in state.items()}
+    QwenImagePipeline.save_lora_weights(directory, transformer_lora_layers=state)

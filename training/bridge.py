@@ -1,0 +1,95 @@
+"""Train the bridge: a LoRA that carries a latent from the base stage to where the distilled stage expects it.
+
+`python -m training.bridge training/scenes.yaml PIPELINE_DIRECTORY TRAJECTORY_DIRECTORY DISTILLED_LORA_DIRECTORY RUN_DIRECTORY`
+
+A hybrid plan's base stage takes few, large steps and so ends beside the model's true trajectory. The teacher's
+trajectories say where it should be: from the same noise and prompt, the bridge's input is what the coarse base
+stage leaves at sigma_a and its target is the point of the fine trajectory at sigma_b. Pairs come from one noise,
+so that the seed's composition, and with it the base model's diversity and guidance, is what is learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import QwenImagePipeline
+
+from stages.encode import EMPTY_PROMPT
+from stages.plan import presets
+from stages.sigmas import stage_sigmas
+from training.adapters import active, add_lora, save_lora
+from training.loop import Schedule, one_cycle, read_config, train
+from training.prompts import Prompts
+from training.sampling import conditional, guided, integrate, sample_grid
+from training.trajectories import Trajectories
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("config", "pipeline", "trajectories", "distilled", "run"):
+        parser.add_argument(name, type=Path)
+    arguments = parser.parse_args()
+    config = read_config(arguments.config, "bridge")
+    schedule = Schedule(**config["schedule"])
+    set_seed(schedule.seed)
+    accelerator = Accelerator(mixed_precision="bf16")
+    pipeline = QwenImagePipeline.from_pretrained(arguments.pipeline).to(accelerator.device)
+    pipeline.load_lora_weights(arguments.distilled, adapter_name="distilled")
+    transformer = pipeline.transformer.requires_grad_(False)
+    parameters = add_lora(transformer, "bridge", config["rank"])
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, one_cycle(optimizer, schedule))
+    prompts = Prompts(pipeline, None)
+    (negative,) = prompts.embed([EMPTY_PROMPT])
+    taught = Trajectories.load(arguments.trajectories)
+    plan = presets()[config["plan"]]
+    base, bridge, _ = plan.stages
+    tokens = taught.latents.shape[2]
+    sigmas = stage_sigmas(bridge, pipeline.scheduler, tokens)
+    target_level = taught.sigmas.tolist().index(bridge.sigma_end)
+
+    @torch.no_grad()
+    def coarse(rows: list[int]) -> torch.Tensor:
+        """What the base stage leaves of the trajectories' noises, in bfloat16."""
+        embeds = prompts.embed([taught.prompts[row] for row in rows])
+        with accelerator.autocast(), active(transformer, None):
+            velocity = guided(transformer, embeds, negative, taught.grid, base.guidance_scale)
+            noise = taught.latents[rows, 0].float().to(accelerator.device)
+            return integrate(velocity, noise, stage_sigmas(base, pipeline.scheduler, tokens))[-1].bfloat16().cpu()
+
+    every = list(range(len(taught.prompts)))
+    starts = torch.cat([coarse(every[first : first + 64]) for first in range(0, len(every), 64)])
+
+    def step(index: int) -> dict[str, torch.Tensor]:
+        rng = Random(f"{schedule.seed} {index}")
+        rows = [rng.randrange(len(every)) for _ in range(schedule.batch_size)]
+        embeds = prompts.embed([taught.prompts[row] for row in rows])
+        target = taught.latents[rows, target_level].float().to(accelerator.device)
+        with accelerator.autocast(), active(transformer, "bridge"):
+            velocity = conditional(transformer, embeds, taught.grid)
+            reached = integrate(velocity, starts[rows].float().to(accelerator.device), sigmas)[-1]
+        # In units of velocity, whatever the length of the bridge.
+        loss = F.mse_loss(reached, target) / (bridge.sigma_start - bridge.sigma_end) ** 2
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        return {"loss": loss.detach()}
+
+    def sample(path: Path) -> None:
+        unwrapped = accelerator.unwrap_model(transformer)
+        save_lora(unwrapped, "bridge", arguments.run / "lora", torch.bfloat16)
+        sample_grid(pipeline, plan.stages, path)
+
+    train(accelerator, arguments.run, schedule, step, sample)
+
+
+if __name__ == "__main__":
+    main()

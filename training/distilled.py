@@ -1,0 +1,146 @@
+"""Distil the guided base model into a LoRA that needs few steps and no guidance.
+
+`python -m training.distilled training/scenes.yaml PIPELINE_DIRECTORY TRAJECTORY_DIRECTORY RUN_DIRECTORY`
+
+First the student regresses the teacher's trajectories. Then distribution matching distillation (DMD2, Yin et al.
+2024, arXiv 2405.14867) sharpens it: its samples are pushed along the difference of two scores, the teacher's (the
+base model under guidance) and that of a critic, trained all along on the student's own samples. As in trajectory
+distribution matching (Luo et al. 2025, arXiv 2503.06674) the student walks its own few steps, so that it trains
+on the latents that it will meet. Student and critic are two LoRAs on the one set of base weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import QwenImagePipeline
+
+from stages.encode import EMPTY_PROMPT
+from stages.model import PIXELS_PER_TOKEN
+from stages.plan import StageSpec
+from stages.sigmas import stage_sigmas
+from training.adapters import active, add_lora, save_lora
+from training.base import draw_sigmas
+from training.loop import Schedule, one_cycle, read_config, train
+from training.prompts import Prompts
+from training.sampling import conditional, guided, integrate, sample_grid
+from training.trajectories import Trajectories
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("config", "pipeline", "trajectories", "run"):
+        parser.add_argument(name, type=Path)
+    arguments = parser.parse_args()
+    config = read_config(arguments.config, "distilled")
+    schedule = Schedule(**config["schedule"])
+    set_seed(schedule.seed)
+    accelerator = Accelerator(mixed_precision="bf16")
+    pipeline = QwenImagePipeline.from_pretrained(arguments.pipeline).to(accelerator.device)
+    transformer = pipeline.transformer.requires_grad_(False)
+    student = add_lora(transformer, "distilled", config["rank"])
+    critic = add_lora(transformer, "critic", config["rank"])
+    student_optimizer = torch.optim.AdamW(student, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    critic_optimizer = torch.optim.AdamW(
+        critic, lr=config["critic_learning_rate"], betas=(0.0, 0.99), weight_decay=0.0
+    )
+    transformer, student_optimizer, critic_optimizer, scheduler = accelerator.prepare(
+        transformer, student_optimizer, critic_optimizer, one_cycle(student_optimizer, schedule)
+    )
+    prompts = Prompts(pipeline, Path(config["prompts"]) if config["prompts"] else None)
+    (negative,) = prompts.embed([EMPTY_PROMPT])
+    taught = Trajectories.load(arguments.trajectories)
+    plan = StageSpec(name="distilled", sigma_start=1.0, sigma_end=0.0, steps=4, shift=config["shift"], adapter="distilled")
+
+    def advance(loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def regress(rng: Random) -> dict[str, torch.Tensor]:
+        """Follow the teacher from one level to the next."""
+        rows = torch.tensor([rng.randrange(len(taught.prompts)) for _ in range(schedule.batch_size)])
+        level = torch.tensor([rng.randrange(len(taught.sigmas) - 1) for _ in rows])
+        start, end = taught.latents[rows, level].float(), taught.latents[rows, level + 1].float()
+        sigma, after = taught.sigmas[level], taught.sigmas[level + 1]
+        target = ((end - start) / (after - sigma)[:, None, None]).to(accelerator.device)
+        embeds = prompts.embed([taught.prompts[row] for row in rows])
+        with accelerator.autocast(), active(transformer, "distilled"):
+            velocity = conditional(transformer, embeds, taught.grid)(start.to(accelerator.device), sigma)
+        loss = F.mse_loss(velocity, target)
+        advance(loss, student, student_optimizer)
+        return {"regression": loss.detach()}
+
+    def match(rng: Random, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """One update of the student and one of the critic, on the same samples."""
+        width, height = rng.choice(config["sizes"])
+        grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+        tokens = grid[0] * grid[1]
+        count = max(1, schedule.batch_size * config["tokens"] // tokens)
+        embeds = prompts.embed(prompts.draw(rng, count))
+
+        def noise() -> torch.Tensor:
+            drawn = torch.randn(count, tokens, transformer.config.in_channels, generator=generator)
+            return drawn.to(accelerator.device)
+
+        # The student's own way to one of its steps, and the clean latent that it foresees there.
+        sigmas = stage_sigmas(plan.model_copy(update={"steps": rng.choice(config["steps"])}), pipeline.scheduler, tokens)
+        index = rng.randrange(len(sigmas) - 1)
+        with accelerator.autocast(), active(transformer, "distilled"):
+            walk = conditional(transformer, embeds, grid)
+            with torch.no_grad():
+                latents = integrate(walk, noise(), sigmas[: index + 1])[-1]
+            clean = latents - sigmas[index] * walk(latents, sigmas[index].expand(count))
+
+        def diffuse() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            sigma = draw_sigmas(count, config["sigma_mean"], config["sigma_deviation"], generator)
+            added = noise()
+            return torch.lerp(clean.detach(), added, sigma.to(added)[:, None, None]), sigma, added
+
+        # Equation 1 of DMD: the gradient is the critic's velocity against the teacher's, at a common noise level.
+        noisy, sigma, _ = diffuse()
+        with torch.no_grad(), accelerator.autocast():
+            with active(transformer, None):
+                real = guided(transformer, embeds, negative, grid, config["guidance_scale"])(noisy, sigma)
+            with active(transformer, "critic"):
+                fake = conditional(transformer, embeds, grid)(noisy, sigma)
+        level = sigma.to(noisy)[:, None, None]
+        real_clean, fake_clean = noisy - level * real, noisy - level * fake
+        scale = (clean.detach() - real_clean).abs().mean((1, 2), keepdim=True)
+        gradient = (fake_clean - real_clean) / scale
+        matching = 0.5 * F.mse_loss(clean, clean.detach() - gradient)
+        with active(transformer, "distilled"):
+            advance(matching, student, student_optimizer)
+
+        for _ in range(config["critic_updates"]):
+            noisy, sigma, added = diffuse()
+            with accelerator.autocast(), active(transformer, "critic"):
+                velocity = conditional(transformer, embeds, grid)(noisy, sigma)
+            critic_loss = F.mse_loss(velocity, added - clean.detach())
+            advance(critic_loss, critic, critic_optimizer)
+        return {"matching": matching.detach(), "critic": critic_loss.detach()}
+
+    def step(index: int) -> dict[str, torch.Tensor]:
+        rng = Random(f"{schedule.seed} {index}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        losses = regress(rng) if index < config["regression_steps"] else match(rng, generator)
+        scheduler.step()
+        return losses
+
+    def sample(path: Path) -> None:
+        unwrapped = accelerator.unwrap_model(transformer)
+        save_lora(unwrapped, "distilled", arguments.run / "lora", torch.bfloat16)
+        sample_grid(pipeline, [plan], path)
+
+    train(accelerator, arguments.run, schedule, step, sample)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Sampling inside training: trajectories of a model with or without guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+
+from stages.decode import decode_latents
+from stages.denoise import guide, predict_velocity
+from stages.encode import EMPTY_PROMPT
+from stages.model import PIXELS_PER_TOKEN
+from stages.noise import draw_noise
+from stages.plan import StageSpec
+from stages.sigmas import stage_sigmas
+from training.adapters import active
+from training.prompts import Prompts
+from training.vae import grid
+
+# (latents, sigma) -> velocity, both (batch, tokens, channels).
+Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def conditional(
+    transformer: QwenImageTransformer2DModel, embeds: list[torch.Tensor], grid: tuple[int, int]
+) -> Velocity:
+    """The model's velocity for the prompts alone."""
+    return lambda latents, sigma: predict_velocity(transformer, latents, sigma, embeds, grid)
+
+
+def guided(
+    transformer: QwenImageTransformer2DModel,
+    embeds: list[torch.Tensor],
+    negative: torch.Tensor,
+    grid: tuple[int, int],
+    scale: float,
+) -> Velocity:
+    """The model's velocity under classifier-free guidance against one negative prompt."""
+    both = [*embeds, *[negative] * len(embeds)]
+
+    def velocity(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        predicted = predict_velocity(transformer, latents.repeat(2, 1, 1), sigma.repeat(2), both, grid)
+        return guide(*predicted.chunk(2), scale)
+
+    return velocity
+
+
+def integrate(velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor) -> list[torch.Tensor]:
+    """Euler's method along `sigmas` (steps + 1,): the latents at each of them, the first included."""
+    trail = [latents]
+    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        level = sigma.expand(len(latents)).to(latents.device)
+        trail.append(trail[-1] + (after - sigma) * velocity(trail[-1], level))
+    return trail
+
+
+PROMPTS = (
+    "a red star",
+    "a large furry blue heart on a white background",
+    "a striped green circle on the left",
+    "a shape",
+    "a yellow square left of a purple ring",
+    "a small orange cross and a pink moon on a black background",
+)
+
+
+@torch.inference_mode()
+def sample_grid(
+    pipeline: QwenImagePipeline, stages: Sequence[StageSpec], path: Path, size: tuple[int, int] = (128, 128)
+) -> None:
+    """Write `PROMPTS` down, four seeds across, sampled through `stages`, whose adapters must be loaded."""
+    seeds = range(4)
+    transformer, prompts = pipeline.transformer, Prompts(pipeline, None)
+    grid_shape = (size[1] // PIXELS_PER_TOKEN, size[0] // PIXELS_PER_TOKEN)
+    embeds = prompts.embed([prompt for prompt in PROMPTS for _ in seeds])
+    (negative,) = prompts.embed([EMPTY_PROMPT])
+    channels = transformer.config.in_channels // 4
+    noises = [draw_noise(seed, channels, 2 * grid_shape[0], 2 * grid_shape[1]) for seed in seeds]
+    latents = torch.stack(noises * len(PROMPTS)).to(transformer.device)
+    for stage in stages:
+        sigmas = stage_sigmas(stage, pipeline.scheduler, tokens=latents.shape[1])
+        if stage.guided:
+            velocity = guided(transformer, embeds, negative, grid_shape, stage.guidance_scale)
+        else:
+            velocity = conditional(transformer, embeds, grid_shape)
+        with active(transformer, stage.adapter):
+            latents = integrate(velocity, latents, sigmas)[-1]
+    images = decode_latents(pipeline.vae, latents, grid_shape)
+    grid(images, len(seeds)).save(path)

@@ -1,0 +1,104 @@
+"""Walk the guided base model from many noises and keep what it passes at the distilled plan's noise levels.
+
+`python -m training.trajectories training/scenes.yaml PIPELINE_DIRECTORY RUN_DIRECTORY`
+
+Student and bridge both learn from these: the one to make the same way in few steps, the other to bring the few
+large steps of a hybrid plan's base stage back onto it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Self
+
+import torch
+from accelerate import Accelerator
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from safetensors.torch import load_file, save_file
+
+from stages.encode import EMPTY_PROMPT
+from stages.model import PIXELS_PER_TOKEN
+from stages.plan import StageSpec
+from stages.sigmas import stage_sigmas
+from training.loop import read_config
+from training.prompts import Prompts
+from training.sampling import guided, integrate
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Where the teacher was.
+
+    Attributes:
+        sigmas: (levels,), falling from 1 to 0.
+        latents: (count, levels, tokens, channels) in bfloat16.
+        prompts: `count` of them.
+        grid: rows and columns of tokens.
+    """
+
+    sigmas: torch.Tensor
+    latents: torch.Tensor
+    prompts: list[str]
+    grid: tuple[int, int]
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({"sigmas": self.sigmas, "latents": self.latents}, directory / "trajectories.safetensors")
+        (directory / "prompts.json").write_text(json.dumps({"grid": self.grid, "prompts": self.prompts}))
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        texts = json.loads((directory / "prompts.json").read_text())
+        return cls(
+            **load_file(directory / "trajectories.safetensors"), prompts=texts["prompts"], grid=tuple(texts["grid"])
+        )
+
+
+def teacher_sigmas(
+    scheduler: FlowMatchEulerDiscreteScheduler, levels: list[float], steps: int, tokens: int
+) -> tuple[torch.Tensor, list[int]]:
+    """A schedule of about `steps` in all that passes every level, and the index of each level in it."""
+    parts, marks = [torch.tensor([levels[0]])], [0]
+    for start, end in zip(levels, levels[1:], strict=False):
+        share = max(1, round(steps * (start - end)))
+        stage = StageSpec(name="base", sigma_start=start, sigma_end=end, steps=share)
+        parts.append(stage_sigmas(stage, scheduler, tokens)[1:])
+        marks.append(marks[-1] + share)
+    return torch.cat(parts), marks
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("run", type=Path)
+    arguments = parser.parse_args()
+    config = read_config(arguments.config, "trajectories")
+    accelerator = Accelerator(mixed_precision="bf16")
+    pipeline = QwenImagePipeline.from_pretrained(arguments.pipeline).to(accelerator.device)
+    prompts = Prompts(pipeline, Path(config["prompts"]) if config["prompts"] else None)
+    (negative,) = prompts.embed([EMPTY_PROMPT])
+    grid = (config["height"] // PIXELS_PER_TOKEN, config["width"] // PIXELS_PER_TOKEN)
+    tokens = grid[0] * grid[1]
+    sigmas, marks = teacher_sigmas(pipeline.scheduler, config["levels"], config["steps"], tokens)
+    rng, generator = Random(config["seed"]), torch.Generator().manual_seed(config["seed"])
+    texts, latents = [], []
+    while len(texts) < config["count"]:
+        batch = prompts.draw(rng, config["batch_size"])
+        noise = torch.randn(len(batch), tokens, pipeline.transformer.config.in_channels, generator=generator)
+        with accelerator.autocast():
+            teacher = guided(pipeline.transformer, prompts.embed(batch), negative, grid, config["guidance_scale"])
+            trail = integrate(teacher, noise.to(accelerator.device), sigmas)
+        latents.append(torch.stack([trail[mark] for mark in marks], dim=1).bfloat16().cpu())
+        texts += batch
+        print(f"{len(texts)} of {config['count']}", flush=True)
+    Trajectories(torch.tensor(config["levels"]), torch.cat(latents), texts, grid).save(arguments.run)
+
+
+if __name__ == "__main__":
+    main()
