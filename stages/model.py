@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -18,7 +19,6 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from backends import Backend
 from stages.vae import convolve_images
-
 
 # Eight pixels to a latent, two latents to a token: fixed by Qwen-Image's architecture.
 PIXELS_PER_TOKEN = 16
@@ -124,14 +124,25 @@ def load_transformer(config: ModelConfig, backend: Backend) -> QwenImageTransfor
         config.source, subfolder="transformer", torch_dtype=config.dtype_on(backend)
     )
     transformer = backend.place(transformer)
-    for name, adapter in config.adapters.items():
+    load_adapters(transformer, config.adapters)
+    return transformer
+
+
+def load_adapters(transformer: QwenImageTransformer2DModel, adapters: Mapping[str, AdapterSource]) -> None:
+    """Load LoRAs, by name, into `transformer` and leave none active.
+
+    Raises:
+        ValueError: a file holds no LoRA in a format that diffusers reads, which itself would only warn.
+    """
+    for name, adapter in adapters.items():
         state, metadata = QwenImagePipeline.lora_state_dict(
             adapter.source, weight_name=adapter.weight_name, return_lora_metadata=True
         )
         QwenImagePipeline.load_lora_into_transformer(state, transformer, adapter_name=name, metadata=metadata)
-    if config.adapters:
+        if name not in getattr(transformer, "peft_config", {}):
+            raise ValueError(f"adapters.{name}.source: {adapter.source} holds no LoRA of Qwen-Image's transformer")
+    if adapters:
         transformer.disable_lora()
-    return transformer.requires_grad_(False)
 
 
 def load_scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:

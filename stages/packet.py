@@ -80,7 +80,12 @@ class LatentPacket:
             "negative_embeds": self.negative_embeds,
             "preview": self.preview,
         }
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in named.items() if tensor is not None}
+        # Copies, because safetensors refuses tensors that share memory, as embeddings of equal prompts do.
+        tensors = {
+            name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in named.items()
+            if tensor is not None
+        }
         header = json.dumps(
             {
                 "request_id": self.request_id,
@@ -106,12 +111,12 @@ class LatentPacket:
         body = memoryview(data)[_PREFIX.size :]
         if zlib.crc32(body) != checksum:
             raise PacketError("latent packet was damaged: its checksum does not match")
-        (length,) = _LENGTH.unpack_from(body)
         try:
+            (length,) = _LENGTH.unpack_from(body)
             header = json.loads(bytes(body[_LENGTH.size : _LENGTH.size + length]))
             tensors = load_tensors(bytes(body[_LENGTH.size + length :]))
             header["grid"] = tuple(header["grid"])
             header["spans"] = tuple(Span(**span) for span in header["spans"])
             return cls(**header, **tensors)
-        except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        except (struct.error, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise PacketError(f"latent packet has another layout than version {VERSION}: {error}") from error

@@ -26,7 +26,8 @@ def stage_sigmas(stage: StageSpec, scheduler: FlowMatchEulerDiscreteScheduler, t
     """Sigmas (steps + 1,) in float32 from `stage.sigma_start` down to `stage.sigma_end`.
 
     Over the whole range these are the sigmas of diffusers' `QwenImagePipeline` at `tokens` image tokens. A
-    `dynamic` stage that ends clean also ends like the base model: its last step starts at the terminal sigma.
+    `dynamic` stage that ends clean also ends like the base model: its last step starts at the terminal sigma,
+    unless the whole stage lies below that.
     """
     config = scheduler.config
     terminal = None
@@ -40,7 +41,7 @@ def stage_sigmas(stage: StageSpec, scheduler: FlowMatchEulerDiscreteScheduler, t
     ends = shift_time(-mu, np.array([stage.sigma_start, stage.sigma_end]))
     sigmas = shift_time(mu, np.linspace(*ends, stage.steps + 1))
     sigmas[0], sigmas[-1] = stage.sigma_start, stage.sigma_end
-    if terminal and stage.steps > 1:
+    if terminal and stage.steps > 1 and stage.sigma_start > terminal:
         stretch = (stage.sigma_start - terminal) / (stage.sigma_start - sigmas[-2])
         sigmas[:-1] = stage.sigma_start - stretch * (stage.sigma_start - sigmas[:-1])
     return torch.from_numpy(sigmas).float()

@@ -58,14 +58,15 @@ class Denoiser:
             if packet.sigma != stage.sigma_start:
                 raise ValueError(f"packet at sigma {packet.sigma} cannot enter {stage.name} at {stage.sigma_start}")
         guided_after = any(later.guided for later in plan.stages[packets[0].position + 1 :])
-        # A cache decides for a whole forward pass, so that rows which share one would depend on each other.
+        # A cache decides for a whole forward pass, so that rows which share one would depend on each other; and it
+        # remembers, so that every image needs a fresh one.
         batches = [[packet] for packet in packets] if stage.cache else [packets]
-        with self._adapter(stage), self._cache(stage):
-            return [
-                packet if guided_after else replace(packet, negative_embeds=None)
-                for batch in batches
-                for packet in self._run(batch, stage, preview, cancelled)
-            ]
+        done = []
+        with self._adapter(stage):
+            for batch in batches:
+                with self._cache(stage):
+                    done += self._run(batch, stage, preview, cancelled)
+        return done if guided_after else [replace(packet, negative_embeds=None) for packet in done]
 
     def _run(
         self, packets: Sequence[LatentPacket], stage: StageSpec, preview: bool, cancelled: Callable[[], bool]

@@ -21,6 +21,10 @@ from training.loop import Schedule, one_cycle, read_config, train
 from training.optimize import make_optimizers
 from training.sampling import sample_grid
 
+# Not for Muon: they face outward, or (modulation) cost it more than they gain.
+OUTER_LAYERS = ("embed_tokens", "img_in", "txt_in", "proj_out", "norm_out", "time_text_embed", "_mod.")
+
+
 def draw_sigmas(count: int, mean: float, deviation: float, generator: torch.Generator) -> torch.Tensor:
     """Logit-normal noise levels (count,), Stable Diffusion 3 (arXiv 2403.03206, section 3.1)."""
     return torch.sigmoid(mean + deviation * torch.randn(count, generator=generator))
@@ -40,7 +44,7 @@ def main() -> None:
     batches = SceneBatches(pipeline.vae, [SizeShare(**size) for size in config["sizes"]], arguments.run, schedule.seed)
 
     model = torch.nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder.model})
-    optimizers = make_optimizers(model, schedule, embeddings=("embed_tokens",))
+    optimizers = make_optimizers(model, schedule, exclude=OUTER_LAYERS)
     schedulers = [one_cycle(optimizer, schedule) for optimizer in optimizers]
     ema = EMAModel(model.parameters(), decay=config["ema_decay"], use_ema_warmup=True, foreach=True)
     model, *movers = accelerator.prepare(model, *optimizers, *schedulers)

@@ -58,15 +58,16 @@ def restore_kernels(vae: AutoencoderKLQwenImage) -> None:
             parametrize.remove_parametrizations(module, "weight")
 
 
-def make_optimizers(model: nn.Module, schedule: Schedule, embeddings: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan 2024) for all trainable 2-D parameters but `embeddings`, AdamW for the others.
+def make_optimizers(model: nn.Module, schedule: Schedule, exclude: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan 2024) for trainable matrices, AdamW for all else and for names that hold a part of `exclude`.
 
     `schedule.learning_rate` is AdamW's; Muon's updates are orthogonal matrices, for which 20 times that is usual.
+    Embeddings and the layers between a model and the outside belong in `exclude`.
     """
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            chosen = parameter.ndim == 2 and not any(part in name for part in embeddings)
+            chosen = parameter.ndim == 2 and not any(part in name for part in exclude)
             (matrices if chosen else others).append(parameter)
     muon = torch.optim.Muon(matrices, lr=20 * schedule.learning_rate, weight_decay=0.0)
     adam = torch.optim.AdamW(others, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

@@ -1,0 +1,82 @@
+"""Send concurrent requests to a server and write what its stages did as a Chrome trace.
+
+`python -m bench.trace --requests 8 trace.json`, then open the file in chrome://tracing or ui.perfetto.dev.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+STAGES = ("encode", "base", "bridge", "distilled", "decode")
+
+
+def chrome_trace(images: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Trace Event Format of images as the API returns them: a row a stage, a slice an image's stay in it."""
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "pid": 0, "tid": row, "name": "thread_name", "args": {"name": stage}}
+        for row, stage in enumerate(STAGES)
+    ]
+    for number, image in enumerate(images):
+        for timing in image["timings"]:
+            events.append(
+                {
+                    "ph": "X",
+                    "pid": 0,
+                    "tid": STAGES.index(timing["stage"]),
+                    "name": f"image {number}",
+                    "ts": 1e6 * timing["start"],
+                    "dur": 1e6 * (timing["end"] - timing["start"]),
+                    "args": {"seed": image["seed"], "nfe": timing["nfe"]},
+                }
+            )
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def most_busy(images: Iterable[dict[str, Any]]) -> int:
+    """Largest number of different stages at work at one time."""
+    edges = []
+    for image in images:
+        for timing in image["timings"]:
+            edges += [(timing["start"], 1, timing["stage"]), (timing["end"], -1, timing["stage"])]
+    working = dict.fromkeys(STAGES, 0)
+    most = 0
+    for _, change, stage in sorted(edges):
+        working[stage] += change
+        most = max(most, sum(count > 0 for count in working.values()))
+    return most
+
+
+async def send(url: str, requests: int, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The images of `requests` concurrent requests, seeds 0, 1, ..."""
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        answers = await asyncio.gather(
+            *(client.post("/v1/images/generations", json={**body, "seed": seed}) for seed in range(requests))
+        )
+    for answer in answers:
+        answer.raise_for_status()
+    return [image for answer in answers for image in answer.json()["data"]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--prompt", default="a red star")
+    parser.add_argument("--plan", default="hybrid")
+    arguments = parser.parse_args()
+    body = {"prompt": arguments.prompt, "plan": arguments.plan}
+    images = asyncio.run(send(arguments.url, arguments.requests, body))
+    arguments.output.write_text(json.dumps(chrome_trace(images)))
+    print(f"{len(images)} images; at most {most_busy(images)} stages at work at one time; trace in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Ray Serve deployments, thin over `stages`."""

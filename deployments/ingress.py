@@ -1,0 +1,200 @@
+"""HTTP in, images out."""
+
+# Annotations must be evaluated here: FastAPI reads those of the methods, which Serve has moved by then.
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+from ray.exceptions import RayTaskError
+from ray.serve.context import _get_serve_request_context
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from deployments.decode import DecodedImage
+from deployments.encode import ImageRequest
+from deployments.images_api import APIError, ImagesRequest, images_response, stream_event
+from deployments.router import Partial, Route
+from deployments.settings import Settings
+from stages.encode import EMPTY_PROMPT, PromptTooLong
+from stages.noise import MAX_SEED
+from stages.plan import Plan, presets
+
+logger = logging.getLogger("ray.serve")
+app = FastAPI(title="Images", description="Text-to-image generation through base, bridge and distilled stages.")
+
+
+@app.exception_handler(APIError)
+async def _answer(request: Request, error: APIError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status == 503 else None)
+
+
+@app.exception_handler(RequestValidationError)
+async def _answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    return await _answer(request, APIError.from_validation(error.errors()))
+
+
+@app.exception_handler(HTTPException)
+async def _answer_unrouted(request: Request, error: HTTPException) -> JSONResponse:
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    return await _answer(request, APIError(error.status_code, code, f"{request.url.path}: {error.detail}"))
+
+
+def _to_api_error(error: BaseException) -> APIError:
+    """What a client is told of a failure; the log has the rest."""
+    while isinstance(error, RayTaskError | ExceptionGroup):  # each hop between deployments wraps it once more
+        error = error.cause if isinstance(error, RayTaskError) else error.exceptions[0]
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, PromptTooLong):
+        return APIError(400, "prompt_too_long", str(error), error.parameter)
+    if isinstance(error, BackPressureError):
+        return APIError(503, "overloaded", "all queues are full; try again later")
+    if isinstance(error, TimeoutError):
+        return APIError(504, "deadline_exceeded", "not done in the time that a request may take")
+    logger.error("request failed", exc_info=error)
+    return APIError(500, "internal_error", "the request failed; the server's log has the reason")
+
+
+@serve.deployment
+@serve.ingress(app)
+class Ingress:
+    """Checks requests, hands each image to the router, and speaks the OpenAI Images API."""
+
+    def __init__(self, settings: Settings, router: DeploymentHandle) -> None:
+        self._settings = settings
+        self._model = settings.read_model()
+        self._plans = {name: plan.with_adapters(self._model.adapters) for name, plan in presets().items()}
+        self._router = router.options(stream=True)
+
+    @app.post("/v1/images/generations")
+    async def generate(self, body: ImagesRequest) -> Response:
+        """Generate `n` images of a prompt."""
+        plan, size, routes = self._route(body)
+        if body.stream:
+            return StreamingResponse(self._stream(body, size, routes[0]), media_type="text/event-stream")
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._last(route)) for route in routes]
+        except Exception as error:
+            raise _to_api_error(error) from error
+        return JSONResponse(images_response(body, plan, size, [task.result() for task in tasks]))
+
+    @app.get("/v1/models")
+    async def models(self) -> dict[str, Any]:
+        """The model that is served, with the sizes that it draws."""
+        model = {"id": self._model.name, "object": "model", "created": 0, "owned_by": "local"}
+        return {"object": "list", "data": [{**model, "sizes": self._model.sizes}]}
+
+    @app.get("/v1/plans")
+    async def plans(self) -> dict[str, Any]:
+        """The presets that a request may name, as this model runs them."""
+        data = [{"nfe": plan.nfe, **plan.model_dump(mode="json")} for plan in self._plans.values()]
+        return {"object": "list", "data": data, "default": self._settings.default_plan}
+
+    @app.get("/healthz")
+    async def healthy(self) -> dict[str, str]:
+        """This replica answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def ready(self) -> dict[str, str]:
+        """Every deployment is healthy."""
+        name = serve.get_replica_context().app_name
+        async with asyncio.timeout(5):
+            status = await asyncio.to_thread(serve.status)
+        states = {key: value.status.value for key, value in status.applications[name].deployments.items()}
+        waiting = sorted(key for key, state in states.items() if state != "HEALTHY")
+        if waiting:
+            raise APIError(503, "not_ready", f"not healthy yet: {', '.join(waiting)}")
+        return {"status": "ready"}
+
+    def _route(self, body: ImagesRequest) -> tuple[Plan, str, list[Route]]:
+        """Resolve names and defaults; raises APIError that names the field and what it may be."""
+        if body.model not in (None, self._model.name):
+            raise APIError(404, "model_not_found", f"model must be {self._model.name!r}, not {body.model!r}", "model")
+        if body.n > self._settings.max_images:
+            raise APIError(400, "invalid_value", f"n must be 1 to {self._settings.max_images}, not {body.n}", "n")
+        if body.stream and body.n > 1:
+            raise APIError(400, "invalid_value", f"n must be 1 with stream, not {body.n}", "n")
+        if body.partial_images and not body.stream:
+            raise APIError(400, "invalid_value", "partial_images needs stream", "partial_images")
+        size = self._model.sizes[0] if body.size == "auto" else body.size
+        if size not in self._model.sizes:
+            allowed = ", ".join(("auto", *self._model.sizes))
+            raise APIError(400, "invalid_value", f"size must be one of {allowed}, not {size!r}", "size")
+        plan = self._plan(body)
+        seed = secrets.randbelow(2**32) if body.seed is None else body.seed
+        if seed + body.n - 1 > MAX_SEED:
+            raise APIError(400, "invalid_value", f"seed must be at most {MAX_SEED - body.n + 1} for {body.n} images", "seed")
+        request_id = _get_serve_request_context().request_id
+        deadline = time.time() + self._settings.request_timeout_s
+        negative = (body.negative_prompt or EMPTY_PROMPT) if plan.guided else None
+        logger.info(f"{body.n} of {size} by plan {plan.name}, seed {seed}, user {body.user}")
+        return plan, size, [
+            Route(
+                image=ImageRequest(request_id, index, seed + index, size, body.prompt, negative),
+                plan=plan,
+                format=body.output_format,
+                quality=body.output_compression,
+                partial_images=body.partial_images,
+                deadline=deadline,
+            )
+            for index in range(body.n)
+        ]
+
+    def _plan(self, body: ImagesRequest) -> Plan:
+        if isinstance(body.plan, Plan):
+            try:
+                plan = body.plan.with_adapters(self._model.adapters)
+            except ValueError as error:
+                raise APIError(400, "invalid_value", f"plan.{error}", "plan") from error
+        else:
+            name = body.plan or self._settings.default_plan
+            if name not in self._plans:
+                allowed = ", ".join(self._plans)
+                raise APIError(400, "invalid_value", f"plan must be one of {allowed}, or stages, not {name!r}", "plan")
+            plan = self._plans[name]
+        if body.guidance_scale is None:
+            return plan
+        try:
+            return plan.with_guidance(body.guidance_scale)
+        except ValueError as error:
+            raise APIError(400, "invalid_value", str(error), "guidance_scale") from error
+
+    async def _events(self, route: Route) -> AsyncIterator[Partial | DecodedImage]:
+        """The router's; a caller that stops listening, or is cancelled, cancels the work in every stage."""
+        events = self._router.generate.remote(route)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            events.cancel()
+
+    async def _last(self, route: Route) -> DecodedImage:
+        async with aclosing(self._events(route)) as events:
+            async for event in events:
+                if isinstance(event, DecodedImage):
+                    return event
+        raise RuntimeError("the router ended without an image")
+
+    async def _stream(self, body: ImagesRequest, size: str, route: Route) -> AsyncIterator[str]:
+        """Server-sent events; an error that comes after the headers is an event too."""
+        try:
+            async with aclosing(self._events(route)) as events:
+                async for event in events:
+                    partial = event.order if isinstance(event, Partial) else None
+                    image = event.image if isinstance(event, Partial) else event
+                    data = stream_event(body, size, image, partial)
+                    yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
+        except Exception as error:
+            yield f"event: error\ndata: {json.dumps(_to_api_error(error).body)}\n\n"

@@ -1,0 +1,124 @@
+"""The small model of checkpoints/scenes, by this engine and by diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers.models.attention_processor import Attention
+from torch.nn.modules.module import register_module_forward_hook
+
+from backends import Backend, get_backend
+from stages.model import ModelConfig, load_scheduler, load_transformer
+from stages.packet import LatentPacket
+from stages.pipeline import Pipeline
+from stages.plan import Plan
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def config() -> ModelConfig:
+    return ModelConfig.read(ROOT / "configs" / "scenes.yaml")
+
+
+@pytest.fixture(scope="session")
+def backend() -> Backend:
+    return get_backend("cpu")
+
+
+@pytest.fixture(scope="session")
+def scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
+    return load_scheduler(config)
+
+
+@pytest.fixture(scope="session")
+def transformer(config: ModelConfig, backend: Backend) -> QwenImageTransformer2DModel:
+    """As the engine loads it: with all adapters, none active."""
+    return load_transformer(config, backend)
+
+
+@pytest.fixture(scope="session")
+def pipeline(config: ModelConfig, backend: Backend) -> Pipeline:
+    return Pipeline(config, backend)
+
+
+@pytest.fixture(scope="session")
+def denoise_all(pipeline: Pipeline) -> Callable[..., list[LatentPacket]]:
+    """Call it for the packets of some seeds after the last stage of a plan."""
+
+    def run(
+        plan: Plan, prompt: str, negative_prompt: str | None = None, *, seeds: tuple[int, ...] = (0,), size: str
+    ) -> list[LatentPacket]:
+        packets = [
+            pipeline.encoder.begin("test", index, seed, size, prompt, negative_prompt)
+            for index, seed in enumerate(seeds)
+        ]
+        for _ in plan.stages:
+            packets = pipeline.denoiser.denoise(packets, plan)
+        return packets
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def diffusers_base(config: ModelConfig) -> QwenImagePipeline:
+    """What a user of diffusers runs for the base model."""
+    reference = QwenImagePipeline.from_pretrained(config.source, torch_dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    return reference
+
+
+@pytest.fixture(scope="session")
+def lightning_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """With the config that Qwen-Image-Lightning tells its users to set."""
+    return FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256,
+        base_shift=math.log(3),
+        invert_sigmas=False,
+        max_image_seq_len=8192,
+        max_shift=math.log(3),
+        num_train_timesteps=1000,
+        shift=1.0,
+        shift_terminal=None,
+        stochastic_sampling=False,
+        time_shift_type="exponential",
+        use_beta_sigmas=False,
+        use_dynamic_shifting=True,
+        use_exponential_sigmas=False,
+        use_karras_sigmas=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def diffusers_distilled(config: ModelConfig, lightning_scheduler: FlowMatchEulerDiscreteScheduler) -> QwenImagePipeline:
+    """What a user of diffusers runs for the distilled model."""
+    reference = QwenImagePipeline.from_pretrained(
+        config.source, scheduler=lightning_scheduler, torch_dtype=torch.float32
+    )
+    reference.load_lora_weights(config.adapters["distilled"].source, adapter_name="distilled")
+    reference.set_progress_bar_config(disable=True)
+    return reference
+
+
+@pytest.fixture
+def blocks_run() -> Iterator[list[int]]:
+    """A list that grows by one number for each forward pass of any transformer: how many of its blocks ran."""
+    passes: list[int] = []
+    attentions = 0
+
+    def observe(module: torch.nn.Module, inputs: object, output: object) -> None:
+        nonlocal attentions
+        if isinstance(module, Attention):
+            attentions += 1
+        elif isinstance(module, QwenImageTransformer2DModel):
+            passes.append(attentions)
+            attentions = 0
+
+    handle = register_module_forward_hook(observe)
+    yield passes
+    handle.remove()

@@ -1,0 +1,240 @@
+"""Rows in one forward pass, and one stage of a plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+
+from stages.denoise import Row, guide, predict_velocity, step
+from stages.noise import draw_noise
+from stages.packet import LatentPacket
+from stages.pipeline import Pipeline
+from stages.plan import Plan, presets
+from stages.sigmas import stage_sigmas
+from stages.stage import Cancelled
+
+PROMPTS = ["a red circle", "two small green squares left of a large blue triangle on a white background", " "]
+GRID = (4, 6)
+
+# In float32, which orders its sums by the shape of the batch.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def embeds(pipeline: Pipeline) -> list[torch.Tensor]:
+    return [pipeline.encoder.encode(prompt) for prompt in PROMPTS]
+
+
+def make_row(
+    embeds: list[torch.Tensor], prompt: int, negative: int | None, scale: float, sigmas: list[float], seed: int
+) -> Row:
+    return Row(
+        latent=draw_noise(seed, 16, 2 * GRID[0], 2 * GRID[1]),
+        sigmas=torch.tensor(sigmas),
+        grid=GRID,
+        prompt_embeds=embeds[prompt],
+        negative_embeds=None if negative is None else embeds[negative],
+        guidance_scale=scale,
+    )
+
+
+def varied_rows(embeds: list[torch.Tensor]) -> list[Row]:
+    return [
+        make_row(embeds, 0, 2, 4.0, [1.0, 0.8, 0.5], seed=1),
+        make_row(embeds, 1, None, 1.0, [0.7, 0.2, 0.1], seed=2),
+        make_row(embeds, 2, 1, 2.5, [0.3, 0.1, 0.0], seed=3),
+        make_row(embeds, 0, None, 1.0, [0.02, 0.01, 0.0], seed=4),
+    ]
+
+
+def difference(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left - right).abs().max())
+
+
+def plan_of(steps: int, *, sigma_end: float = 0.0, guidance_scale: float = 1.0) -> Plan:
+    """The base model over the whole range, or down to `sigma_end` and in one further step to the end."""
+    stages = [
+        {
+            "name": "base",
+            "sigma_start": 1.0,
+            "sigma_end": sigma_end,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+        }
+    ]
+    if sigma_end > 0.0:
+        stages.append(
+            {"name": "distilled", "sigma_start": sigma_end, "sigma_end": 0.0, "steps": 1, "adapter": "distilled"}
+        )
+    return Plan(stages=stages)
+
+
+@pytest.fixture
+def packet(pipeline: Pipeline) -> LatentPacket:
+    return pipeline.encoder.begin("test", 0, 7, "64x64", PROMPTS[0], PROMPTS[2])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_rows_together_equal_rows_alone(
+    transformer: QwenImageTransformer2DModel, embeds: list[torch.Tensor], cached: bool
+) -> None:
+    assert len({len(embed) for embed in embeds}) == 3
+    together, alone = varied_rows(embeds), varied_rows(embeds)
+    for _ in range(2):
+        step(transformer, together, cached=cached)
+        for row in alone:
+            step(transformer, [row])
+    for joint, single, start in zip(together, alone, varied_rows(embeds), strict=True):
+        assert joint.index == single.index == 2
+        assert joint.done
+        assert difference(joint.latent, single.latent) < TOLERANCE
+        assert difference(joint.denoised, single.denoised) < TOLERANCE
+        assert difference(joint.denoised, start.latent) > 1e-3
+
+
+def test_a_rows_velocity_depends_on_prompt_noise_level_and_grid(
+    transformer: QwenImageTransformer2DModel, embeds: list[torch.Tensor]
+) -> None:
+    """So that the comparisons of this file can fail."""
+    latent = draw_noise(0, 16, 8, 12)[None]
+
+    def velocity(sigma: float, prompt: int, grid: tuple[int, int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return predict_velocity(transformer, latent, torch.tensor([sigma]), [embeds[prompt]], grid)
+
+    reference = velocity(0.8, 0, (4, 6))
+    assert reference.shape == latent.shape
+    assert reference.dtype == torch.float32
+    assert difference(reference, velocity(0.8, 1, (4, 6))) > 1e-3
+    assert difference(reference, velocity(0.7, 0, (4, 6))) > 1e-3
+    assert difference(reference, velocity(0.8, 0, (6, 4))) > 1e-3
+
+
+def test_guidance_has_the_direction_of_the_combination_and_the_norm_of_the_positive() -> None:
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = torch.randn((2, 5, 64), generator=generator)
+    guided = guide(positive, negative, 4.0)
+    torch.testing.assert_close(guided.norm(dim=-1), positive.norm(dim=-1))
+    combined = 4 * positive - 3 * negative
+    torch.testing.assert_close(torch.cosine_similarity(guided, combined), torch.ones(5))
+    torch.testing.assert_close(guide(positive, negative, 1.0), positive)
+
+
+def test_an_unguided_step_is_eulers_and_foresees_the_clean_latent(
+    transformer: QwenImageTransformer2DModel, embeds: list[torch.Tensor]
+) -> None:
+    row = make_row(embeds, 1, None, 1.0, [0.7, 0.2, 0.0], seed=2)
+    start = row.latent.clone()
+    with torch.inference_mode():
+        velocity = predict_velocity(transformer, start[None], torch.tensor([0.7]), [embeds[1]], GRID)[0]
+    step(transformer, [row])
+    assert difference(row.denoised, start - 0.7 * velocity) < 1e-6
+    assert difference(row.latent, start - 0.5 * velocity) < 1e-6
+    assert (row.index, row.done, row.sigma) == (1, False, pytest.approx(0.2))
+
+
+def test_preview_of_a_stage_is_the_clean_latent_foreseen_by_its_last_step(
+    pipeline: Pipeline, transformer: QwenImageTransformer2DModel, packet: LatentPacket
+) -> None:
+    plan = plan_of(1, sigma_end=0.4, guidance_scale=3.0)
+    with torch.inference_mode():
+        positive, negative = (
+            predict_velocity(transformer, packet.latent[None], torch.tensor([1.0]), [embed], packet.grid)[0]
+            for embed in (packet.prompt_embeds, packet.negative_embeds)
+        )
+    velocity = guide(positive, negative, 3.0)
+    (after,) = pipeline.denoiser.denoise([packet], plan, preview=True)
+    assert difference(after.preview, packet.latent - 1.0 * velocity) < TOLERANCE
+    assert difference(after.latent, packet.latent - 0.6 * velocity) < TOLERANCE
+    assert difference(after.preview, after.latent) > 1e-2
+
+
+def test_preview_of_the_last_stage_is_its_result(pipeline: Pipeline, packet: LatentPacket) -> None:
+    (after,) = pipeline.denoiser.denoise([packet], plan_of(3), preview=True)
+    assert difference(after.preview, after.latent) < 1e-6
+    assert pipeline.denoiser.denoise([packet], plan_of(3))[0].preview is None
+
+
+def test_packets_record_what_was_done_to_them(pipeline: Pipeline, packet: LatentPacket) -> None:
+    plan = presets()["hybrid"]
+    history = [packet]
+    for _ in plan.stages:
+        history += pipeline.denoiser.denoise(history[-1:], plan)
+    assert [after.sigma for after in history] == [1.0, 0.9, 0.75, 0.0]
+    assert [after.position for after in history] == [0, 1, 2, 3]
+    spans = history[-1].spans
+    assert [(span.stage, span.nfe) for span in spans] == [("encode", 0), ("base", 4), ("bridge", 1), ("distilled", 2)]
+    assert all(span.start <= span.end for span in spans)
+    assert [after.negative_embeds is None for after in history] == [False, True, True, True]
+    assert (history[-1].request_id, history[-1].seed, history[-1].grid) == ("test", 7, (4, 4))
+
+
+def test_negative_prompt_stays_as_long_as_a_later_stage_is_guided(pipeline: Pipeline, packet: LatentPacket) -> None:
+    stages = [
+        {"name": "base", "sigma_start": 1.0, "sigma_end": 0.9, "steps": 1},
+        {"name": "bridge", "sigma_start": 0.9, "sigma_end": 0.0, "steps": 1, "guidance_scale": 2.0},
+    ]
+    plan = Plan(stages=stages)
+    (between,) = pipeline.denoiser.denoise([packet], plan)
+    assert torch.equal(between.negative_embeds, packet.negative_embeds)
+    (after,) = pipeline.denoiser.denoise([between], plan)
+    assert after.negative_embeds is None
+    assert after.spans[-1].nfe == 2
+
+
+def cancel_at(call: int) -> Callable[[], bool]:
+    calls = iter([False] * (call - 1) + [True])
+    return lambda: next(calls)
+
+
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_cancellation_comes_after_exactly_the_steps_before_it(
+    pipeline: Pipeline,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    packet: LatentPacket,
+    blocks_run: list[int],
+    call: int,
+) -> None:
+    plan = plan_of(5, guidance_scale=4.0)
+    sigma = stage_sigmas(plan.stages[0], scheduler, tokens=16)[call - 1]
+    with pytest.raises(Cancelled, match=re.escape(f"base was cancelled at sigma {sigma:.3f}")):
+        pipeline.denoiser.denoise([packet], plan, cancelled=cancel_at(call))
+    assert len(blocks_run) == call - 1  # both evaluations of a guided step share a forward pass
+
+
+def test_without_cancellation_every_step_is_asked_for_and_run(
+    pipeline: Pipeline, packet: LatentPacket, blocks_run: list[int]
+) -> None:
+    asked = []
+    pipeline.denoiser.denoise([packet], plan_of(5), cancelled=lambda: bool(asked.append(None)))
+    assert len(asked) == len(blocks_run) == 5
+
+
+@pytest.mark.parametrize("preset", ["distilled", "cached"])
+def test_a_cancelled_stage_leaves_neither_adapter_nor_cache_behind(
+    pipeline: Pipeline, packet: LatentPacket, preset: str
+) -> None:
+    plan = plan_of(3, guidance_scale=4.0)
+    (before,) = pipeline.denoiser.denoise([packet], plan)
+    with pytest.raises(Cancelled):
+        pipeline.denoiser.denoise([packet], presets()[preset], cancelled=cancel_at(3))
+    (after,) = pipeline.denoiser.denoise([packet], plan)
+    assert torch.equal(after.latent, before.latent)
+    (again,) = pipeline.denoiser.denoise([packet], presets()["distilled"])
+    assert difference(again.latent, before.latent) > 1e-3
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_packet_at_another_noise_level_is_refused(
+    pipeline: Pipeline, packet: LatentPacket, blocks_run: list[int], position: int
+) -> None:
+    packets = [packet, packet]
+    packets[position] = replace(packet, sigma=0.9)
+    with pytest.raises(ValueError, match=r"packet at sigma 0\.9 cannot enter base at 1\.0"):
+        pipeline.denoiser.denoise(packets, plan_of(3))
+    assert blocks_run == []

@@ -1,0 +1,267 @@
+"""Whole plans against diffusers' own `QwenImagePipeline`."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, QwenImagePipeline
+from PIL import Image
+
+from backends import Backend
+from stages.encode import PromptTooLong
+from stages.model import ModelConfig
+from stages.noise import MAX_SEED, draw_noise
+from stages.packet import LatentPacket
+from stages.pipeline import Pipeline
+from stages.plan import Plan, presets
+from stages.stage import Denoiser
+
+PROMPT = "a large red circle above a small blue square on a white background"
+NEGATIVE = "green"
+
+# In float32, which orders its sums by the shape of the batch.
+TOLERANCE = 1e-5
+
+DenoiseAll = Callable[..., list[LatentPacket]]
+
+
+def run_diffusers(
+    reference: QwenImagePipeline, plan: Plan, seeds: tuple[int, ...], size: str, output_type: str = "latent"
+) -> torch.Tensor | list[Image.Image]:
+    """The plan's only stage: latents (batch, tokens, channels), or images."""
+    (stage,) = plan.stages
+    width, height = map(int, size.split("x"))
+    return reference(
+        prompt=[PROMPT] * len(seeds),
+        negative_prompt=[NEGATIVE] * len(seeds) if stage.guided else None,
+        true_cfg_scale=stage.guidance_scale,
+        width=width,
+        height=height,
+        num_inference_steps=stage.steps,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type=output_type,
+    ).images
+
+
+def latents_of(packets: list[LatentPacket]) -> torch.Tensor:
+    return torch.stack([packet.latent for packet in packets])
+
+
+def difference(left: torch.Tensor, right: torch.Tensor) -> float:
+    assert left.shape == right.shape
+    return float((left - right).abs().max())
+
+
+def pixel_difference(left: Image.Image, right: Image.Image) -> int:
+    assert (left.size, left.mode) == (right.size, right.mode)
+    return int(np.abs(np.asarray(left, np.int16) - np.asarray(right, np.int16)).max())
+
+
+def base_plan(**changes: object) -> Plan:
+    stage = {"name": "base", "sigma_start": 1.0, "sigma_end": 0.0, "steps": 6, "guidance_scale": 4.0, **changes}
+    return Plan(stages=[stage])
+
+
+@pytest.mark.parametrize(
+    ("plan", "seeds", "size"),
+    [
+        (base_plan(), (5,), "192x128"),
+        (base_plan(), (5, 6), "128x192"),
+        (base_plan(guidance_scale=1.0), (5,), "128x128"),
+        (presets()["base"], (7,), "64x64"),
+    ],
+    ids=["6 steps, wide", "6 steps, tall, two seeds", "6 steps without guidance", "the preset's 50 steps"],
+)
+def test_base_plan_equals_diffusers(
+    denoise_all: DenoiseAll, diffusers_base: QwenImagePipeline, plan: Plan, seeds: tuple[int, ...], size: str
+) -> None:
+    packets = denoise_all(plan, PROMPT, NEGATIVE if plan.guided else None, seeds=seeds, size=size)
+    assert difference(latents_of(packets), run_diffusers(diffusers_base, plan, seeds, size)) < TOLERANCE
+
+
+def test_images_equal_those_of_diffusers(pipeline: Pipeline, diffusers_base: QwenImagePipeline) -> None:
+    plan, seeds, size = base_plan(), (5, 6), "192x128"
+    results = pipeline.run(plan, PROMPT, negative_prompt=NEGATIVE, seeds=seeds, size=size)
+    images = run_diffusers(diffusers_base, plan, seeds, size, output_type="pil")
+    assert [result.seed for result in results] == [5, 6]
+    for result, image in zip(results, images, strict=True):
+        assert result.image.size == (192, 128)
+        assert pixel_difference(result.image, image) <= 1
+        assert result.nfe == 12
+        assert [span.stage for span in result.spans] == ["encode", "base", "decode"]
+    assert pixel_difference(results[0].image, images[1]) > 10
+
+
+@pytest.mark.parametrize("size", ["64x64", "128x192"])
+def test_distilled_plan_equals_diffusers_with_lightnings_scheduler(
+    denoise_all: DenoiseAll, diffusers_distilled: QwenImagePipeline, diffusers_base: QwenImagePipeline, size: str
+) -> None:
+    plan = presets()["distilled"]
+    latents = latents_of(denoise_all(plan, PROMPT, seeds=(5, 6), size=size))
+    assert difference(latents, run_diffusers(diffusers_distilled, plan, (5, 6), size)) < TOLERANCE
+    assert difference(latents, run_diffusers(diffusers_base, plan, (5, 6), size)) > 1e-2
+
+
+def test_adapter_scale_is_that_of_diffusers(denoise_all: DenoiseAll, diffusers_distilled: QwenImagePipeline) -> None:
+    full = presets()["distilled"]
+    half = Plan(stages=[full.stages[0].model_copy(update={"adapter_scale": 0.5})])
+    latents = latents_of(denoise_all(half, PROMPT, seeds=(5,), size="64x64"))
+    try:
+        diffusers_distilled.set_adapters("distilled", 0.5)
+        assert difference(latents, run_diffusers(diffusers_distilled, half, (5,), "64x64")) < TOLERANCE
+    finally:
+        diffusers_distilled.set_adapters("distilled", 1.0)
+    # The strength of one stage does not stay for the next.
+    latents = latents_of(denoise_all(full, PROMPT, seeds=(5,), size="64x64"))
+    assert difference(latents, run_diffusers(diffusers_distilled, full, (5,), "64x64")) < TOLERANCE
+
+
+def test_adapters_of_one_plan_leave_no_trace_in_the_next(denoise_all: DenoiseAll) -> None:
+    before = latents_of(denoise_all(base_plan(), PROMPT, NEGATIVE, seeds=(5,), size="64x64"))
+    hybrid = latents_of(denoise_all(presets()["hybrid"], PROMPT, NEGATIVE, seeds=(5,), size="64x64"))
+    after = latents_of(denoise_all(base_plan(), PROMPT, NEGATIVE, seeds=(5,), size="64x64"))
+    assert torch.equal(before, after)
+    assert difference(before, hybrid) > 1e-2
+
+
+def test_cached_plan_decides_and_computes_as_diffusers(
+    denoise_all: DenoiseAll, diffusers_base: QwenImagePipeline, blocks_run: list[int]
+) -> None:
+    """At a threshold at which some steps hit, which depends on the weights."""
+    blocks, size = len(diffusers_base.transformer.transformer_blocks), "64x64"
+    for steps, threshold in product((12, 50), (0.1, 0.3, 0.6, 0.95)):
+        plan = base_plan(steps=steps, cache={"kind": "first_block", "threshold": threshold})
+        blocks_run.clear()
+        (packet,) = denoise_all(plan, PROMPT, NEGATIVE, seeds=(5,), size=size)
+        hits = blocks_run.count(1)
+        if hits >= 4:
+            break
+    ours = blocks_run.copy()
+    assert set(ours) == {1, blocks}, "no threshold lets some steps hit and others not"
+    assert len(ours) == 2 * steps
+    assert packet.spans[-1].nfe == pytest.approx(2 * steps - hits + hits / blocks)
+
+    blocks_run.clear()
+    diffusers_base.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    try:
+        latents = run_diffusers(diffusers_base, plan, (5,), size)
+    finally:
+        diffusers_base.transformer.disable_cache()
+    assert blocks_run == ours
+    assert difference(packet.latent[None], latents) < TOLERANCE
+
+    (uncached,) = denoise_all(base_plan(steps=steps), PROMPT, NEGATIVE, seeds=(5,), size=size)
+    assert difference(packet.latent, uncached.latent) > 1e-4
+
+
+def test_a_cache_remembers_nothing_of_the_image_before(denoise_all: DenoiseAll, blocks_run: list[int]) -> None:
+    """The same image twice, and almost no noise taken away, so that what the first leaves would be near enough."""
+    stages = [
+        {"name": "base", "sigma_start": 1.0, "sigma_end": 0.9999, "steps": 3, "guidance_scale": 4.0},
+        {"name": "distilled", "sigma_start": 0.9999, "sigma_end": 0.0, "steps": 1, "adapter": "distilled"},
+    ]
+    stages[0]["cache"] = {"kind": "first_block", "threshold": 0.5}
+    first, second = denoise_all(Plan(stages=stages), PROMPT, NEGATIVE, seeds=(5, 5), size="64x64")
+    cached = blocks_run[:12]
+    assert cached[:6] == cached[6:]
+    assert set(cached[:2]) != {1}
+    assert 1 in cached
+    assert torch.equal(first.latent, second.latent)
+    assert [span.nfe for span in first.spans] == [span.nfe for span in second.spans]
+
+
+@pytest.mark.parametrize("plan", [base_plan(), presets()["distilled"], presets()["hybrid"]], ids=lambda plan: plan.name)
+def test_a_seed_gives_the_same_latent_alone_and_among_others(denoise_all: DenoiseAll, plan: Plan) -> None:
+    negative = NEGATIVE if plan.guided else None
+    batch = latents_of(denoise_all(plan, PROMPT, negative, seeds=(0, 1, 12345, MAX_SEED), size="64x64"))
+    for index, seed in enumerate((0, 1, 12345, MAX_SEED)):
+        alone = latents_of(denoise_all(plan, PROMPT, negative, seeds=(seed,), size="64x64"))
+        assert difference(batch[index : index + 1], alone) < TOLERANCE
+        for other in range(index):
+            assert difference(batch[index], batch[other]) > 0.1
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (192, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_is_what_diffusers_draws(
+    diffusers_base: QwenImagePipeline, dtype: torch.dtype, width: int, height: int
+) -> None:
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, MAX_SEED)]
+    drawn = diffusers_base.prepare_latents(2, 16, height, width, dtype, torch.device("cpu"), generators)
+    ours = torch.stack([draw_noise(seed, 16, height // 8, width // 8) for seed in (0, MAX_SEED)])
+    assert drawn.dtype == dtype
+    assert torch.equal(ours.to(dtype), drawn)
+    assert difference(ours[0], ours[1]) > 1
+
+
+def test_an_image_starts_as_the_noise_of_its_seed_at_its_size(pipeline: Pipeline) -> None:
+    packet = pipeline.encoder.begin("test", 0, 9, "192x128", PROMPT, None)
+    assert packet.grid == (8, 12)
+    assert packet.sigma == 1.0
+    assert packet.negative_embeds is None
+    assert torch.equal(packet.latent, draw_noise(9, 16, 16, 24))
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, NEGATIVE, " ", ""])
+def test_embeddings_are_those_of_diffusers(pipeline: Pipeline, diffusers_base: QwenImagePipeline, prompt: str) -> None:
+    with torch.inference_mode():
+        embeds, mask = diffusers_base.encode_prompt(prompt)
+    assert mask is None
+    assert difference(pipeline.encoder.encode(prompt), embeds[0]) < 1e-6
+
+
+def test_a_prompt_of_too_many_tokens_is_refused_by_the_name_of_its_parameter(pipeline: Pipeline) -> None:
+    with pytest.raises(PromptTooLong, match=r"^prompt has \d+ tokens, at most 64 are allowed$"):
+        pipeline.run("distilled", "red " * 65)
+    with pytest.raises(PromptTooLong, match=r"^negative_prompt has \d+ tokens") as caught:
+        pipeline.run("base", PROMPT, negative_prompt="red " * 65)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.parameter, again.tokens, str(again)) == ("negative_prompt", caught.value.tokens, str(caught.value))
+
+
+def test_packets_that_cross_as_bytes_lead_to_the_same_latent(pipeline: Pipeline, denoise_all: DenoiseAll) -> None:
+    plan = presets()["hybrid"]
+    packet = pipeline.encoder.begin("test", 0, 5, "64x64", PROMPT, PROMPT)
+    for _ in plan.stages:
+        (packet,) = pipeline.denoiser.denoise([LatentPacket.from_bytes(packet.to_bytes())], plan)
+    (expected,) = denoise_all(plan, PROMPT, PROMPT, seeds=(5,), size="64x64")
+    assert torch.equal(LatentPacket.from_bytes(packet.to_bytes()).latent, expected.latent)
+
+
+def test_without_a_trained_bridge_the_hybrid_plan_runs_on_the_distilled_adapter(
+    pipeline: Pipeline, config: ModelConfig, backend: Backend, denoise_all: DenoiseAll
+) -> None:
+    config = config.model_copy(update={"adapters": {"distilled": config.adapters["distilled"]}})
+    plan = presets()["hybrid"].with_adapters(config.adapters)
+    denoiser = Denoiser(config, backend)
+    packets = [pipeline.encoder.begin("test", 0, 5, "64x64", PROMPT, NEGATIVE)]
+    for _ in plan.stages:
+        packets = denoiser.denoise(packets, plan)
+    expected = denoise_all(plan, PROMPT, NEGATIVE, seeds=(5,), size="64x64")
+    assert difference(latents_of(packets), latents_of(expected)) < TOLERANCE
+    bridged = denoise_all(presets()["hybrid"], PROMPT, NEGATIVE, seeds=(5,), size="64x64")
+    assert difference(latents_of(packets), latents_of(bridged)) > 1e-3
+
+
+def test_run_uses_the_named_preset_the_first_size_and_an_empty_negative_prompt(pipeline: Pipeline) -> None:
+    (result,) = pipeline.run("hybrid", PROMPT)
+    (explicit,) = pipeline.run(presets()["hybrid"], PROMPT, negative_prompt=" ", seeds=(0,), size="128x128")
+    (other,) = pipeline.run(presets()["hybrid"], PROMPT, negative_prompt=NEGATIVE, seeds=(0,), size="128x128")
+    assert (result.image.size, result.nfe) == ((128, 128), 7)
+    assert pixel_difference(result.image, explicit.image) == 0
+    assert pixel_difference(result.image, other.image) > 0
+
+
+def test_run_refuses_what_the_model_lacks(pipeline: Pipeline) -> None:
+    with pytest.raises(KeyError, match="fastest"):
+        pipeline.run("fastest", PROMPT)
+    with pytest.raises(ValueError, match=r"size must be one of .*, not '128x64'"):
+        pipeline.run("distilled", PROMPT, size="128x64")
+    plan = Plan(stages=[presets()["distilled"].stages[0].model_copy(update={"adapter": "turbo"})])
+    with pytest.raises(ValueError, match=r"stages\[0\].adapter must be one of \['bridge', 'distilled'\]"):
+        pipeline.run(plan, PROMPT)

@@ -1,0 +1,211 @@
+"""Plans: what is accepted, what is refused and with which words."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stages.plan import CacheSpec, Plan, StageSpec, presets
+
+
+def base(**changes: Any) -> dict[str, Any]:
+    return {"name": "base", "sigma_start": 1.0, "sigma_end": 0.0, "steps": 10, "guidance_scale": 4.0, **changes}
+
+
+def bridge(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "bridge",
+        "sigma_start": 0.9,
+        "sigma_end": 0.5,
+        "steps": 1,
+        "shift": 3.0,
+        "adapter": "bridge",
+        **changes,
+    }
+
+
+def distilled(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "distilled",
+        "sigma_start": 1.0,
+        "sigma_end": 0.0,
+        "steps": 4,
+        "shift": 3.0,
+        "adapter": "distilled",
+        **changes,
+    }
+
+
+VALID = [
+    [base()],
+    [distilled()],
+    [base(sigma_end=0.9), bridge(sigma_end=0.0)],
+    [base(sigma_end=0.9), distilled(sigma_start=0.9)],
+    [base(sigma_end=0.9), bridge(), distilled(sigma_start=0.5)],
+    [base(cache={"kind": "first_block", "threshold": 0.1})],
+    [base(shift="dynamic")],
+    [base(steps=1000, guidance_scale=20, shift=100)],
+    [base(steps=1, guidance_scale=1, shift=0.1)],
+]
+
+# Each differs from a valid plan in one thing; the name of the field at fault must be in the message.
+INVALID = {
+    "no stages": ([], "stages"),
+    "too many stages": (
+        [base(sigma_end=0.9), bridge(), distilled(sigma_start=0.5, sigma_end=0.1), base(sigma_start=0.1)],
+        "stages",
+    ),
+    "starts below pure noise": ([base(sigma_start=0.99)], r"stages\[0\].sigma_start"),
+    "ends before clean": ([base(sigma_end=0.01)], r"stages\[0\].sigma_end"),
+    "last of two ends before clean": (
+        [base(sigma_end=0.9), distilled(sigma_start=0.9, sigma_end=0.1)],
+        r"stages\[1\].sigma_end",
+    ),
+    "gap between stages": ([base(sigma_end=0.9), distilled(sigma_start=0.8)], r"stages\[1\].sigma_start must be 0.9"),
+    "overlap of stages": ([base(sigma_end=0.8), distilled(sigma_start=0.9)], r"stages\[1\].sigma_start must be 0.8"),
+    "sigmas rise": ([base(sigma_start=0.0, sigma_end=1.0)], r"sigma_end \(1.0\) must be below sigma_start"),
+    "sigmas stay": ([base(sigma_start=1.0, sigma_end=1.0)], r"sigma_end \(1.0\) must be below sigma_start"),
+    "sigma above one": ([base(sigma_start=1.1)], "stages.0.sigma_start"),
+    "sigma below zero": ([base(sigma_end=-0.1)], "stages.0.sigma_end"),
+    "sigma is no number": ([base(sigma_end=float("nan"))], "stages.0.sigma_end"),
+    "no steps": ([base(steps=0)], "stages.0.steps"),
+    "too many steps": ([base(steps=1001)], "stages.0.steps"),
+    "half a step": ([base(steps=2.5)], "stages.0.steps"),
+    "steps missing": ([{"name": "base", "sigma_start": 1.0, "sigma_end": 0.0}], "stages.0.steps"),
+    "unknown key": ([base(step=10)], "stages.0.step\n"),
+    "unknown stage": ([base(name="refiner")], "stages.0.name"),
+    "wrong order": (
+        [distilled(sigma_end=0.9), bridge(sigma_end=0.0)],
+        r"stages\[1\].name must come after distilled in the order base, bridge, distilled",
+    ),
+    "stage twice": ([base(sigma_end=0.9), base(sigma_start=0.9)], r"stages\[1\].name must come after base"),
+    "guidance with an adapter": ([distilled(guidance_scale=4.0)], "guidance_scale must be 1 with adapter 'distilled'"),
+    "guidance below one": ([base(guidance_scale=0.5)], "stages.0.guidance_scale"),
+    "guidance too strong": ([base(guidance_scale=20.5)], "stages.0.guidance_scale"),
+    "guidance is no number": ([base(guidance_scale=float("nan"))], "stages.0.guidance_scale"),
+    "unknown shift": ([base(shift="linear")], "stages.0.shift"),
+    "shift of zero": ([base(shift=0.0)], "stages.0.shift"),
+    "negative strength": ([distilled(adapter_scale=-0.1)], "stages.0.adapter_scale"),
+    "too strong": ([distilled(adapter_scale=2.1)], "stages.0.adapter_scale"),
+    "unknown cache": ([base(cache={"kind": "last_block", "threshold": 0.1})], "stages.0.cache.kind"),
+    "cache that never hits": ([base(cache={"kind": "first_block", "threshold": 0.0})], "stages.0.cache.threshold"),
+    "cache that always hits": ([base(cache={"kind": "first_block", "threshold": 1.0})], "stages.0.cache.threshold"),
+    "unknown key of the cache": (
+        [base(cache={"kind": "first_block", "threshold": 0.1, "warmup": 2})],
+        "stages.0.cache.warmup",
+    ),
+}
+
+
+@pytest.mark.parametrize("stages", VALID)
+def test_valid_plans_are_accepted_and_keep_their_stages(stages: list[dict[str, Any]]) -> None:
+    plan = Plan(stages=stages)
+    assert [stage.name for stage in plan.stages] == [stage["name"] for stage in stages]
+    assert [stage.steps for stage in plan.stages] == [stage["steps"] for stage in stages]
+
+
+@pytest.mark.parametrize(("stages", "message"), INVALID.values(), ids=INVALID)
+def test_invalid_plans_are_refused_by_the_name_of_the_field(stages: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Plan(stages=stages)
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert {error["loc"][:2] for error in caught.value.errors()} <= {(), ("stages",), ("stages", 0)}
+
+
+def test_unknown_key_of_the_plan_is_refused() -> None:
+    with pytest.raises(ValidationError, match="seed"):
+        Plan(stages=[base()], seed=1)
+
+
+def test_presets_and_their_network_evaluations() -> None:
+    assert {name: plan.nfe for name, plan in presets().items()} == {
+        "base": 100,
+        "cached": 100,
+        "distilled": 4,
+        "hybrid": 7,
+    }
+    assert all(plan.name == name for name, plan in presets().items())
+    assert [stage.nfe for stage in presets()["hybrid"].stages] == [4, 1, 2]
+    assert presets()["cached"].stages[0].cache == CacheSpec(kind="first_block", threshold=0.1)
+
+
+def test_which_presets_are_guided() -> None:
+    assert {name for name, plan in presets().items() if plan.guided} == {"base", "cached", "hybrid"}
+
+
+def test_with_guidance_changes_guided_stages_alone() -> None:
+    plan = presets()["hybrid"].with_guidance(7.5)
+    assert plan.name == "hybrid"
+    assert [stage.guidance_scale for stage in plan.stages] == [7.5, 1.0, 1.0]
+    assert plan.with_guidance(4.0) == presets()["hybrid"]
+
+
+def test_guidance_of_one_halves_the_network_evaluations() -> None:
+    plan = presets()["base"].with_guidance(1.0)
+    assert (plan.nfe, plan.guided) == (50, False)
+
+
+def test_with_guidance_refuses_plans_that_would_ignore_it() -> None:
+    with pytest.raises(ValueError, match="guidance_scale has no effect on plan 'distilled'"):
+        presets()["distilled"].with_guidance(4.0)
+
+
+@pytest.mark.parametrize("scale", [0.5, 20.5])
+def test_with_guidance_refuses_a_scale_out_of_range(scale: float) -> None:
+    with pytest.raises(ValueError, match="guidance_scale"):
+        presets()["base"].with_guidance(scale)
+
+
+def test_with_adapters_leaves_a_plan_that_the_model_can_run() -> None:
+    assert presets()["hybrid"].with_adapters({"bridge", "distilled"}) == presets()["hybrid"]
+    assert presets()["base"].with_adapters(set()) == presets()["base"]
+
+
+def test_without_a_trained_bridge_the_distilled_adapter_at_half_strength_stands_in() -> None:
+    before = presets()["hybrid"]
+    after = before.with_adapters({"distilled"})
+    assert (after.stages[1].adapter, after.stages[1].adapter_scale) == ("distilled", 0.5)
+    restored = after.stages[1].model_copy(update={"adapter": "bridge", "adapter_scale": 1.0})
+    assert (after.stages[0], restored, after.stages[2]) == before.stages
+
+
+def test_the_stand_in_for_a_weakened_bridge_is_weakened_too() -> None:
+    plan = Plan(stages=[base(sigma_end=0.9), bridge(sigma_end=0.0, adapter_scale=0.6)])
+    assert plan.with_adapters({"distilled"}).stages[1].adapter_scale == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "available", "message"),
+    [
+        ("distilled", set(), r"stages\[0\].adapter must be one of \[\], not 'distilled'"),
+        ("distilled", {"bridge"}, r"stages\[0\].adapter must be one of \['bridge'\], not 'distilled'"),
+        ("hybrid", {"bridge"}, r"stages\[2\].adapter must be one of \['bridge'\], not 'distilled'"),
+        ("hybrid", set(), r"stages\[1\].adapter must be one of \[\], not 'bridge'"),
+    ],
+)
+def test_a_missing_adapter_that_nothing_can_stand_in_for(preset: str, available: set[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        presets()[preset].with_adapters(available)
+
+
+@pytest.mark.parametrize("name", ["base", "cached", "distilled", "hybrid"])
+def test_json_round_trip(name: str) -> None:
+    plan = presets()[name]
+    again = Plan.model_validate_json(plan.model_dump_json())
+    assert again == plan
+    assert again != plan.model_copy(update={"name": "other"})
+
+
+def test_plans_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        presets()["base"].stages[0].steps = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        presets()["base"].name = "other"
+
+
+def test_guided_means_a_scale_above_one() -> None:
+    assert not StageSpec(**base(guidance_scale=1.0)).guided
+    assert StageSpec(**base(guidance_scale=1.01)).guided

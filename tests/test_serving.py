@@ -1,0 +1,259 @@
+"""The real application over HTTP, started by the command of the README on the small model."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from openai import BadRequestError, NotFoundError, OpenAI
+from PIL import Image
+
+from bench.trace import chrome_trace, most_busy
+from stages.pipeline import Pipeline
+
+ROOT = Path(__file__).parents[1]
+# Ray asks local clients for a token by default; `serve status` below is another process than the server's.
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+DEPLOYMENTS = {"Ingress", "Router", "TextEncoder", "Base", "Bridge", "Distilled", "VAEDecoder"}
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _serve(config: dict[str, Any], directory: Path) -> subprocess.Popen[str]:
+    path = directory / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(path)]
+    log = (directory / "serve.log").open("w")
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    process.wait(timeout=60)
+    subprocess.run([str(Path(sys.executable).with_name("ray")), "stop", "--force"], check=False, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    config["http_options"]["port"] = port = _free_port()
+    directory = tmp_path_factory.mktemp("serve")
+    process = _serve(config, directory)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if httpx.get(f"{address}/readyz", timeout=10).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            time.sleep(1)
+        else:
+            pytest.fail(f"not ready: {(directory / 'serve.log').read_text()[-5000:]}")
+        yield address
+    finally:
+        _stop(process)
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> OpenAI:
+    return OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)
+
+
+def _pixels(image: Any) -> np.ndarray:
+    data = image["b64_json"] if isinstance(image, dict) else image.b64_json
+    return np.asarray(Image.open(BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
+
+
+def test_serve_run_starts_seven_healthy_deployments(url: str) -> None:
+    assert httpx.get(f"{url}/readyz", timeout=10).json() == {"status": "ready"}
+    assert httpx.get(f"{url}/healthz", timeout=10).json() == {"status": "ok"}
+    command = [str(Path(sys.executable).with_name("serve")), "status"]
+    status = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=True)
+    deployments = yaml.safe_load(status.stdout)["applications"]["images"]["deployments"]
+    assert {name: entry["status"] for name, entry in deployments.items()} == dict.fromkeys(DEPLOYMENTS, "HEALTHY")
+
+
+def test_openai_client_gets_four_images_for_four_seeds_and_one_image_twice_for_one_seed(client: OpenAI) -> None:
+    response = client.images.generate(model="scenes", prompt="a shape", n=4, size="128x128", extra_body={"seed": 7})
+    images = [_pixels(image) for image in response.data]
+    assert [image.seed for image in response.data] == [7, 8, 9, 10]
+    assert all(image.shape == (128, 128, 3) for image in images)
+    for index, image in enumerate(images):
+        assert all(np.abs(image - other).mean() > 1 for other in images[index + 1 :])
+    again = client.images.generate(prompt="a shape", size="128x128", extra_body={"seed": 9})
+    assert np.abs(_pixels(again.data[0]) - images[2]).max() <= 1
+
+
+def test_reply_carries_seed_timings_nfe_and_megapixels(client: OpenAI) -> None:
+    response = client.images.generate(prompt="a red star", n=2, size="192x128").model_dump()
+    assert response["plan"] == "hybrid"
+    assert response["nfe"] == 14
+    assert response["megapixels"] == pytest.approx(2 * 192 * 128 / 1e6)
+    for image in response["data"]:
+        stages = [timing["stage"] for timing in image["timings"]]
+        assert stages == ["encode", "base", "bridge", "distilled", "decode"]
+        assert all(timing["seconds"] > 0 for timing in image["timings"])
+        assert image["nfe"] == 7
+        assert _pixels(image).shape == (128, 192, 3)
+    assert response["seed"] == response["data"][0]["seed"]
+
+
+def test_served_image_is_the_one_that_the_stages_make_in_one_process(client: OpenAI, pipeline: Pipeline) -> None:
+    for plan in ("hybrid", "distilled"):
+        extra = {"seed": 3, "plan": plan, "negative_prompt": "blue"}
+        served = client.images.generate(prompt="a striped heart", size="128x128", extra_body=extra)
+        (local,) = pipeline.run(plan, "a striped heart", negative_prompt="blue", seeds=(3,), size="128x128")
+        assert np.abs(_pixels(served.data[0]) - np.asarray(local.image).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(("output_format", "kind"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_output_formats(client: OpenAI, output_format: Any, kind: str) -> None:
+    extra = {"plan": "distilled", "seed": 1}
+    response = client.images.generate(prompt="a ring", output_format=output_format, extra_body=extra)
+    assert Image.open(BytesIO(base64.b64decode(response.data[0].b64_json))).format == kind
+
+
+def test_stream_sends_partial_images_then_the_image(client: OpenAI) -> None:
+    events = list(
+        client.images.generate(prompt="a red star", stream=True, partial_images=2, extra_body={"seed": 5})
+    )
+    assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    whole = client.images.generate(prompt="a red star", extra_body={"seed": 5}).data[0]
+    assert np.abs(_pixels(events[-1]) - _pixels(whole)).max() <= 1
+    assert np.abs(_pixels(events[0]) - _pixels(whole)).mean() > 0.5
+
+
+def test_inline_plan_and_guidance_scale(client: OpenAI) -> None:
+    plan = {
+        "stages": [
+            {"name": "base", "sigma_start": 1, "sigma_end": 0.75, "steps": 2, "guidance_scale": 3},
+            {"name": "distilled", "sigma_start": 0.75, "sigma_end": 0, "steps": 2, "shift": 3, "adapter": "distilled"},
+        ]
+    }
+    response = client.images.generate(prompt="a ring", extra_body={"plan": plan, "guidance_scale": 1})
+    assert response.nfe == 4
+    assert client.images.generate(prompt="a ring", extra_body={"plan": plan}).nfe == 6
+
+
+def test_models_and_plans_are_listed(url: str, client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["scenes"]
+    plans = httpx.get(f"{url}/v1/plans", timeout=10).json()
+    assert {plan["name"]: plan["nfe"] for plan in plans["data"]} == {
+        "base": 100, "cached": 100, "distilled": 4, "hybrid": 7,
+    }  # fmt: skip
+    assert plans["default"] == "hybrid"
+
+
+@pytest.mark.parametrize(
+    ("extra", "param", "code"),
+    [
+        ({"size": "100x100"}, "size", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": 11}, "n", "invalid_value"),
+        ({"seed": -1}, "seed", "invalid_value"),
+        ({"plan": "fastest"}, "plan", "invalid_value"),
+        ({"plan": 3}, "plan", "invalid_value"),
+        ({"plan": {"stages": [{"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": 0}]}}, "plan.stages.0.steps", "invalid_value"),
+        ({"plan": "distilled", "guidance_scale": 3}, "guidance_scale", "invalid_value"),
+        ({"guidance_scale": 99}, "guidance_scale", "invalid_value"),
+        ({"response_format": "url"}, "response_format", "invalid_value"),
+        ({"steps": 4}, "steps", "unknown_parameter"),
+        ({"prompt": ""}, "prompt", "invalid_value"),
+        ({"prompt": "red star " * 200}, "prompt", "prompt_too_long"),
+        ({"partial_images": 2}, "partial_images", "invalid_value"),
+    ],
+)
+def test_bad_input_is_a_400_that_names_the_field(url: str, extra: dict[str, Any], param: str, code: str) -> None:
+    answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a ring", **extra}, timeout=60)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
+    assert (error["param"], error["code"]) == (param, code)
+    assert param.split(".")[-1] in error["message"]
+
+
+def test_openai_client_raises_its_own_errors(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError, match="size must be one of auto, 128x128"):
+        client.images.generate(prompt="a ring", size="100x100")  # type: ignore[arg-type]
+    with pytest.raises(NotFoundError, match="model must be 'scenes'"):
+        client.images.generate(prompt="a ring", model="dall-e-3")
+
+
+def test_missing_prompt_and_unknown_path_have_the_apis_shape(url: str) -> None:
+    missing = httpx.post(f"{url}/v1/images/generations", json={}, timeout=10)
+    assert (missing.status_code, missing.json()["error"]["code"]) == (400, "missing_required_parameter")
+    unknown = httpx.get(f"{url}/v1/nothing", timeout=10)
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_concurrent_requests_keep_several_stages_busy_at_once(url: str) -> None:
+    async def send() -> list[dict[str, Any]]:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as session:
+            bodies = [{"prompt": "a red star", "seed": seed} for seed in range(8)]
+            answers = await asyncio.gather(*(session.post("/v1/images/generations", json=body) for body in bodies))
+        return [image for answer in answers for image in answer.raise_for_status().json()["data"]]
+
+    images = asyncio.run(send())
+    assert len(images) == 8
+    assert most_busy(images) >= 3
+    assert len(chrome_trace(images)["traceEvents"]) == 5 + 8 * 5
+
+
+def test_client_that_goes_away_stops_its_work_within_a_step(url: str) -> None:
+    def seconds_of(plan: str) -> float:
+        start = time.monotonic()
+        httpx.post(f"{url}/v1/images/generations", json={"prompt": "a ring", "plan": plan}, timeout=120)
+        return time.monotonic() - start
+
+    alone, whole = seconds_of("hybrid"), seconds_of("base")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/images/generations", json={"prompt": "a ring", "plan": "base"}, timeout=0.3)
+    # The base replica has one device: were the abandoned 50 steps still running, this would wait for them.
+    assert seconds_of("hybrid") < alone + 0.5 * whole
+
+
+def test_overhead_of_the_router_is_small(url: str) -> None:
+    overheads = []
+    for seed in range(20):
+        body = {"prompt": "a ring", "seed": seed, "size": "64x64"}
+        image = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60).json()["data"][0]
+        worked = sum(timing["seconds"] for timing in image["timings"])
+        overheads.append(image["timings"][-1]["end"] - image["timings"][0]["start"] - worked)
+    print(f"router overhead: median {1000 * sorted(overheads)[10]:.1f} ms")
+    assert sorted(overheads)[10] < 0.03
+
+
+def test_wrong_settings_stop_the_start_and_are_named(tmp_path: Path) -> None:
+    from pydantic import ValidationError
+
+    from deployments.settings import Settings
+
+    with pytest.raises(ValidationError, match="max_imagez"):
+        Settings.model_validate({"model": "configs/scenes.yaml", "max_imagez": 3})
+    with pytest.raises(ValidationError, match=r"(?s)backends.base.*must be one of \['cpu'\], not 'abacus'"):
+        Settings.model_validate({"model": "configs/scenes.yaml", "backends": {"base": "abacus"}})
+    with pytest.raises(ValidationError, match="default_plan must be one of"):
+        Settings.model_validate({"model": "configs/scenes.yaml", "default_plan": "fastest"})
+    bad = tmp_path / "model.yaml"
+    bad.write_text("name: x\nsource: y\nsizes: [100x100]\n")
+    with pytest.raises(ValidationError, match="multiples of 16"):
+        Settings.model_validate({"model": str(bad)})

@@ -1,0 +1,141 @@
+"""Noise levels against diffusers' own schedulers."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
+
+from stages.plan import StageSpec, presets
+from stages.sigmas import shift_time, stage_sigmas
+
+# 64x64, 128x128, 192x128, 256x256, 1024x1024, 1328x1328 and 1664x928 pixels.
+TOKENS = [16, 64, 96, 256, 4096, 6889, 6032]
+
+
+def diffusers_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, tokens: int) -> torch.Tensor:
+    """As `QwenImagePipeline.__call__` sets them."""
+    mu = calculate_shift(
+        tokens,
+        scheduler.config.get("base_image_seq_len", 256),
+        scheduler.config.get("max_image_seq_len", 4096),
+        scheduler.config.get("base_shift", 0.5),
+        scheduler.config.get("max_shift", 1.15),
+    )
+    retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    return scheduler.sigmas
+
+
+def base_stage(steps: int, sigma_start: float = 1.0, sigma_end: float = 0.0) -> StageSpec:
+    return StageSpec(name="base", sigma_start=sigma_start, sigma_end=sigma_end, steps=steps)
+
+
+def distilled_stage(steps: int, sigma_start: float = 1.0, sigma_end: float = 0.0, shift: float = 3.0) -> StageSpec:
+    return StageSpec(
+        name="distilled", sigma_start=sigma_start, sigma_end=sigma_end, steps=steps, shift=shift, adapter="distilled"
+    )
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("steps", [2, 6, 50])
+def test_base_schedule_is_that_of_diffusers(
+    scheduler: FlowMatchEulerDiscreteScheduler, steps: int, tokens: int
+) -> None:
+    assert scheduler.config.shift_terminal == 0.02
+    sigmas = stage_sigmas(base_stage(steps), scheduler, tokens)
+    assert sigmas.dtype == torch.float32
+    torch.testing.assert_close(sigmas, diffusers_sigmas(scheduler, steps, tokens), atol=1e-6, rtol=0)
+    assert float(sigmas[-2]) == pytest.approx(0.02, abs=1e-6)
+
+
+def test_base_schedule_depends_on_the_resolution(scheduler: FlowMatchEulerDiscreteScheduler) -> None:
+    small, large = (stage_sigmas(base_stage(50), scheduler, tokens) for tokens in (64, 6889))
+    assert (large - small)[1:-2].min() > 1e-4
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("tokens", [16, 256, 6889])
+def test_shift_of_three_is_lightnings_schedule(
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    lightning_scheduler: FlowMatchEulerDiscreteScheduler,
+    steps: int,
+    tokens: int,
+) -> None:
+    sigmas = stage_sigmas(distilled_stage(steps), scheduler, tokens)
+    torch.testing.assert_close(sigmas, diffusers_sigmas(lightning_scheduler, steps, tokens), atol=1e-6, rtol=0)
+
+
+def test_distilled_plan_steps_at_the_levels_that_its_comment_promises(
+    scheduler: FlowMatchEulerDiscreteScheduler,
+) -> None:
+    sigmas = stage_sigmas(presets()["distilled"].stages[0], scheduler, 64)
+    assert sigmas.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [64, 6889])
+def test_stages_of_the_hybrid_plan_meet_at_the_hand_over(
+    scheduler: FlowMatchEulerDiscreteScheduler, tokens: int
+) -> None:
+    stages = presets()["hybrid"].stages
+    schedules = [stage_sigmas(stage, scheduler, tokens) for stage in stages]
+    assert [len(sigmas) for sigmas in schedules] == [3, 2, 3]
+    assert schedules[0][0] == 1
+    assert schedules[-1][-1] == 0
+    for (before, after), (stage, _) in zip(pairwise(schedules), pairwise(stages), strict=True):
+        assert before[-1] == after[0] == np.float32(stage.sigma_end)
+    # The stages after the base step where the distilled plan does.
+    assert schedules[1].tolist() == pytest.approx([0.9, 0.75])
+    assert schedules[2].tolist() == pytest.approx([0.75, 0.5, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("done", [1, 3, 6])
+def test_a_schedule_cut_in_two_at_one_of_its_levels_is_the_same_schedule(
+    scheduler: FlowMatchEulerDiscreteScheduler, shift: float, done: int
+) -> None:
+    whole = stage_sigmas(distilled_stage(8, shift=shift), scheduler, 64)
+    level = float(whole[done])
+    first = stage_sigmas(distilled_stage(done, sigma_end=level, shift=shift), scheduler, 64)
+    second = stage_sigmas(distilled_stage(8 - done, sigma_start=level, shift=shift), scheduler, 64)
+    torch.testing.assert_close(torch.cat([first, second[1:]]), whole, atol=1e-6, rtol=0)
+
+
+def test_part_of_the_base_schedule_has_the_base_models_spacing(scheduler: FlowMatchEulerDiscreteScheduler) -> None:
+    config = scheduler.config
+    mu = calculate_shift(64, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+    sigmas = stage_sigmas(base_stage(5, sigma_start=0.95, sigma_end=0.4), scheduler, 64).double()
+    times = 1 / (1 + math.exp(mu) * (1 / sigmas - 1))
+    torch.testing.assert_close(times.diff(), times.diff().mean().expand(5), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mu", [-1.0, 0.0, math.log(3)])
+def test_time_shift_has_its_inverse_and_values_at_the_ends(mu: float) -> None:
+    times = np.linspace(0, 1, 11)
+    sigmas = shift_time(mu, times)
+    assert sigmas[0] == 0.0
+    assert sigmas[-1] == pytest.approx(1.0, abs=1e-15)
+    np.testing.assert_allclose(shift_time(-mu, sigmas), times, atol=1e-12)
+    np.testing.assert_allclose(sigmas[1:], math.exp(mu) / (math.exp(mu) + 1 / times[1:] - 1), atol=1e-12)
+
+
+# Some end below the terminal sigma of 0.02, and some lie below it altogether.
+RANGES = [(1.0, 0.0), (1.0, 0.9), (0.9, 0.75), (0.75, 0.0), (0.5, 0.01), (0.03, 0.0), (0.02, 0.0), (0.01, 0.0)]
+
+
+@pytest.mark.parametrize("shift", ["dynamic", 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize(("sigma_start", "sigma_end"), RANGES)
+def test_every_schedule_falls_strictly_from_start_to_end(
+    scheduler: FlowMatchEulerDiscreteScheduler, sigma_start: float, sigma_end: float, steps: int, shift: str | float
+) -> None:
+    stage = StageSpec(name="base", sigma_start=sigma_start, sigma_end=sigma_end, steps=steps, shift=shift)
+    sigmas = stage_sigmas(stage, scheduler, 64)
+    assert len(sigmas) == steps + 1
+    assert sigmas[0] == np.float32(sigma_start)
+    assert sigmas[-1] == np.float32(sigma_end)
+    assert (sigmas.diff() < 0).all(), sigmas

@@ -1,0 +1,181 @@
+"""Grade a scenes model by what its images show.
+
+`python -m training.evaluate configs/scenes.yaml [--plans base distilled hybrid] [--captions 200] [--batch 25]`
+
+Accuracy: captions name a colour and a shape; the oracle says whether the image has them. Removal: captions name a
+shape alone, and the colour that a seed then draws is given to the same seed as its negative prompt; it counts when
+the new image still has an object and none of that colour. A fifth as many images are drawn for it. Ends with
+status 1 where a rate misses its bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from random import Random
+
+from backends import get_backend
+from stages.model import ModelConfig
+from stages.pipeline import Pipeline
+from stages.plan import presets
+from training.oracle import ObjectReading, Reading, matches, read
+from training.scenes import COLORS, SHAPES
+
+# plan -> field of its report -> least rate.
+BARS: dict[str, dict[str, float]] = {
+    "base": {"both": 0.90},
+    "distilled": {"both": 0.85},
+    "hybrid": {"removal": 0.50},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image: its prompts and its seed."""
+
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """One plan's rates, 0 to 1.
+
+    Attributes:
+        shape, color, both: of the captions, how many images have an object of the shape, of the colour, of both.
+        removal: of `measured` images, how many lost their colour to the negative prompt; None if the plan looks at
+            no negative prompt.
+        measured: images without a negative prompt that have an object, whose colour can be taken away.
+    """
+
+    plan: str
+    captions: int
+    shape: float
+    color: float
+    both: float
+    removal: float | None
+    measured: int
+
+    def misses(self) -> list[str]:
+        """The bars that this report misses, each as a sentence."""
+        rates = {name: getattr(self, name) or 0.0 for name in BARS.get(self.plan, {})}
+        return [
+            f"{self.plan}: {name} is {rate:.3f}, below {BARS[self.plan][name]}"
+            for name, rate in rates.items()
+            if rate < BARS[self.plan][name]
+        ]
+
+
+class Grader:
+    """Runs a plan on cases, batch by batch, and reads the images."""
+
+    def __init__(self, pipeline: Pipeline, plan: str, batch: int) -> None:
+        self._pipeline = pipeline
+        self._plan = plan
+        self._batch = batch
+
+    def grade(self, captions: int) -> Report:
+        """Report on that many captions."""
+        wanted = list(zip(range(captions), _combinations(), strict=False))
+        readings = self._read([Case(_phrase(color, shape), seed) for seed, (color, shape) in wanted])
+        pairs = [(reading, color, shape) for reading, (_, (color, shape)) in zip(readings, wanted, strict=True)]
+        removed = self._remove(-(-captions // 5)) if presets()[self._plan].guided else None
+        return Report(
+            plan=self._plan,
+            captions=captions,
+            shape=_share([any(thing.shape == shape for thing in reading.objects) for reading, _, shape in pairs]),
+            color=_share([_has_color(reading, color) for reading, color, _ in pairs]),
+            both=_share([matches(reading, shape, color) for reading, color, shape in pairs]),
+            removal=None if removed is None else _share(removed),
+            measured=len(removed or ()),
+        )
+
+    def _remove(self, count: int) -> list[bool]:
+        """Whether a negative prompt takes the colour away, for each of `count` images that have one."""
+        free = [Case(_phrase(SHAPES[seed % len(SHAPES)]), seed) for seed in range(count)]
+        drawn = [
+            (case, _main(reading).color)
+            for case, reading in zip(free, self._read(free), strict=True)
+            if reading.objects
+        ]
+        readings = self._read([Case(case.prompt, case.seed, negative_prompt=color) for case, color in drawn])
+        return [
+            bool(reading.objects) and not _has_color(reading, color)
+            for reading, (_, color) in zip(readings, drawn, strict=True)
+        ]
+
+    def _read(self, cases: Sequence[Case]) -> list[Reading]:
+        """Readings in the order of `cases`; those of the same prompts share a batch."""
+        alike: dict[tuple[str, str | None], list[Case]] = {}
+        for case in cases:
+            alike.setdefault((case.prompt, case.negative_prompt), []).append(case)
+        readings: dict[Case, Reading] = {}
+        for (prompt, negative_prompt), group in alike.items():
+            for start in range(0, len(group), self._batch):
+                chunk = group[start : start + self._batch]
+                seeds = tuple(case.seed for case in chunk)
+                results = self._pipeline.run(self._plan, prompt, negative_prompt=negative_prompt, seeds=seeds)
+                readings |= {case: read(result.image) for case, result in zip(chunk, results, strict=True)}
+        return [readings[case] for case in cases]
+
+
+def _combinations() -> Iterator[tuple[str, str]]:
+    """Every colour with every shape, over and over, in an order whose beginning has some of each."""
+    combinations = list(product(COLORS, SHAPES))
+    Random(0).shuffle(combinations)
+    while True:
+        yield from combinations
+
+
+def _phrase(*words: str) -> str:
+    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+
+
+def _main(reading: Reading) -> ObjectReading:
+    """The largest object."""
+    return max(reading.objects, key=lambda thing: thing.radius)
+
+
+def _has_color(reading: Reading, color: str) -> bool:
+    return any(thing.color == color for thing in reading.objects)
+
+
+def _share(outcomes: Sequence[bool]) -> float:
+    return sum(outcomes) / len(outcomes) if outcomes else 0.0
+
+
+def _row(report: Report) -> str:
+    removal = "-" if report.removal is None else f"{report.removal:.3f} of {report.measured}"
+    return f"{report.plan:<12}{report.shape:>8.3f}{report.color:>8.3f}{report.both:>8.3f}  {removal}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="of the model, such as configs/scenes.yaml")
+    parser.add_argument("--plans", nargs="+", default=list(BARS), choices=sorted(presets()), metavar="PLAN")
+    parser.add_argument("--captions", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=25, help="most images at a time")
+    parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports there")
+    arguments = parser.parse_args()
+    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend(arguments.backend))
+    print(f"{'plan':<12}{'shape':>8}{'color':>8}{'both':>8}  removal")
+    reports = []
+    for plan in arguments.plans:
+        reports.append(Grader(pipeline, plan, arguments.batch).grade(arguments.captions))
+        print(_row(reports[-1]), flush=True)
+    misses = [miss for report in reports for miss in report.misses()]
+    if arguments.json:
+        content = {"reports": [asdict(report) for report in reports], "misses": misses}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    sys.exit("\n".join(misses) or None)
+
+
+if __name__ == "__main__":
+    main()
