@@ -28,11 +28,10 @@ Mask = NDArray[np.bool_]
 _SIDE = 128
 _CONTRAST = 22.0  # from the background, in RGB; the lightest pink dot on white has 29
 _DOT_AREA = 24  # larger than a dot, which may look like a hole, and smaller than the hole of a ring
-_SPECK_AREA = 40  # the smallest star has 170
+_SPECK_AREA = 40  # the smallest star has 200
 _CORE_DEPTH = 2  # nearer to the outline, colours mix with the background
 _GRID = 40  # cells along the side of a view
 _REACH = 2.6  # from the centre of a view to its side, in deviations of the outline
-_SQUARE = np.ones((3, 3), dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,10 @@ class Reading:
 
 
 def read(image: Image.Image) -> Reading:
-    """Read an image of any size; the process's first reading takes a second longer."""
+    """Read an image of any size; below 128 pixels plain objects may pass for furry.
+
+    Objects that touch read as one. The process's first reading takes a second longer.
+    """
     scale = _SIDE / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR), dtype=np.float64)
@@ -103,7 +105,7 @@ def _read_object(pixels: Floats, part: Mask) -> ObjectReading:
     color = _color(pixels[part])
     depth = ndimage.distance_transform_cdt(part, "chessboard")
     core = depth > min(_CORE_DEPTH, depth.max() - 1)
-    rows, columns = part.any(axis=1).nonzero()[0], part.any(axis=0).nonzero()[0]
+    rows, columns = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
     return ObjectReading(
         shape=shape,
         color=color,
@@ -120,25 +122,11 @@ def _parts(pixels: Floats, ground: Floats) -> Iterator[Mask]:
     mask = np.linalg.norm(pixels - ground, axis=-1) > _CONTRAST
     holes, _ = ndimage.label(~mask)
     mask |= (np.bincount(holes.ravel()) < _DOT_AREA)[holes]
-    labels, count = ndimage.label(mask, _SQUARE)
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
     for label in range(1, count + 1):
         part = labels == label
         if part.sum() >= _SPECK_AREA:
-            yield from _split(part)
-
-
-def _split(part: Mask) -> Iterator[Mask]:
-    """Objects whose hairs touch, apart; anything else as it is."""
-    cores, count = ndimage.label(ndimage.binary_erosion(part, _SQUARE))
-    large = np.bincount(cores.ravel(), minlength=count + 1) >= _SPECK_AREA
-    large[0] = False
-    if large.sum() < 2:
-        yield part
-        return
-    nearest = ndimage.distance_transform_edt(~large[cores], return_distances=False, return_indices=True)
-    owner = cores[tuple(nearest)]
-    for label in large.nonzero()[0]:
-        yield part & (owner == label)
+            yield part
 
 
 def _view(part: Mask) -> tuple[Floats, float]:
