@@ -1,12 +1,13 @@
 """The application that `serve run serve_config.yaml` builds."""
 
 # Annotations must be evaluated here: Serve looks at `build`'s to parse the config's `args`.
+from ray import serve
 from ray.serve import Application
 
 from deployments.decode import VAEDecoder
 from deployments.denoise import Denoise
 from deployments.encode import TextEncoder
-from deployments.ingress import Ingress
+from deployments.ingress import Ingress, app
 from deployments.router import Router
 from deployments.settings import Settings
 from stages.plan import STAGES
@@ -19,10 +20,11 @@ def build(settings: Settings) -> Application:
     autoscaling in `serve_config.yaml`.
     """
     model, backends = settings.read_model(), settings.backends
+    encoder = serve.deployment(TextEncoder).bind(model, backends.encoder)
     stages = {
-        stage: Denoise.options(name=stage.capitalize()).bind(model, getattr(backends, stage)) for stage in STAGES
+        stage: serve.deployment(Denoise, name=stage.capitalize()).bind(model, getattr(backends, stage))
+        for stage in STAGES
     }
-    router = Router.bind(
-        TextEncoder.bind(model, backends.encoder), stages, VAEDecoder.bind(model, backends.decoder)
-    )
-    return Ingress.bind(settings, router)
+    decoder = serve.deployment(VAEDecoder).bind(model, backends.decoder)
+    router = serve.deployment(Router).bind(encoder, stages, decoder)
+    return serve.deployment(serve.ingress(app)(Ingress)).bind(settings, router)

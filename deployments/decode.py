@@ -7,8 +7,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ray import serve
-
 from backends import get_backend
 from stages.decode import Decoder, ImageFormat, to_file
 from stages.model import ModelConfig
@@ -31,7 +29,6 @@ class DecodedImage:
     spans: tuple[Span, ...]
 
 
-@serve.deployment
 class VAEDecoder:
     """One replica has one device with one thread that uses it, and another thread that writes files."""
 
@@ -44,7 +41,7 @@ class VAEDecoder:
         """Decode a packet's latent, or with `preview` the clean latent that its last step foresaw."""
         loop = asyncio.get_running_loop()
         arrived = LatentPacket.from_bytes(packet)
-        latent = arrived.preview if preview else arrived.latent
+        latent = arrived.latent if not preview or arrived.preview is None else arrived.preview
         start = time.time()
         (image,) = await loop.run_in_executor(self._device, self._decoder.decode, latent[None], arrived.grid)
         data = await loop.run_in_executor(self._files, to_file, image, format, quality)

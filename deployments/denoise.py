@@ -7,8 +7,6 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
-from ray import serve
-
 from backends import get_backend
 from stages.model import ModelConfig
 from stages.packet import LatentPacket
@@ -18,7 +16,6 @@ from stages.stage import Denoiser
 logger = logging.getLogger("ray.serve")
 
 
-@serve.deployment
 class Denoise:
     """One replica has one device, and one thread that uses it."""
 

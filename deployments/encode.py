@@ -6,8 +6,6 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ray import serve
-
 from backends import get_backend
 from stages.encode import Encoder
 from stages.model import ModelConfig
@@ -25,7 +23,6 @@ class ImageRequest:
     negative_prompt: str | None
 
 
-@serve.deployment
 class TextEncoder:
     """One replica has one device, and one thread that uses it."""
 

@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -65,8 +65,6 @@ def _to_api_error(error: BaseException) -> APIError:
     return APIError(500, "internal_error", "the request failed; the server's log has the reason")
 
 
-@serve.deployment
-@serve.ingress(app)
 class Ingress:
     """Checks requests, hands each image to the router, and speaks the OpenAI Images API."""
 
@@ -133,24 +131,30 @@ class Ingress:
             allowed = ", ".join(("auto", *self._model.sizes))
             raise APIError(400, "invalid_value", f"size must be one of {allowed}, not {size!r}", "size")
         plan = self._plan(body)
-        seed = secrets.randbelow(2**32) if body.seed is None else body.seed
+        seed = secrets.randbelow(MAX_SEED - body.n + 2) if body.seed is None else body.seed
         if seed + body.n - 1 > MAX_SEED:
-            raise APIError(400, "invalid_value", f"seed must be at most {MAX_SEED - body.n + 1} for {body.n} images", "seed")
+            raise APIError(
+                400, "invalid_value", f"seed must be at most {MAX_SEED - body.n + 1} for {body.n} images", "seed"
+            )
         request_id = _get_serve_request_context().request_id
         deadline = time.time() + self._settings.request_timeout_s
         negative = (body.negative_prompt or EMPTY_PROMPT) if plan.guided else None
         logger.info(f"{body.n} of {size} by plan {plan.name}, seed {seed}, user {body.user}")
-        return plan, size, [
-            Route(
-                image=ImageRequest(request_id, index, seed + index, size, body.prompt, negative),
-                plan=plan,
-                format=body.output_format,
-                quality=body.output_compression,
-                partial_images=body.partial_images,
-                deadline=deadline,
-            )
-            for index in range(body.n)
-        ]
+        return (
+            plan,
+            size,
+            [
+                Route(
+                    image=ImageRequest(request_id, index, seed + index, size, body.prompt, negative),
+                    plan=plan,
+                    format=body.output_format,
+                    quality=body.output_compression,
+                    partial_images=body.partial_images,
+                    deadline=deadline,
+                )
+                for index in range(body.n)
+            ],
+        )
 
     def _plan(self, body: ImagesRequest) -> Plan:
         if isinstance(body.plan, Plan):
@@ -171,7 +175,7 @@ class Ingress:
         except ValueError as error:
             raise APIError(400, "invalid_value", str(error), "guidance_scale") from error
 
-    async def _events(self, route: Route) -> AsyncIterator[Partial | DecodedImage]:
+    async def _events(self, route: Route) -> AsyncGenerator[Partial | DecodedImage]:
         """The router's; a caller that stops listening, or is cancelled, cancels the work in every stage."""
         events = self._router.generate.remote(route)
         try:

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import ray
-from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.metrics import Counter, Histogram
 
@@ -58,7 +57,6 @@ async def _settle(response: DeploymentResponse, deadline: float) -> ray.ObjectRe
     return reference
 
 
-@serve.deployment
 class Router:
     """Sends images through their plans' stages, many at once, each as soon as the one before it is done.
 

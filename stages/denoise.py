@@ -7,7 +7,7 @@ of different noise levels, guidance and prompt lengths share a forward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -26,7 +26,7 @@ class Row:
         negative_embeds: (length, width), or None without guidance.
         guidance_scale: of classifier-free guidance.
         index: steps done.
-        denoised: the clean latent as the last step foresaw it.
+        denoised: the clean latent as the last step foresaw it, at first the latent itself.
     """
 
     latent: torch.Tensor
@@ -36,7 +36,10 @@ class Row:
     negative_embeds: torch.Tensor | None = None
     guidance_scale: float = 1.0
     index: int = 0
-    denoised: torch.Tensor | None = None
+    denoised: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.denoised = self.latent
 
     @property
     def sigma(self) -> float:
@@ -99,23 +102,21 @@ def step(transformer: QwenImageTransformer2DModel, rows: Sequence[Row], *, cache
         sigmas = torch.tensor([row.sigma for row in evaluated])
         return predict_velocity(transformer, latents, sigmas, embeds, rows[0].grid)
 
-    guided = [row for row in rows if row.negative_embeds is not None]
-    positive_embeds = [row.prompt_embeds for row in rows]
-    negative_embeds = [row.negative_embeds for row in guided]
+    negative_embeds = {i: row.negative_embeds for i, row in enumerate(rows) if row.negative_embeds is not None}
+    guided = [rows[i] for i in negative_embeds]
+    embeds = [row.prompt_embeds for row in rows]
     if cached:
         with transformer.cache_context("cond"):
-            positives = evaluate(rows, positive_embeds)
+            velocities = list(evaluate(rows, embeds))
         if guided:
             with transformer.cache_context("uncond"):
-                negatives = evaluate(guided, negative_embeds)
+                velocities += evaluate(guided, list(negative_embeds.values()))
     else:
-        velocities = evaluate([*rows, *guided], positive_embeds + negative_embeds)
-        positives, negatives = velocities[: len(rows)], velocities[len(rows) :]
+        velocities = list(evaluate([*rows, *guided], [*embeds, *negative_embeds.values()]))
 
-    negative_of = dict(zip(map(id, guided), negatives, strict=True)) if guided else {}
-    for row, velocity in zip(rows, positives, strict=True):
-        if id(row) in negative_of:
-            velocity = guide(velocity, negative_of[id(row)], row.guidance_scale)
+    for i, negative in zip(negative_embeds, velocities[len(rows) :], strict=True):
+        velocities[i] = guide(velocities[i], negative, rows[i].guidance_scale)
+    for row, velocity in zip(rows, velocities, strict=False):
         sigma, after = row.sigmas[row.index], row.sigmas[row.index + 1]
         row.denoised = row.latent - sigma * velocity
         row.latent = row.latent + (after - sigma) * velocity

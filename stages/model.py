@@ -152,7 +152,5 @@ def load_scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
 
 def load_vae(config: ModelConfig, backend: Backend) -> AutoencoderKLQwenImage:
     """The autoencoder, ready for single images."""
-    vae = AutoencoderKLQwenImage.from_pretrained(
-        config.source, subfolder="vae", torch_dtype=config.dtype_on(backend)
-    )
+    vae = AutoencoderKLQwenImage.from_pretrained(config.source, subfolder="vae", torch_dtype=config.dtype_on(backend))
     return convolve_images(backend.place(vae))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from diffusers import QwenImagePipeline
 
-MAX_SEED = 2**63 - 1
+# PyTorch's CPU generator looks at no more bits than these: larger seeds would repeat smaller ones' images.
+MAX_SEED = 2**32 - 1
 
 
 def draw_noise(seed: int, channels: int, height: int, width: int) -> torch.Tensor:

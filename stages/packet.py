@@ -11,6 +11,7 @@ import json
 import struct
 import zlib
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -117,6 +118,7 @@ class LatentPacket:
             tensors = load_tensors(bytes(body[_LENGTH.size + length :]))
             header["grid"] = tuple(header["grid"])
             header["spans"] = tuple(Span(**span) for span in header["spans"])
-            return cls(**header, **tensors)
+            fields: dict[str, Any] = {**header, **tensors}
+            return cls(**fields)
         except (struct.error, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise PacketError(f"latent packet has another layout than version {VERSION}: {error}") from error

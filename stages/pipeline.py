@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,20 @@ from stages.model import ModelConfig
 from stages.packet import Span
 from stages.plan import Plan, presets
 from stages.stage import Denoiser
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """An image to make.
+
+    Attributes:
+        seed: 0 to `MAX_SEED`.
+        negative_prompt: what to steer away from; plans without guidance do not look at it.
+    """
+
+    prompt: str
+    seed: int = 0
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,15 +60,17 @@ class Pipeline:
         prompt: str,
         *,
         negative_prompt: str | None = None,
-        seeds: tuple[int, ...] = (0,),
+        seeds: Sequence[int] = (0,),
         size: str | None = None,
     ) -> list[Result]:
-        """One image for each seed.
+        """One image of `prompt` for each seed; see `run_batch`."""
+        return self.run_batch(plan, [Prompted(prompt, seed, negative_prompt) for seed in seeds], size)
+
+    def run_batch(self, plan: Plan | str, images: Sequence[Prompted], size: str | None = None) -> list[Result]:
+        """Images of any prompts in one batch.
 
         Args:
             plan: or the name of a preset.
-            negative_prompt: what to steer away from; plans without guidance do not look at it.
-            seeds: 0 to `MAX_SEED`.
             size: one of the config's, by default the first.
 
         Raises:
@@ -64,16 +81,22 @@ class Pipeline:
         size = size or self.config.sizes[0]
         if size not in self.config.sizes:
             raise ValueError(f"size must be one of {list(self.config.sizes)}, not {size!r}")
-        negative = (negative_prompt or EMPTY_PROMPT) if plan.guided else None
         packets = [
-            self.encoder.begin("local", index, seed, size, prompt, negative) for index, seed in enumerate(seeds)
+            self.encoder.begin(
+                "local",
+                index,
+                image.seed,
+                size,
+                image.prompt,
+                (image.negative_prompt or EMPTY_PROMPT) if plan.guided else None,
+            )
+            for index, image in enumerate(images)
         ]
         for _ in plan.stages:
             packets = self.denoiser.denoise(packets, plan)
         start = time.time()
-        images = self.decoder.decode(torch.stack([packet.latent for packet in packets]), packets[0].grid)
-        decoded = Span("decode", start, time.time())
+        decoded = self.decoder.decode(torch.stack([packet.latent for packet in packets]), packets[0].grid)
+        span = Span("decode", start, time.time())
         return [
-            Result(image, packet.seed, (*packet.spans, decoded))
-            for image, packet in zip(images, packets, strict=True)
+            Result(image, packet.seed, (*packet.spans, span)) for image, packet in zip(decoded, packets, strict=True)
         ]

@@ -38,8 +38,8 @@ def stage_sigmas(stage: StageSpec, scheduler: FlowMatchEulerDiscreteScheduler, t
         terminal = config.shift_terminal if stage.sigma_end == 0.0 else None
     else:
         mu = math.log(stage.shift)
-    ends = shift_time(-mu, np.array([stage.sigma_start, stage.sigma_end]))
-    sigmas = shift_time(mu, np.linspace(*ends, stage.steps + 1))
+    first, last = shift_time(-mu, np.array([stage.sigma_start, stage.sigma_end]))
+    sigmas = shift_time(mu, np.linspace(first, last, stage.steps + 1))
     sigmas[0], sigmas[-1] = stage.sigma_start, stage.sigma_end
     if terminal and stage.steps > 1 and stage.sigma_start > terminal:
         stretch = (stage.sigma_start - terminal) / (stage.sigma_start - sigmas[-2])

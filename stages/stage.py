@@ -51,12 +51,15 @@ class Denoiser:
 
         Raises:
             Cancelled: `cancelled` said so.
-            ValueError: a packet arrives at another noise level than the stage starts from.
+            ValueError: a packet arrives at another noise level than the stage starts from or without the negative
+                prompt that a guided stage needs, or grids differ.
         """
         stage = plan.stages[packets[0].position]
         for packet in packets:
             if packet.sigma != stage.sigma_start:
                 raise ValueError(f"packet at sigma {packet.sigma} cannot enter {stage.name} at {stage.sigma_start}")
+            if packet.grid != packets[0].grid:
+                raise ValueError(f"packets of grids {packets[0].grid} and {packet.grid} cannot share a batch")
         guided_after = any(later.guided for later in plan.stages[packets[0].position + 1 :])
         # A cache decides for a whole forward pass, so that rows which share one would depend on each other; and it
         # remembers, so that every image needs a fresh one.
@@ -81,7 +84,7 @@ class Denoiser:
                 sigmas=sigmas,
                 grid=packet.grid,
                 prompt_embeds=packet.prompt_embeds.to(device),
-                negative_embeds=packet.negative_embeds.to(device) if stage.guided else None,
+                negative_embeds=_negative_embeds(packet).to(device) if stage.guided else None,
                 guidance_scale=stage.guidance_scale,
             )
             for packet in packets
@@ -136,3 +139,9 @@ class Denoiser:
             yield
         finally:
             self._transformer.disable_cache()
+
+
+def _negative_embeds(packet: LatentPacket) -> torch.Tensor:
+    if packet.negative_embeds is None:
+        raise ValueError(f"image {packet.image_index} of {packet.request_id} has no negative prompt to be guided by")
+    return packet.negative_embeds

@@ -133,9 +133,7 @@ def test_output_formats(client: OpenAI, output_format: Any, kind: str) -> None:
 
 
 def test_stream_sends_partial_images_then_the_image(client: OpenAI) -> None:
-    events = list(
-        client.images.generate(prompt="a red star", stream=True, partial_images=2, extra_body={"seed": 5})
-    )
+    events = list(client.images.generate(prompt="a red star", stream=True, partial_images=2, extra_body={"seed": 5}))
     assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
     assert [event.partial_image_index for event in events[:2]] == [0, 1]
     whole = client.images.generate(prompt="a red star", extra_body={"seed": 5}).data[0]
@@ -173,7 +171,11 @@ def test_models_and_plans_are_listed(url: str, client: OpenAI) -> None:
         ({"seed": -1}, "seed", "invalid_value"),
         ({"plan": "fastest"}, "plan", "invalid_value"),
         ({"plan": 3}, "plan", "invalid_value"),
-        ({"plan": {"stages": [{"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": 0}]}}, "plan.stages.0.steps", "invalid_value"),
+        (
+            {"plan": {"stages": [{"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": 0}]}},
+            "plan.stages.0.steps",
+            "invalid_value",
+        ),
         ({"plan": "distilled", "guidance_scale": 3}, "guidance_scale", "invalid_value"),
         ({"guidance_scale": 99}, "guidance_scale", "invalid_value"),
         ({"response_format": "url"}, "response_format", "invalid_value"),

@@ -79,7 +79,9 @@ def main() -> None:
     def sample(path: Path) -> None:
         ema.store(model.parameters())
         ema.copy_to(model.parameters())
-        sample_grid(pipeline, [StageSpec(name="base", steps=25, guidance_scale=4.0, sigma_start=1.0, sigma_end=0.0)], path)
+        sample_grid(
+            pipeline, [StageSpec(name="base", steps=25, guidance_scale=4.0, sigma_start=1.0, sigma_end=0.0)], path
+        )
         pipeline.save_pretrained(arguments.run / "pipeline")
         ema.restore(model.parameters())
 

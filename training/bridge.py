@@ -1,6 +1,6 @@
 """Train the bridge: a LoRA that carries a latent from the base stage to where the distilled stage expects it.
 
-`python -m training.bridge training/scenes.yaml PIPELINE_DIRECTORY TRAJECTORY_DIRECTORY DISTILLED_LORA_DIRECTORY RUN_DIRECTORY`
+`python -m training.bridge training/scenes.yaml PIPELINE TRAJECTORIES DISTILLED_LORA RUN`, all four directories
 
 A hybrid plan's base stage takes few, large steps and so ends beside the model's true trajectory. The teacher's
 trajectories say where it should be: from the same noise and prompt, the bridge's input is what the coarse base

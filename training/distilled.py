@@ -47,16 +47,16 @@ def main() -> None:
     student = add_lora(transformer, "distilled", config["rank"])
     critic = add_lora(transformer, "critic", config["rank"])
     student_optimizer = torch.optim.AdamW(student, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    critic_optimizer = torch.optim.AdamW(
-        critic, lr=config["critic_learning_rate"], betas=(0.0, 0.99), weight_decay=0.0
-    )
+    critic_optimizer = torch.optim.AdamW(critic, lr=config["critic_learning_rate"], betas=(0.0, 0.99), weight_decay=0.0)
     transformer, student_optimizer, critic_optimizer, scheduler = accelerator.prepare(
         transformer, student_optimizer, critic_optimizer, one_cycle(student_optimizer, schedule)
     )
     prompts = Prompts(pipeline, Path(config["prompts"]) if config["prompts"] else None)
     (negative,) = prompts.embed([EMPTY_PROMPT])
     taught = Trajectories.load(arguments.trajectories)
-    plan = StageSpec(name="distilled", sigma_start=1.0, sigma_end=0.0, steps=4, shift=config["shift"], adapter="distilled")
+    plan = StageSpec(
+        name="distilled", sigma_start=1.0, sigma_end=0.0, steps=4, shift=config["shift"], adapter="distilled"
+    )
 
     def advance(loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         accelerator.backward(loss)
@@ -91,7 +91,9 @@ def main() -> None:
             return drawn.to(accelerator.device)
 
         # The student's own way to one of its steps, and the clean latent that it foresees there.
-        sigmas = stage_sigmas(plan.model_copy(update={"steps": rng.choice(config["steps"])}), pipeline.scheduler, tokens)
+        sigmas = stage_sigmas(
+            plan.model_copy(update={"steps": rng.choice(config["steps"])}), pipeline.scheduler, tokens
+        )
         index = rng.randrange(len(sigmas) - 1)
         with accelerator.autocast(), active(transformer, "distilled"):
             walk = conditional(transformer, embeds, grid)

@@ -21,10 +21,10 @@ from random import Random
 
 from backends import get_backend
 from stages.model import ModelConfig
-from stages.pipeline import Pipeline
+from stages.pipeline import Pipeline, Prompted
 from stages.plan import presets
 from training.oracle import ObjectReading, Reading, matches, read
-from training.scenes import COLORS, SHAPES
+from training.scenes import COLORS, SHAPES, with_article
 
 # plan -> field of its report -> least rate.
 BARS: dict[str, dict[str, float]] = {
@@ -32,15 +32,6 @@ BARS: dict[str, dict[str, float]] = {
     "distilled": {"both": 0.85},
     "hybrid": {"removal": 0.50},
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One image: its prompts and its seed."""
-
-    prompt: str
-    seed: int
-    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class Grader:
     def grade(self, captions: int) -> Report:
         """Report on that many captions."""
         wanted = list(zip(range(captions), _combinations(), strict=False))
-        readings = self._read([Case(_phrase(color, shape), seed) for seed, (color, shape) in wanted])
+        readings = self._read([Prompted(_phrase(color, shape), seed) for seed, (color, shape) in wanted])
         pairs = [(reading, color, shape) for reading, (_, (color, shape)) in zip(readings, wanted, strict=True)]
         removed = self._remove(-(-captions // 5)) if presets()[self._plan].guided else None
         return Report(
@@ -98,31 +89,25 @@ class Grader:
 
     def _remove(self, count: int) -> list[bool]:
         """Whether a negative prompt takes the colour away, for each of `count` images that have one."""
-        free = [Case(_phrase(SHAPES[seed % len(SHAPES)]), seed) for seed in range(count)]
+        free = [Prompted(_phrase(SHAPES[seed % len(SHAPES)]), seed) for seed in range(count)]
         drawn = [
             (case, _main(reading).color)
             for case, reading in zip(free, self._read(free), strict=True)
             if reading.objects
         ]
-        readings = self._read([Case(case.prompt, case.seed, negative_prompt=color) for case, color in drawn])
+        readings = self._read([Prompted(case.prompt, case.seed, negative_prompt=color) for case, color in drawn])
         return [
             bool(reading.objects) and not _has_color(reading, color)
             for reading, (_, color) in zip(readings, drawn, strict=True)
         ]
 
-    def _read(self, cases: Sequence[Case]) -> list[Reading]:
-        """Readings in the order of `cases`; those of the same prompts share a batch."""
-        alike: dict[tuple[str, str | None], list[Case]] = {}
-        for case in cases:
-            alike.setdefault((case.prompt, case.negative_prompt), []).append(case)
-        readings: dict[Case, Reading] = {}
-        for (prompt, negative_prompt), group in alike.items():
-            for start in range(0, len(group), self._batch):
-                chunk = group[start : start + self._batch]
-                seeds = tuple(case.seed for case in chunk)
-                results = self._pipeline.run(self._plan, prompt, negative_prompt=negative_prompt, seeds=seeds)
-                readings |= {case: read(result.image) for case, result in zip(chunk, results, strict=True)}
-        return [readings[case] for case in cases]
+    def _read(self, cases: Sequence[Prompted]) -> list[Reading]:
+        """Readings in the order of `cases`."""
+        readings = []
+        for start in range(0, len(cases), self._batch):
+            results = self._pipeline.run_batch(self._plan, cases[start : start + self._batch])
+            readings += [read(result.image) for result in results]
+        return readings
 
 
 def _combinations() -> Iterator[tuple[str, str]]:
@@ -134,7 +119,7 @@ def _combinations() -> Iterator[tuple[str, str]]:
 
 
 def _phrase(*words: str) -> str:
-    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+    return with_article(" ".join(words))
 
 
 def _main(reading: Reading) -> ObjectReading:
@@ -161,10 +146,9 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=list(BARS), choices=sorted(presets()), metavar="PLAN")
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--batch", type=int, default=25, help="most images at a time")
-    parser.add_argument("--backend", default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports there")
     arguments = parser.parse_args()
-    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend(arguments.backend))
+    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"))
     print(f"{'plan':<12}{'shape':>8}{'color':>8}{'both':>8}  removal")
     reports = []
     for plan in arguments.plans:

@@ -85,7 +85,9 @@ def build_pipeline(config: dict[str, Any], vae: AutoencoderKLQwenImage) -> QwenI
         shift_terminal=0.02,
         use_dynamic_shifting=True,
     )
-    transformer = QwenImageTransformer2DModel(joint_attention_dim=config["text"]["hidden_size"], **config["transformer"])
+    transformer = QwenImageTransformer2DModel(
+        joint_attention_dim=config["text"]["hidden_size"], **config["transformer"]
+    )
     return QwenImagePipeline(scheduler, vae, text_encoder, tokenizer, transformer)
 
 

@@ -54,11 +54,18 @@ def read_config(path: Path, section: str) -> dict[str, Any]:
     return config[section]
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, schedule: Schedule, warmup: float = 0.05) -> torch.optim.lr_scheduler.LRScheduler:
+def one_cycle(
+    optimizer: torch.optim.Optimizer, schedule: Schedule, warmup: float = 0.05
+) -> torch.optim.lr_scheduler.LRScheduler:
     """Linear warm-up over a share `warmup` of the steps, then a cosine to a hundredth of the peak."""
     rates = [group["lr"] for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rates, total_steps=schedule.steps + 1, pct_start=warmup, final_div_factor=100 / 25, cycle_momentum=False
+        optimizer,
+        rates,
+        total_steps=schedule.steps + 1,
+        pct_start=warmup,
+        final_div_factor=100 / 25,
+        cycle_momentum=False,
     )
 
 

@@ -64,7 +64,8 @@ def make_optimizers(model: nn.Module, schedule: Schedule, exclude: tuple[str, ..
     `schedule.learning_rate` is AdamW's; Muon's updates are orthogonal matrices, for which 20 times that is usual.
     Embeddings and the layers between a model and the outside belong in `exclude`.
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             chosen = parameter.ndim == 2 and not any(part in name for part in exclude)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def guided(
 
     def velocity(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         predicted = predict_velocity(transformer, latents.repeat(2, 1, 1), sigma.repeat(2), both, grid)
-        return guide(*predicted.chunk(2), scale)
+        positive, negative_velocity = predicted.chunk(2)
+        return guide(positive, negative_velocity, scale)
 
     return velocity
 
@@ -50,7 +52,7 @@ def guided(
 def integrate(velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor) -> list[torch.Tensor]:
     """Euler's method along `sigmas` (steps + 1,): the latents at each of them, the first included."""
     trail = [latents]
-    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, after in itertools.pairwise(sigmas):
         level = sigma.expand(len(latents)).to(latents.device)
         trail.append(trail[-1] + (after - sigma) * velocity(trail[-1], level))
     return trail

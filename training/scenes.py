@@ -60,7 +60,10 @@ def _regular(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
     radii = (1.0,) if inner == 1.0 else (1.0, inner)
     count = corners * len(radii)
     return [
-        (radii[k % len(radii)] * math.sin(2 * math.pi * k / count), -radii[k % len(radii)] * math.cos(2 * math.pi * k / count))
+        (
+            radii[k % len(radii)] * math.sin(2 * math.pi * k / count),
+            -radii[k % len(radii)] * math.cos(2 * math.pi * k / count),
+        )
         for k in range(count)
     ]
 
@@ -147,7 +150,9 @@ def sample_scene(rng: Random, count: int | None = None) -> Scene:
         centres = [(0.5 + 0.48 * dx, 0.5 + 0.48 * dy), (0.5 - 0.48 * dx, 0.5 - 0.48 * dy)]
     else:
         centres = rng.sample(_QUADRANTS, 3)
-    return Scene(tuple(_sample_object(rng, x, y) for x, y in centres), rng.choice(list(BACKGROUNDS)), position, relation)
+    return Scene(
+        tuple(_sample_object(rng, x, y) for x, y in centres), rng.choice(list(BACKGROUNDS)), position, relation
+    )
 
 
 def _sample_object(rng: Random, x: float, y: float) -> SceneObject:
@@ -198,11 +203,11 @@ def _dotted(layer: Image.Image, mask: Image.Image, color: RGB, unit: float, rng:
 def _furry(layer: Image.Image, mask: Image.Image, color: RGB, unit: float, rng: Random) -> Image.Image:
     """Hairs of lighter and darker shades inside the outline and across it."""
     draw, outline = ImageDraw.Draw(layer), ImageDraw.Draw(mask)
-    inside, hairs = mask.copy().load(), []
+    inside, hairs = mask.copy(), []
     centre, length, width = layer.width / 2, 0.035 * unit, max(1, round(0.007 * unit))
     for _ in range(round(0.006 * layer.width * layer.height / (unit / 512) ** 2)):
         x, y = rng.uniform(0, layer.width - 1), rng.uniform(0, layer.height - 1)
-        if not inside[x, y]:
+        if not inside.getpixel((int(x), int(y))):
             continue
         angle = math.atan2(y - centre, x - centre) + rng.uniform(-0.6, 0.6)
         hairs.append((x, y, x + length * math.cos(angle), y + length * math.sin(angle)))
@@ -234,7 +239,8 @@ def render(scene: Scene, rng: Random, width: int = 128, height: int = 128) -> Im
     return canvas.reduce(scale)
 
 
-def _article(phrase: str) -> str:
+def with_article(phrase: str) -> str:
+    """`phrase` after "a" or "an"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
@@ -245,7 +251,7 @@ def _describe(thing: SceneObject, rng: Random) -> str:
         thing.color if rng.random() < 0.7 else "",
         thing.shape if rng.random() < 0.8 else "shape",
     ]
-    return _article(" ".join(word for word in words if word))
+    return with_article(" ".join(word for word in words if word))
 
 
 def caption(scene: Scene, rng: Random) -> str:

@@ -9,6 +9,7 @@ large steps of a hybrid plan's base stage back onto it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def teacher_sigmas(
 ) -> tuple[torch.Tensor, list[int]]:
     """A schedule of about `steps` in all that passes every level, and the index of each level in it."""
     parts, marks = [torch.tensor([levels[0]])], [0]
-    for start, end in zip(levels, levels[1:], strict=False):
+    for start, end in itertools.pairwise(levels):
         share = max(1, round(steps * (start - end)))
         stage = StageSpec(name="base", sigma_start=start, sigma_end=end, steps=share)
         parts.append(stage_sigmas(stage, scheduler, tokens)[1:])
@@ -87,7 +88,8 @@ def main() -> None:
     tokens = grid[0] * grid[1]
     sigmas, marks = teacher_sigmas(pipeline.scheduler, config["levels"], config["steps"], tokens)
     rng, generator = Random(config["seed"]), torch.Generator().manual_seed(config["seed"])
-    texts, latents = [], []
+    texts: list[str] = []
+    latents: list[torch.Tensor] = []
     while len(texts) < config["count"]:
         batch = prompts.draw(rng, config["batch_size"])
         noise = torch.randn(len(batch), tokens, pipeline.transformer.config.in_channels, generator=generator)
