@@ -7,7 +7,7 @@ from ray.serve import Application
 from deployments.decode import VAEDecoder
 from deployments.denoise import Denoise
 from deployments.encode import TextEncoder
-from deployments.ingress import Ingress, app
+from deployments.ingress import Ingress
 from deployments.router import Router
 from deployments.settings import Settings
 from stages.plan import STAGES
@@ -27,4 +27,4 @@ def build(settings: Settings) -> Application:
     }
     decoder = serve.deployment(VAEDecoder).bind(model, backends.decoder)
     router = serve.deployment(Router).bind(encoder, stages, decoder)
-    return serve.deployment(serve.ingress(app)(Ingress)).bind(settings, router)
+    return serve.deployment(Ingress).bind(settings, router)

@@ -65,6 +65,7 @@ def _to_api_error(error: BaseException) -> APIError:
     return APIError(500, "internal_error", "the request failed; the server's log has the reason")
 
 
+@serve.ingress(app)
 class Ingress:
     """Checks requests, hands each image to the router, and speaks the OpenAI Images API."""
 

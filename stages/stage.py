@@ -29,6 +29,7 @@ class Denoiser:
         self._transformer = load_transformer(config, backend)
         self._scheduler = load_scheduler(config)
         self._backend = backend
+        self._active: tuple[str | None, float] = (None, 1.0)
         self._full_evaluations = 0
         # The last block's attention runs in a full evaluation, not in one that a cache cut short.
         self._transformer.transformer_blocks[-1].attn.register_forward_hook(self._count_full_evaluation)
@@ -65,10 +66,10 @@ class Denoiser:
         # remembers, so that every image needs a fresh one.
         batches = [[packet] for packet in packets] if stage.cache else [packets]
         done = []
-        with self._adapter(stage):
-            for batch in batches:
-                with self._cache(stage):
-                    done += self._run(batch, stage, preview, cancelled)
+        self._activate(stage.adapter, stage.adapter_scale)
+        for batch in batches:
+            with self._cache(stage):
+                done += self._run(batch, stage, preview, cancelled)
         return done if guided_after else [replace(packet, negative_embeds=None) for packet in done]
 
     def _run(
@@ -117,17 +118,16 @@ class Denoiser:
     def _count_full_evaluation(self, module: object, inputs: object, output: object) -> None:
         self._full_evaluations += 1
 
-    @contextmanager
-    def _adapter(self, stage: StageSpec) -> Iterator[None]:
-        if stage.adapter is None:
-            yield
+    def _activate(self, adapter: str | None, scale: float) -> None:
+        """Switch to `adapter`, or to none. It takes longer than a small model's step, so only when it must be."""
+        if (adapter, scale) == self._active:
             return
-        self._transformer.set_adapters(stage.adapter, stage.adapter_scale)
-        self._transformer.enable_lora()
-        try:
-            yield
-        finally:
+        if adapter is None:
             self._transformer.disable_lora()
+        else:
+            self._transformer.set_adapters(adapter, scale)
+            self._transformer.enable_lora()
+        self._active = (adapter, scale)
 
     @contextmanager
     def _cache(self, stage: StageSpec) -> Iterator[None]:
