@@ -1,0 +1,105 @@
+"""The data set, the loop, and the checkpoint that they made."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import (
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from training.loop import Schedule, one_cycle, read_config, train
+from training.scenes import caption, examples, sample_scene
+
+CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "scenes"
+
+
+def test_scenes_are_the_same_for_the_same_seed() -> None:
+    first, again, other = (list(islice(examples(seed), 5)) for seed in (3, 3, 4))
+    assert [(image.tobytes(), text) for image, text in first] == [(image.tobytes(), text) for image, text in again]
+    assert [text for _, text in first] != [text for _, text in other]
+
+
+def test_captions_leave_attributes_unsaid_and_some_are_empty() -> None:
+    rng = Random(0)
+    scenes = [sample_scene(rng, count=1) for _ in range(4000)]
+    captions = [caption(scene, rng) for scene in scenes]
+    empty = sum(not text.strip() for text in captions) / len(captions)
+    named = sum(scene.objects[0].color in text for scene, text in zip(scenes, captions, strict=True)) / len(captions)
+    assert 0.10 <= empty <= 0.15
+    assert 0.5 <= named <= 0.7
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [4, 7])
+def test_interrupted_training_resumes_to_the_same_weights(tmp_path: Path, stop_at: int) -> None:
+    schedule = Schedule(steps=9, batch_size=4, learning_rate=0.1, save_every=2)
+
+    def run(directory: Path, stop: int | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        accelerator = Accelerator(cpu=True)
+        model = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate)
+        model, optimizer, scheduler = accelerator.prepare(model, optimizer, one_cycle(optimizer, schedule))
+
+        def step(index: int) -> dict[str, torch.Tensor]:
+            if index == stop:
+                raise _Stop
+            inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(index))
+            loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            return {"loss": loss.detach()}
+
+        train(accelerator, directory, schedule, step, lambda path: None)
+        return model.weight.detach().clone()
+
+    whole = run(tmp_path / "whole", None)
+    with pytest.raises(_Stop):
+        run(tmp_path / "parts", stop_at)
+    assert torch.equal(run(tmp_path / "parts", None), whole)
+
+
+def test_config_without_the_section_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("base: {}\n")
+    with pytest.raises(KeyError, match=r"no section 'bridge'; it has \['base'\]"):
+        read_config(config, "bridge")
+
+
+def test_checkpoint_is_a_small_pipeline_of_the_production_classes_for_plain_diffusers() -> None:
+    pipeline = DiffusionPipeline.from_pretrained(CHECKPOINT)
+    assert type(pipeline) is QwenImagePipeline
+    assert type(pipeline.transformer) is QwenImageTransformer2DModel
+    assert type(pipeline.vae) is AutoencoderKLQwenImage
+    assert type(pipeline.text_encoder) is Qwen2_5_VLForConditionalGeneration
+    assert type(pipeline.tokenizer) is Qwen2Tokenizer
+    assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+    for name in ("distilled", "bridge"):
+        pipeline.load_lora_weights(CHECKPOINT / "loras" / name, adapter_name=name)
+    assert set(pipeline.get_list_adapters()["transformer"]) == {"distilled", "bridge"}
+    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) < 40e6
+
+
+def test_pipelines_template_is_the_34_tokens_that_diffusers_drops() -> None:
+    pipeline = DiffusionPipeline.from_pretrained(CHECKPOINT)
+    template = pipeline.prompt_template_encode.partition("{}")[0]
+    assert len(pipeline.tokenizer(template).input_ids) == pipeline.prompt_template_encode_start_idx
+    vocabulary = json.loads((CHECKPOINT / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert "\u0120star" in vocabulary  # a word is one token
