@@ -12,12 +12,11 @@ from random import Random
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import QwenImagePipeline
 from diffusers.training_utils import EMAModel
 
 from stages.plan import StageSpec
 from training.data import SceneBatches, SizeShare
-from training.loop import Schedule, one_cycle, read_config, train
+from training.loop import Schedule, load_pipeline, one_cycle, read_config, train
 from training.optimize import make_optimizers
 from training.sampling import sample_grid
 
@@ -40,7 +39,7 @@ def main() -> None:
     schedule = Schedule(**config["schedule"])
     set_seed(schedule.seed)
     accelerator = Accelerator(mixed_precision="bf16")
-    pipeline = QwenImagePipeline.from_pretrained(arguments.pipeline)
+    pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     batches = SceneBatches(pipeline.vae, [SizeShare(**size) for size in config["sizes"]], arguments.run, schedule.seed)
 
     model = torch.nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder.model})

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import QwenImagePipeline
 
 from stages.encode import EMPTY_PROMPT
 from stages.model import PIXELS_PER_TOKEN
@@ -27,7 +26,7 @@ from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
 from training.adapters import active, add_lora, save_lora
 from training.base import draw_sigmas
-from training.loop import Schedule, one_cycle, read_config, train
+from training.loop import Schedule, load_pipeline, one_cycle, read_config, train
 from training.prompts import Prompts
 from training.sampling import conditional, guided, integrate, sample_grid
 from training.trajectories import Trajectories
@@ -42,7 +41,7 @@ def main() -> None:
     schedule = Schedule(**config["schedule"])
     set_seed(schedule.seed)
     accelerator = Accelerator(mixed_precision="bf16")
-    pipeline = QwenImagePipeline.from_pretrained(arguments.pipeline).to(accelerator.device)
+    pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     transformer = pipeline.transformer.requires_grad_(False)
     student = add_lora(transformer, "distilled", config["rank"])
     critic = add_lora(transformer, "critic", config["rank"])

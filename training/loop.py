@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from diffusers import QwenImagePipeline
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ def read_config(path: Path, section: str) -> dict[str, Any]:
     if section not in config:
         raise KeyError(f"{path} has no section {section!r}; it has {sorted(config)}")
     return config[section]
+
+
+def load_pipeline(directory: Path, device: torch.device) -> QwenImagePipeline:
+    """A pipeline in float32 to train parts of."""
+    pipeline = QwenImagePipeline.from_pretrained(directory).to(device)
+    if device.type == "cpu":
+        # Measured on the small model, on two cores: a step takes 0.50 s with it, 0.66 s with the flash kernel.
+        pipeline.transformer.set_attention_backend("_native_math")
+    return pipeline
 
 
 def one_cycle(

@@ -18,14 +18,14 @@ from typing import Self
 
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from stages.encode import EMPTY_PROMPT
 from stages.model import PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
-from training.loop import read_config
+from training.loop import load_pipeline, read_config
 from training.prompts import Prompts
 from training.sampling import guided, integrate
 
@@ -81,7 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = read_config(arguments.config, "trajectories")
     accelerator = Accelerator(mixed_precision="bf16")
-    pipeline = QwenImagePipeline.from_pretrained(arguments.pipeline).to(accelerator.device)
+    pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     prompts = Prompts(pipeline, Path(config["prompts"]) if config["prompts"] else None)
     (negative,) = prompts.embed([EMPTY_PROMPT])
     grid = (config["height"] // PIXELS_PER_TOKEN, config["width"] // PIXELS_PER_TOKEN)
