@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from random import Random
 
@@ -16,7 +15,7 @@ from diffusers.training_utils import EMAModel
 
 from stages.plan import StageSpec
 from training.data import SceneBatches, SizeShare
-from training.loop import Schedule, load_pipeline, one_cycle, read_config, train
+from training.loop import Schedule, load_pipeline, one_cycle, parse_arguments, read_config, train
 from training.optimize import make_optimizers
 from training.sampling import sample_grid
 
@@ -30,11 +29,7 @@ def draw_sigmas(count: int, mean: float, deviation: float, generator: torch.Gene
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("pipeline", type=Path)
-    parser.add_argument("run", type=Path)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, "pipeline", "run")
     config = read_config(arguments.config, "base")
     schedule = Schedule(**config["schedule"])
     set_seed(schedule.seed)

@@ -10,7 +10,6 @@ so that the seed's composition, and with it the base model's diversity and guida
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from random import Random
 
@@ -23,17 +22,14 @@ from stages.encode import EMPTY_PROMPT
 from stages.plan import presets
 from stages.sigmas import stage_sigmas
 from training.adapters import active, add_lora, save_lora
-from training.loop import Schedule, load_pipeline, one_cycle, read_config, train
+from training.loop import Schedule, load_pipeline, one_cycle, parse_arguments, read_config, train
 from training.prompts import Prompts
 from training.sampling import conditional, guided, integrate, sample_grid
 from training.trajectories import Trajectories
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("config", "pipeline", "trajectories", "distilled", "run"):
-        parser.add_argument(name, type=Path)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, "pipeline", "trajectories", "distilled", "run")
     config = read_config(arguments.config, "bridge")
     schedule = Schedule(**config["schedule"])
     set_seed(schedule.seed)

@@ -11,7 +11,6 @@ on the latents that it will meet. Student and critic are two LoRAs on the one se
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from random import Random
 
@@ -26,17 +25,14 @@ from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
 from training.adapters import active, add_lora, save_lora
 from training.base import draw_sigmas
-from training.loop import Schedule, load_pipeline, one_cycle, read_config, train
+from training.loop import Schedule, load_pipeline, one_cycle, parse_arguments, read_config, train
 from training.prompts import Prompts
 from training.sampling import conditional, guided, integrate, sample_grid
 from training.trajectories import Trajectories
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("config", "pipeline", "trajectories", "run"):
-        parser.add_argument(name, type=Path)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, "pipeline", "trajectories", "run")
     config = read_config(arguments.config, "distilled")
     schedule = Schedule(**config["schedule"])
     set_seed(schedule.seed)

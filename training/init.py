@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
@@ -21,7 +19,7 @@ from diffusers import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from training.loop import read_config
+from training.loop import parse_arguments, read_config
 from training.scenes import examples
 
 _CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -92,11 +90,7 @@ def build_pipeline(config: dict[str, Any], vae: AutoencoderKLQwenImage) -> QwenI
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("vae", type=Path)
-    parser.add_argument("output", type=Path)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, "vae", "output")
     config = read_config(arguments.config, "model")
     set_seed(config["seed"])
     pipeline = build_pipeline(config, AutoencoderKLQwenImage.from_pretrained(arguments.vae))

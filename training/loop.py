@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -45,6 +46,14 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step = state["step"]
+
+
+def parse_arguments(description: str | None, *directories: str) -> argparse.Namespace:
+    """A command's arguments: `config`, then these directories, all as paths."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("config", *directories):
+        parser.add_argument(name, type=Path)
+    return parser.parse_args()
 
 
 def read_config(path: Path, section: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ large steps of a hybrid plan's base stage back onto it.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from stages.encode import EMPTY_PROMPT
 from stages.model import PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
-from training.loop import load_pipeline, read_config
+from training.loop import load_pipeline, parse_arguments, read_config
 from training.prompts import Prompts
 from training.sampling import guided, integrate
 
@@ -74,11 +73,7 @@ def teacher_sigmas(
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("pipeline", type=Path)
-    parser.add_argument("run", type=Path)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, "pipeline", "run")
     config = read_config(arguments.config, "trajectories")
     accelerator = Accelerator(mixed_precision="bf16")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -16,7 +15,7 @@ from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
 from stages.vae import convolve_images
-from training.loop import Schedule, one_cycle, read_config, train
+from training.loop import Schedule, one_cycle, parse_arguments, read_config, train
 from training.optimize import flatten_kernels, make_optimizers, restore_kernels
 from training.scenes import Scene, examples, render, sample_scene
 
@@ -81,10 +80,7 @@ def measure_latents(vae: AutoencoderKLQwenImage, seed: int, count: int = 256) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("run", type=Path)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, "run")
     config = read_config(arguments.config, "vae")
     schedule = Schedule(**config["schedule"])
     set_seed(schedule.seed)
