@@ -28,10 +28,6 @@ class Backend(ABC):
         """Where modules and their inputs live."""
 
     @abstractmethod
-    def ray_resources(self) -> dict[str, float]:
-        """Resources that a replica with one device asks Ray for, as keys of `ray_actor_options`."""
-
-    @abstractmethod
     def synchronise(self) -> None:
         """Wait until everything queued on the device has run, so that a clock read afterwards is right."""
 

@@ -19,8 +19,5 @@ class CPUBackend(Backend):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def ray_resources(self) -> dict[str, float]:
-        return {"num_cpus": 1}
-
     def synchronise(self) -> None:
         """Nothing is queued: every operation has run when it returns."""
