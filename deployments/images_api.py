@@ -24,7 +24,8 @@ _PlanOrName = Annotated[
     Annotated[str, Tag("name")] | Annotated[Plan, Tag("inline")],
     Discriminator(lambda value: "name" if isinstance(value, str) else "inline"),
 ]
-_NOT_FIELDS = {"body", "name", "inline", "float"}  # parts of pydantic's locations that clients did not write
+# Parts of pydantic's locations that clients did not write.
+_NOT_FIELDS = {"body", "name", "inline", "float", "first_block", "taylorseer"}
 
 
 class ImagesRequest(BaseModel):

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers import QwenImageTransformer2DModel
-from torch.nn.utils.rnn import pad_sequence
+
+from stages.caches import StepCache
+from stages.network import predict_velocity, predict_velocity_cached
 
 
 @dataclass
@@ -25,7 +27,9 @@ class Row:
         prompt_embeds: (length, width), without padding.
         negative_embeds: (length, width), or None without guidance.
         guidance_scale: of classifier-free guidance.
+        cache, negative_cache: what the two evaluations of a step remember of the steps before, if anything.
         index: steps done.
+        nfe: network evaluations so far; what a cache skipped is not counted.
         denoised: the clean latent as the last step foresaw it, at first the latent itself.
     """
 
@@ -35,7 +39,10 @@ class Row:
     prompt_embeds: torch.Tensor
     negative_embeds: torch.Tensor | None = None
     guidance_scale: float = 1.0
+    cache: StepCache | None = None
+    negative_cache: StepCache | None = None
     index: int = 0
+    nfe: float = 0.0
     denoised: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,64 +66,32 @@ def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch
     return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 
 
-def predict_velocity(
-    transformer: QwenImageTransformer2DModel,
-    latents: torch.Tensor,
-    sigmas: torch.Tensor,
-    embeds: Sequence[torch.Tensor],
-    grid: tuple[int, int],
-) -> torch.Tensor:
-    """One forward pass: velocities (batch, tokens, channels) in float32.
-
-    Args:
-        latents: (batch, tokens, channels).
-        sigmas: (batch,), each row's noise level, which is also its timestep.
-        embeds: prompt embeddings (length, width) a row; lengths may differ.
-        grid: rows and columns of tokens, the same for all.
-    """
-    lengths = torch.tensor([len(embed) for embed in embeds])
-    mask = None
-    if lengths.min() != lengths.max():
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(latents.device)
-    velocity = transformer(
-        hidden_states=latents.to(transformer.dtype),
-        timestep=sigmas.to(latents.device, transformer.dtype),
-        encoder_hidden_states=pad_sequence(list(embeds), batch_first=True).to(latents.device, transformer.dtype),
-        encoder_hidden_states_mask=mask,
-        img_shapes=[[(1, *grid)]] * len(latents),
-        return_dict=False,
-    )[0]
-    return velocity.float()
-
-
 @torch.inference_mode()
-def step(transformer: QwenImageTransformer2DModel, rows: Sequence[Row], *, cached: bool = False) -> None:
+def step(transformer: QwenImageTransformer2DModel, rows: Sequence[Row]) -> None:
     """Advance every row by one Euler step of its own, in place: x' = x + (sigma' - sigma) v.
 
-    Rows must share a grid. Guided rows are evaluated twice, with the prompt and with the negative one: in one
-    forward pass, or, for a transformer with a cache (`cached`), in one pass for each of its contexts.
+    Rows must share a grid. Guided rows are evaluated twice in the one forward pass, with the prompt and with the
+    negative one.
     """
-
-    def evaluate(evaluated: Sequence[Row], embeds: Sequence[torch.Tensor]) -> torch.Tensor:
-        latents = torch.stack([row.latent for row in evaluated])
-        sigmas = torch.tensor([row.sigma for row in evaluated])
-        return predict_velocity(transformer, latents, sigmas, embeds, rows[0].grid)
-
-    negative_embeds = {i: row.negative_embeds for i, row in enumerate(rows) if row.negative_embeds is not None}
-    guided = [rows[i] for i in negative_embeds]
+    guided = [row for row in rows if row.negative_embeds is not None]
+    evaluated = [*rows, *guided]
+    latents = torch.stack([row.latent for row in evaluated])
+    sigmas = torch.tensor([row.sigma for row in evaluated])
     embeds = [row.prompt_embeds for row in rows]
-    if cached:
-        with transformer.cache_context("cond"):
-            velocities = list(evaluate(rows, embeds))
-        if guided:
-            with transformer.cache_context("uncond"):
-                velocities += evaluate(guided, list(negative_embeds.values()))
+    embeds += [row.negative_embeds for row in rows if row.negative_embeds is not None]
+    caches = [*(row.cache for row in rows), *(row.negative_cache for row in guided)]
+    if any(caches):
+        velocities, costs = predict_velocity_cached(transformer, latents, sigmas, embeds, rows[0].grid, caches)
     else:
-        velocities = list(evaluate([*rows, *guided], [*embeds, *negative_embeds.values()]))
+        velocities = predict_velocity(transformer, latents, sigmas, embeds, rows[0].grid)
+        costs = [1.0] * len(evaluated)
+    for row, cost in zip(evaluated, costs, strict=True):
+        row.nfe += cost
 
-    for i, negative in zip(negative_embeds, velocities[len(rows) :], strict=True):
-        velocities[i] = guide(velocities[i], negative, rows[i].guidance_scale)
+    negatives = iter(velocities[len(rows) :])
     for row, velocity in zip(rows, velocities, strict=False):
+        if row.negative_embeds is not None:
+            velocity = guide(velocity, next(negatives), row.guidance_scale)
         sigma, after = row.sigmas[row.index], row.sigmas[row.index + 1]
         row.denoised = row.latent - sigma * velocity
         row.latent = row.latent + (after - sigma) * velocity

@@ -19,18 +19,37 @@ UNTRAINED_BRIDGE_SCALE = 0.5
 Sigma = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class CacheSpec(BaseModel):
-    """Reuse of the later blocks' output between steps.
+class FirstBlockSpec(BaseModel):
+    """First-Block Cache: the blocks after the first keep their contribution while the first one's changes little.
 
     Attributes:
-        kind: `first_block`: keep it while the first block's residual changes little.
-        threshold: largest relative change of that residual at which the other blocks are skipped.
+        threshold: largest relative change of the first block's residual at which the others are skipped.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["first_block"]
+    kind: Literal["first_block"] = "first_block"
     threshold: Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class TaylorSeerSpec(BaseModel):
+    """TaylorSeer: one evaluation in `interval` steps, the velocity between them extrapolated.
+
+    Attributes:
+        interval: steps from one evaluation to the next.
+        warmup: first steps, all of them evaluated.
+        order: of the extrapolation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["taylorseer"] = "taylorseer"
+    interval: Annotated[int, Field(ge=2, le=50)]
+    warmup: Annotated[int, Field(ge=1, le=100)] = 3
+    order: Annotated[int, Field(ge=0, le=4)] = 1
+
+
+CacheSpec = Annotated[FirstBlockSpec | TaylorSeerSpec, Field(discriminator="kind")]
 
 
 class StageSpec(BaseModel):

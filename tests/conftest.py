@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import AdaLayerNormContinuous
 from torch.nn.modules.module import register_module_forward_hook
 
 from backends import Backend, get_backend
@@ -107,15 +108,15 @@ def diffusers_distilled(config: ModelConfig, lightning_scheduler: FlowMatchEuler
 
 @pytest.fixture
 def blocks_run() -> Iterator[list[int]]:
-    """A list that grows by one number for each forward pass of any transformer: how many of its blocks ran."""
+    """A list that grows by one number for each forward pass of any transformer: how many rows its blocks saw."""
     passes: list[int] = []
     attentions = 0
 
     def observe(module: torch.nn.Module, inputs: object, output: object) -> None:
         nonlocal attentions
         if isinstance(module, Attention):
-            attentions += 1
-        elif isinstance(module, QwenImageTransformer2DModel):
+            attentions += len(output[0])
+        elif isinstance(module, AdaLayerNormContinuous):  # after the blocks
             passes.append(attentions)
             attentions = 0
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from backends import Backend
 from stages.decode import Decoder
-from stages.denoise import predict_velocity
 from stages.encode import Encoder
 from stages.model import AdapterSource, ModelConfig, load_adapters, load_transformer
+from stages.network import predict_velocity
 from stages.packet import LatentPacket
 from stages.plan import presets
 from stages.stage import Denoiser

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stages.plan import CacheSpec, Plan, StageSpec, presets
+from stages.plan import FirstBlockSpec, Plan, StageSpec, presets
 
 
 def base(**changes: Any) -> dict[str, Any]:
@@ -90,12 +90,25 @@ INVALID = {
     "shift of zero": ([base(shift=0.0)], "stages.0.shift"),
     "negative strength": ([distilled(adapter_scale=-0.1)], "stages.0.adapter_scale"),
     "too strong": ([distilled(adapter_scale=2.1)], "stages.0.adapter_scale"),
-    "unknown cache": ([base(cache={"kind": "last_block", "threshold": 0.1})], "stages.0.cache.kind"),
-    "cache that never hits": ([base(cache={"kind": "first_block", "threshold": 0.0})], "stages.0.cache.threshold"),
-    "cache that always hits": ([base(cache={"kind": "first_block", "threshold": 1.0})], "stages.0.cache.threshold"),
+    "unknown cache": (
+        [base(cache={"kind": "last_block", "threshold": 0.1})],
+        "stages.0.cache\n.*'first_block', 'taylorseer'",
+    ),
+    "cache that never hits": (
+        [base(cache={"kind": "first_block", "threshold": 0.0})],
+        "stages.0.cache.first_block.threshold",
+    ),
+    "cache that always hits": (
+        [base(cache={"kind": "first_block", "threshold": 1.0})],
+        "stages.0.cache.first_block.threshold",
+    ),
+    "cache that evaluates every step": (
+        [base(cache={"kind": "taylorseer", "interval": 1})],
+        "stages.0.cache.taylorseer.interval",
+    ),
     "unknown key of the cache": (
         [base(cache={"kind": "first_block", "threshold": 0.1, "warmup": 2})],
-        "stages.0.cache.warmup",
+        "stages.0.cache.first_block.warmup",
     ),
 }
 
@@ -129,7 +142,7 @@ def test_presets_and_their_network_evaluations() -> None:
     }
     assert all(plan.name == name for name, plan in presets().items())
     assert [stage.nfe for stage in presets()["hybrid"].stages] == [4, 1, 2]
-    assert presets()["cached"].stages[0].cache == CacheSpec(kind="first_block", threshold=0.1)
+    assert presets()["cached"].stages[0].cache == FirstBlockSpec(threshold=0.1)
 
 
 def test_which_presets_are_guided() -> None:

@@ -1,4 +1,4 @@
-"""Train transformer and text encoder by flow matching.
+"""Train transformer and text encoder by flow matching, with a head that names what is where.
 
 `python -m training.base training/scenes.yaml PIPELINE_DIRECTORY RUN_DIRECTORY`
 """
@@ -9,18 +9,44 @@ from pathlib import Path
 from random import Random
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from diffusers import QwenImageTransformer2DModel
 from diffusers.training_utils import EMAModel
 
 from stages.plan import StageSpec
-from training.data import SceneBatches, SizeShare
+from training.data import LABELS, NO_OBJECT, SceneBatches, SizeShare
 from training.loop import Schedule, load_pipeline, one_cycle, parse_arguments, read_config, train
 from training.optimize import make_optimizers
 from training.sampling import sample_grid
 
 # Not for Muon: they face outward, or (modulation) cost it more than they gain.
-OUTER_LAYERS = ("embed_tokens", "img_in", "txt_in", "proj_out", "norm_out", "time_text_embed", "_mod.")
+OUTER_LAYERS = ("embed_tokens", "img_in", "txt_in", "proj_out", "norm_out", "time_text_embed", "_mod.", "head.")
+
+
+class ObjectHead(torch.nn.Module):
+    """Reads object attributes from the image tokens of an inner block; thrown away after the training.
+
+    Representation alignment (REPA, arXiv 2410.06940), with the scenes' true attributes in place of another
+    network's features: the flow-matching loss alone, most of which is background, teaches shapes last.
+    """
+
+    def __init__(self, transformer: QwenImageTransformer2DModel, depth: int) -> None:
+        super().__init__()
+        self.read = torch.nn.Linear(transformer.inner_dim, sum(LABELS.values()))
+        transformer.transformer_blocks[depth - 1].register_forward_hook(self._keep)
+
+    def _keep(self, block: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._tokens = output[1]
+
+    def loss(self, labels: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of the last forward pass with `labels` (B, tokens, 3), over the tokens with an object."""
+        labels = labels.to(self._tokens.device)
+        shown = labels[..., 0] != NO_OBJECT
+        logits = self.read(self._tokens[shown]).float().split(list(LABELS.values()), dim=-1)
+        losses = [F.cross_entropy(part, truth) for part, truth in zip(logits, labels[shown].T, strict=True)]
+        return torch.stack(losses).sum()
 
 
 def draw_sigmas(count: int, mean: float, deviation: float, generator: torch.Generator) -> torch.Tensor:
@@ -38,37 +64,41 @@ def main() -> None:
     batches = SceneBatches(pipeline.vae, [SizeShare(**size) for size in config["sizes"]], arguments.run, schedule.seed)
 
     model = torch.nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder.model})
-    optimizers = make_optimizers(model, schedule, exclude=OUTER_LAYERS)
+    head = ObjectHead(pipeline.transformer, config["head_depth"])
+    trained = torch.nn.ModuleDict({"model": model, "head": head})
+    optimizers = make_optimizers(trained, schedule, exclude=OUTER_LAYERS)
     schedulers = [one_cycle(optimizer, schedule) for optimizer in optimizers]
     ema = EMAModel(model.parameters(), decay=config["ema_decay"], use_ema_warmup=True, foreach=True)
-    model, *movers = accelerator.prepare(model, *optimizers, *schedulers)
+    trained, *movers = accelerator.prepare(trained, *optimizers, *schedulers)
     accelerator.register_for_checkpointing(ema)
 
     def step(index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{schedule.seed} {index}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        clean, captions, shape = batches.draw(rng, schedule.batch_size * config["tokens"])
+        batch = batches.draw(rng, schedule.batch_size * config["tokens"])
+        clean = batch.latents
         noise = torch.randn(clean.shape, generator=generator)
         sigma = draw_sigmas(len(clean), config["sigma_mean"], config["sigma_deviation"], generator)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
         with accelerator.autocast():
-            embeds, mask = pipeline.encode_prompt(captions, device=accelerator.device)
+            embeds, mask = pipeline.encode_prompt(batch.captions, device=accelerator.device)
             velocity = model["transformer"](
                 hidden_states=noisy.to(accelerator.device),
                 timestep=sigma.to(accelerator.device),
                 encoder_hidden_states=embeds,
                 encoder_hidden_states_mask=mask,
-                img_shapes=[[shape]] * len(clean),
+                img_shapes=[[batch.shape]] * len(clean),
                 return_dict=False,
             )[0]
+            naming = head.loss(batch.labels)
         loss = (velocity.float() - (noise - clean).to(accelerator.device)).square().mean()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        accelerator.backward(loss + config["head_weight"] * naming)
+        norm = accelerator.clip_grad_norm_(trained.parameters(), 1.0)
         for mover in movers:
             mover.step()
-        model.zero_grad()
+        trained.zero_grad()
         ema.step(model.parameters())
-        return {"loss": loss.detach(), "norm": norm}
+        return {"loss": loss.detach(), "naming": naming.detach(), "norm": norm}
 
     def sample(path: Path) -> None:
         ema.store(model.parameters())

@@ -10,9 +10,10 @@ import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
 from stages.decode import decode_latents
-from stages.denoise import guide, predict_velocity
+from stages.denoise import guide
 from stages.encode import EMPTY_PROMPT
 from stages.model import PIXELS_PER_TOKEN
+from stages.network import predict_velocity
 from stages.noise import draw_noise
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
