@@ -1,57 +1,89 @@
-"""Draw the same prompts and seeds by several plans, side by side.
-
-`python -m bench.grid configs/scenes.yaml bench/grid.png`
-"""
+"""The same prompts and seeds by several plans, side by side."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from backends import get_backend
 from stages.model import ModelConfig
-from stages.pipeline import Pipeline
+from stages.pipeline import Pipeline, Prompted
+from stages.plan import Plan, presets
 
 PROMPTS = ("a large star", "a furry heart on a white background", "a red circle left of a blue square")
-MARGIN = 4
-LABEL = 16
+_MARGIN = 12
+_LABEL = 16
 
 
-def draw_grid(pipeline: Pipeline, plans: Sequence[str], prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
-    """Prompts down, plans across, and within a plan one column a seed."""
-    drawn = {
-        (prompt, plan): [result.image for result in pipeline.run(plan, prompt, seeds=seeds)]
-        for prompt in prompts
-        for plan in plans
+def draw_grid(pipeline: Pipeline, plans: Mapping[str, Plan], rows: Mapping[str, Sequence[Prompted]]) -> Image.Image:
+    """Rows by their labels down, plans across, and within a plan a row's images, which are as many in each row."""
+    cells = {
+        (label, name): [result.image for result in pipeline.run_batch(plan, prompted)]
+        for label, prompted in rows.items()
+        for name, plan in plans.items()
     }
-    width, height = drawn[prompts[0], plans[0]][0].size
-    block = len(seeds) * width + 3 * MARGIN
-    sheet = Image.new("RGB", (len(plans) * block, LABEL + len(prompts) * (height + LABEL)), "white")
+    first = next(iter(cells.values()))
+    width, height = first[0].size
+    block = len(first) * width + _MARGIN
+    sheet = Image.new("RGB", (len(plans) * block - _MARGIN, _LABEL + len(rows) * (height + _LABEL)), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, plan in enumerate(plans):
-        pen.text((column * block + MARGIN, 2), plan, fill="black")
-    for row, prompt in enumerate(prompts):
-        top = LABEL + row * (height + LABEL)
-        pen.text((MARGIN, top + 2), prompt, fill="black")
-        for column, plan in enumerate(plans):
-            for place, image in enumerate(drawn[prompt, plan]):
-                sheet.paste(image, (column * block + place * width, top + LABEL))
+    for column, name in enumerate(plans):
+        pen.text((column * block, 2), name, fill="black")
+    for row, label in enumerate(rows):
+        top = _LABEL + row * (height + _LABEL)
+        pen.text((0, top + 2), label, fill="black")
+        for column, name in enumerate(plans):
+            for place, image in enumerate(cells[label, name]):
+                sheet.paste(image, (column * block + place * width, top + _LABEL))
     return sheet
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def draw_figures(pipeline: Pipeline, plans: Mapping[str, Plan], output: Path) -> dict[str, Path]:
+    """Write the quality report's pictures to the directory `output`; caption -> file."""
+    figures = {
+        "Prompts and seeds": (
+            "prompts.webp",
+            {
+                prompt: [Prompted(prompt, seed) for seed in range(3)]
+                for prompt in (*PROMPTS, "a small moon and a cross")
+            },
+        ),
+        "Diversity: one prompt, many seeds": (
+            "diversity.webp",
+            {
+                f"a heart, seeds from {first}": [Prompted("a heart", first + i) for i in range(4)]
+                for first in (0, 4, 8, 12)
+            },
+        ),
+        "Negative prompts": (
+            "negative.webp",
+            {
+                f"a star{f', negative prompt {negative}' if negative else ''}": [
+                    Prompted("a star", seed, negative) for seed in range(4)
+                ]
+                for negative in (None, "striped", "beige background", "furry, plain")
+            },
+        ),
+    }
+    written = {}
+    for caption, (name, rows) in figures.items():
+        written[caption] = output / name
+        draw_grid(pipeline, plans, rows).save(written[caption], quality=80)
+    return written
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--plans", nargs="+", default=["base", "distilled", "hybrid"])
+    parser.add_argument("--plans", nargs="+", choices=list(presets()), default=["base", "distilled", "hybrid"])
     parser.add_argument("--seeds", type=int, default=4)
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
     pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"))
-    draw_grid(pipeline, arguments.plans, PROMPTS, range(arguments.seeds)).save(arguments.output)
-
-
-if __name__ == "__main__":
-    main()
+    plans = {name: presets()[name] for name in arguments.plans}
+    rows = {prompt: [Prompted(prompt, seed) for seed in range(arguments.seeds)] for prompt in PROMPTS}
+    draw_grid(pipeline, plans, rows).save(arguments.output)

@@ -1,0 +1,174 @@
+"""What the quality bench draws: prompts and seeds, fixed in a file, with what is known of a good answer.
+
+`python -m bench.cases bench/cases` writes the files of the scenes model: a dev split to tune plans on and a test
+split that is only reported. They share no prompt's seed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from stages.pipeline import Prompted
+from training.scenes import BACKGROUNDS, COLORS, FILLS, RELATIONS, SHAPES, SIZES, caption, sample_scene, with_article
+
+# What a reading of one object can be asked for, with the values in the renderer's distribution, all equally likely.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "shape": SHAPES,
+    "color": tuple(COLORS),
+    "size": tuple(SIZES),
+    "fill": FILLS,
+    "background": tuple(BACKGROUNDS),
+}
+Attribute = Literal["shape", "color", "size", "fill", "background"]
+
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Prompted):
+    """An image of which nothing else is known."""
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named(Plain):
+    """Whose prompt names shape and colour of one object, or of two and their relation."""
+
+    first: tuple[str, str]
+    relation: str | None = None
+    second: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open(Plain):
+    """Whose prompt leaves attributes open; drawn from `seeds` seeds, the first of them `seed`."""
+
+    open: tuple[Attribute, ...]
+    seeds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Negated(Plain):
+    """Whose negative prompt names a value of an attribute, which images without it sometimes have."""
+
+    shape: str
+    attribute: Attribute
+    value: str
+
+
+class Cases(BaseModel):
+    """A split. A model that no oracle can read gets `plain` prompts alone.
+
+    Attributes:
+        accuracy: graded by the oracle.
+        diversity: whose seeds are compared with each other.
+        plain: as the model's users would write them, for distances between distributions of images.
+        texture: of furry objects.
+        negative: drawn twice, with and without the negative prompt.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    accuracy: tuple[Named, ...] = ()
+    diversity: tuple[Open, ...] = ()
+    plain: Annotated[tuple[Plain, ...], Field(min_length=1)]
+    texture: tuple[Plain, ...] = ()
+    negative: tuple[Negated, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises pydantic.ValidationError, which names the key that is wrong."""
+        return cls(**yaml.safe_load(path.read_text()))
+
+    def part(self, share: int) -> Cases:
+        """Every `share`-th case of each kind, for a quick look; open cases also lose seeds, down to 16."""
+        kept = {name: getattr(self, name)[::share] for name in type(self).model_fields}
+        kept["diversity"] = tuple(replace(case, seeds=max(16, case.seeds // share)) for case in kept["diversity"])
+        return self.model_copy(update=kept)
+
+
+def scene_cases(split: int) -> Cases:
+    """Cases for the scenes model; another `split` has other prompts and seeds."""
+    rng = Random(f"cases {split}")
+    seeds = iter(range(1_000_000 * split, 1_000_000 * (split + 1)))
+
+    def thing() -> tuple[str, str]:
+        return rng.choice(SHAPES), rng.choice(list(COLORS))
+
+    def phrase(named: tuple[str, str]) -> str:
+        return with_article(f"{named[1]} {named[0]}")
+
+    accuracy = []
+    for index in range(300):
+        first, second = thing(), thing()
+        if index < 200:
+            accuracy.append(Named(prompt=phrase(first), seed=next(seeds), first=first))
+        else:
+            relation = rng.choice(list(RELATIONS))
+            text = f"{phrase(first)} {relation} {phrase(second)}"
+            accuracy.append(Named(prompt=text, seed=next(seeds), first=first, relation=relation, second=second))
+
+    diversity, per_prompt = [], 64
+    for shape in SHAPES:
+        text = with_article(shape)
+        open_: tuple[Attribute, ...] = ("color", "size", "fill", "background")
+        if rng.random() < 0.5:
+            text, open_ = f"{text} on a {rng.choice(list(BACKGROUNDS))} background", open_[:-1]
+        diversity.append(Open(prompt=text, seed=next(seeds), open=open_, seeds=per_prompt))
+        seeds = iter(range(next(seeds) + per_prompt, 1_000_000 * (split + 1)))
+    for color in rng.sample(list(COLORS), 4):
+        text = with_article(f"{color} shape")
+        diversity.append(
+            Open(prompt=text, seed=next(seeds), open=("shape", "size", "fill", "background"), seeds=per_prompt)
+        )
+        seeds = iter(range(next(seeds) + per_prompt, 1_000_000 * (split + 1)))
+
+    negative = []
+    for index in range(100):
+        attribute: Attribute = ("fill", "background", "fill", "color")[index % 4]
+        value = rng.choice([value for value in ATTRIBUTES[attribute] if value != "plain"])
+        shape = SHAPES[index % len(SHAPES)]
+        text = f"{value} background" if attribute == "background" else value
+        for _ in range(4):
+            negative.append(
+                Negated(
+                    prompt=with_article(shape),
+                    seed=next(seeds),
+                    shape=shape,
+                    negative_prompt=text,
+                    attribute=attribute,
+                    value=value,
+                )
+            )
+    return Cases(
+        accuracy=tuple(accuracy),
+        diversity=tuple(diversity),
+        plain=tuple(Plain(prompt=caption(sample_scene(rng), rng), seed=next(seeds)) for _ in range(600)),
+        texture=tuple(
+            Plain(prompt=with_article(f"large furry {rng.choice(list(COLORS))} square"), seed=next(seeds))
+            for _ in range(64)
+        ),
+        negative=tuple(negative),
+    )
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
+    for split, name in enumerate(("dev", "test")):
+        content = scene_cases(split).model_dump(mode="json", exclude_none=True)
+        text = yaml.safe_dump(content, sort_keys=False, width=1000, default_flow_style=None)
+        (directory / f"scenes-{name}.yaml").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

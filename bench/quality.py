@@ -1,0 +1,243 @@
+"""Base, caches, distilled and hybrid on the same prompts and seeds: diversity, quality, negative prompts and cost.
+
+Every figure's definition is in `bench.metrics`; what is drawn is in a file of cases, and by which plans in
+`bench/methods.yaml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from backends import get_backend
+from bench import metrics
+from bench.cases import ATTRIBUTES, Cases, Named, Negated, Open
+from bench.embedding import embed
+from bench.grid import draw_figures
+from bench.machine import machine_name
+from bench.metrics import share
+from bench.report import Measured, summary, write_report
+from stages.model import ModelConfig
+from stages.pipeline import Pipeline, Prompted, Result
+from stages.plan import Plan, presets
+from training.oracle import ObjectReading, Reading, holds, matches, read
+from training.scenes import COLORS, SIZES, Scene, SceneObject, render, sample_scene
+
+METHODS = Path(__file__).parent / "methods.yaml"
+_SWEEP_SHARE = 3  # methods outside the group `main` draw every third case, and have distances of their own scale
+_REFERENCES = 2000  # held-out renders that images are compared with
+
+
+def read_methods(path: Path = METHODS) -> dict[str, dict[str, Plan]]:
+    """Group -> name -> plan."""
+    groups = yaml.safe_load(path.read_text())
+    return {
+        group: {
+            name: presets()[plan] if isinstance(plan, str) else Plan(name=name, stages=plan)
+            for name, plan in methods.items()
+        }
+        for group, methods in groups.items()
+    }
+
+
+class QualityBench:
+    """Measures plans of one model on one split."""
+
+    def __init__(self, pipeline: Pipeline, cases: Cases, batch: int = 32, references: int = _REFERENCES) -> None:
+        self._pipeline = pipeline
+        self._cases = cases
+        self._batch = batch
+        rng = Random("references")
+        self._references = embed([_render(sample_scene(rng), rng) for _ in range(references)])
+        self._base_seconds: float | None = None
+
+    def renders(self) -> Measured:
+        """The renderer's own row: what a perfect model would reach, by the same counts of images."""
+        rng = Random("renders")
+        plain = [_render(sample_scene(rng), rng) for _ in self._cases.plain]
+        furry = [_render(_furry_square(rng), rng) for _ in self._cases.texture]
+        alike = [[_render(sample_scene(rng, 1), rng) for _ in range(case.seeds)] for case in self._cases.diversity]
+        return Measured(
+            "main",
+            "renders",
+            **self._distances(plain),
+            texture=_texture(furry),
+            spread=statistics.fmean(metrics.mean_pairwise_distance(embed(images)) for images in alike),
+        )
+
+    def measure(self, group: str, name: str, plan: Plan, *, everything: bool) -> Measured:
+        """A plan's row; without `everything` on fewer cases, and without diversity, texture and negative prompts."""
+        cases = self._cases if everything else self._cases.part(_SWEEP_SHARE)
+        figures = self._distances(self._draw(plan, cases.plain)) | self._accuracy(plan, cases.accuracy)
+        figures |= self._cost(plan)
+        texture = None
+        if everything:
+            figures |= self._diversity(plan)
+            texture = _texture(self._draw(plan, self._cases.texture))
+            if plan.guided:
+                figures |= self._removal(plan)
+        return Measured(group, name, **figures, texture=texture)
+
+    def _results(self, plan: Plan, prompted: Sequence[Prompted], batch: int) -> Iterable[Result]:
+        for start in range(0, len(prompted), batch):
+            yield from self._pipeline.run_batch(plan, prompted[start : start + batch])
+
+    def _draw(self, plan: Plan, prompted: Sequence[Prompted]) -> list[Image.Image]:
+        return [result.image for result in self._results(plan, prompted, self._batch)]
+
+    def _readings(self, plan: Plan, prompted: Sequence[Prompted]) -> list[Reading]:
+        return [read(image) for image in self._draw(plan, prompted)]
+
+    def _distances(self, images: Sequence[Image.Image]) -> dict[str, float]:
+        embeddings = embed(images)
+        return {
+            "frechet": metrics.frechet_distance(embeddings, self._references),
+            "kernel": metrics.kernel_distance(embeddings, self._references),
+            "saturation": metrics.saturation(images),
+        }
+
+    def _accuracy(self, plan: Plan, cases: Sequence[Named]) -> dict[str, float]:
+        right: dict[str, list[bool]] = {"single": [], "relation": []}
+        for case, reading in zip(cases, self._readings(plan, cases), strict=True):
+            if case.relation and case.second:
+                right["relation"].append(holds(reading, case.first, case.relation, case.second))
+            else:
+                right["single"].append(matches(reading, *case.first))
+        return {name: share(outcomes) for name, outcomes in right.items()}
+
+    def _diversity(self, plan: Plan) -> dict[str, float]:
+        entropies: list[float] = []
+        spreads: list[float] = []
+        for case in self._cases.diversity:
+            prompted = [Prompted(case.prompt, case.seed + index) for index in range(case.seeds)]
+            images = self._draw(plan, prompted)
+            entropies += _entropies(case, [read(image) for image in images])
+            spreads.append(metrics.mean_pairwise_distance(embed(images)))
+        return {"entropy": statistics.fmean(entropies), "spread": statistics.fmean(spreads)}
+
+    def _removal(self, plan: Plan) -> dict[str, float]:
+        cases = self._cases.negative
+
+        def rates(prompted: Sequence[Prompted]) -> tuple[float, float]:
+            pairs = list(zip(cases, self._readings(plan, prompted), strict=True))
+            return (
+                share(_shows(reading, case) for case, reading in pairs),
+                share(any(thing.shape == case.shape for thing in reading.objects) for case, reading in pairs),
+            )
+
+        named, shape = rates([Prompted(case.prompt, case.seed) for case in cases])
+        named_negated, shape_negated = rates(cases)
+        return {
+            "named": named,
+            "named_negated": named_negated,
+            "removal": 1 - named_negated / named if named else 0.0,
+            "shape": shape,
+            "shape_negated": shape_negated,
+        }
+
+    def _cost(self, plan: Plan, repeats: int = 5) -> dict[str, float]:
+        """One image at a time, after one to warm up."""
+        prompted = self._cases.plain[:repeats]
+        self._pipeline.run_batch(plan, prompted[:1])
+        results = list(self._results(plan, prompted, 1))
+
+        def median(of: Callable[[str], bool]) -> float:
+            return statistics.median(
+                sum(span.end - span.start for span in result.spans if of(span.stage)) for result in results
+            )
+
+        denoise = median(lambda stage: stage not in ("encode", "decode"))
+        self._base_seconds = self._base_seconds or denoise
+        return {
+            "nfe": statistics.fmean(result.nfe for result in results),
+            "encode": median(lambda stage: stage == "encode"),
+            "denoise": denoise,
+            "decode": median(lambda stage: stage == "decode"),
+            "speed_up": self._base_seconds / denoise,
+        }
+
+
+def _render(scene: Scene, rng: Random) -> Image.Image:
+    return render(scene, rng, 128, 128)
+
+
+def _furry_square(rng: Random) -> Scene:
+    """As the texture cases' prompts ask for."""
+    scene = sample_scene(rng, 1)
+    (thing,) = scene.objects
+    square = SceneObject(
+        "square", rng.choice(list(COLORS)), "large", "furry", thing.x, thing.y, rng.uniform(*SIZES["large"])
+    )
+    return Scene((square,), scene.background)
+
+
+def _largest(reading: Reading) -> ObjectReading | None:
+    return max(reading.objects, key=lambda thing: thing.radius, default=None)
+
+
+def _entropies(case: Open, readings: Sequence[Reading]) -> Iterable[float]:
+    """Of each attribute that the case leaves open, over the readings that have an object."""
+    for attribute in case.open:
+        values = [
+            reading.background if attribute == "background" else getattr(thing, attribute)
+            for reading in readings
+            if (thing := _largest(reading)) is not None
+        ]
+        yield metrics.relative_entropy(values, ATTRIBUTES[attribute])
+
+
+def _shows(reading: Reading, case: Negated) -> bool:
+    if case.attribute == "background":
+        return reading.background == case.value
+    return any(getattr(thing, case.attribute) == case.value for thing in reading.objects)
+
+
+def _texture(images: Sequence[Image.Image]) -> float | None:
+    """Mean power in the top octave of the middle of each image's largest object; None without any."""
+    powers = []
+    for image in images:
+        thing = _largest(read(image))
+        if thing is None:
+            continue
+        half = round(0.6 * thing.radius * min(image.size))
+        x, y = round(thing.x * image.width), round(thing.y * image.height)
+        patch = image.convert("L").crop((x - half, y - half, x + half, y + half))
+        powers.append(metrics.top_octave_power(np.asarray(patch, dtype=np.float64) / 255))
+    return statistics.fmean(powers) if powers else None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    root = Path(__file__).parent
+    parser.add_argument("config", type=Path, nargs="?", default=root.parent / "configs" / "scenes.yaml")
+    parser.add_argument("--cases", type=Path, default=root / "cases" / "scenes-test.yaml")
+    parser.add_argument("--groups", nargs="+", choices=list(read_methods()), default=list(read_methods()))
+    parser.add_argument("--share", type=int, default=1, help="measure every SHARE-th case only")
+    parser.add_argument("--output", type=Path, help="directory, by default bench/results/MACHINE")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"))
+    cases = Cases.read(arguments.cases).part(arguments.share)
+    bench = QualityBench(pipeline, cases)
+    rows = [bench.renders()]
+    methods = read_methods()
+    for group in arguments.groups:
+        for name, plan in methods[group].items():
+            rows.append(bench.measure(group, name, plan, everything=group == "main"))
+            print(summary(rows[-1]), flush=True)
+    output = arguments.output or Path(__file__).parent / "results" / machine_name()
+    output.mkdir(parents=True, exist_ok=True)
+    head = {
+        "machine": machine_name(),
+        "model": pipeline.config.name,
+        "cases": arguments.cases.name,
+        "share": f"1/{arguments.share}",
+    }
+    write_report(output, head, rows, draw_figures(pipeline, methods["main"], output))

@@ -1,0 +1,137 @@
+"""A quality bench's rows as a Markdown table and an HTML page."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One method's figures, or the renders'; None where not measured.
+
+    Attributes:
+        group, name: of the method.
+        frechet, kernel: distances to held-out renders.
+        saturation: mean of HSV's.
+        single, relation: accuracy on one object and on two with their relation.
+        entropy: of the attributes that a prompt leaves open, over the renderer's; mean over prompts and attributes.
+        spread: mean distance of two images of one prompt, in the embedding.
+        texture: power of furry fills in the top octave.
+        named, named_negated: how often an attribute appears without and with the negative prompt that names it.
+        removal: of what appears without the negative prompt, the part that is gone with it.
+        shape, shape_negated: how often the prompt's own shape appears without and with it.
+        nfe: network evaluations of an image; what a cache skipped is not counted.
+        encode, denoise, decode: seconds of one image alone.
+        speed_up: of denoising over the first method's.
+    """
+
+    group: str
+    name: str
+    frechet: float
+    kernel: float
+    saturation: float
+    single: float | None = None
+    relation: float | None = None
+    entropy: float | None = None
+    spread: float | None = None
+    texture: float | None = None
+    named: float | None = None
+    named_negated: float | None = None
+    removal: float | None = None
+    shape: float | None = None
+    shape_negated: float | None = None
+    nfe: float | None = None
+    encode: float | None = None
+    denoise: float | None = None
+    decode: float | None = None
+    speed_up: float | None = None
+
+
+# Heading -> field of a row and how it is written.
+_COLUMNS = {
+    "NFE": ("nfe", "{:.1f}"),
+    "encode, s": ("encode", "{:.3f}"),
+    "denoise, s": ("denoise", "{:.3f}"),
+    "decode, s": ("decode", "{:.3f}"),
+    "speed-up": ("speed_up", "{:.1f}x"),
+    "one object": ("single", "{:.1%}"),
+    "relation": ("relation", "{:.1%}"),
+    "entropy": ("entropy", "{:.1%}"),
+    "spread": ("spread", "{:.2f}"),
+    "Fréchet": ("frechet", "{:.2f}"),
+    "kernel": ("kernel", "{:.3f}"),
+    "saturation": ("saturation", "{:.3f}"),
+    "texture": ("texture", "{:.2e}"),
+    "removal": ("removal", "{:.1%}"),
+    "shape": ("shape", "{:.1%}"),
+    "shape, negated": ("shape_negated", "{:.1%}"),
+}
+_LEGEND = (
+    "One image at a time, in seconds; the speed-up is of denoising, over base. One object, relation: the oracle's "
+    "accuracy on one object's shape and colour and on two objects with a relation. Entropy: of what the prompt leaves "
+    "open, over the renderer's; spread: mean distance of two images of a prompt. Fréchet and kernel: distances to "
+    "held-out renders. Saturation: HSV's mean. Texture: power of furry fills in the top octave. Removal: of the "
+    "attribute that a negative prompt names; shape: how often the prompt's own appears, without and with it."
+)
+
+
+def _cells(row: Measured) -> dict[str, str]:
+    """By heading; empty where not measured."""
+    values = {heading: getattr(row, name) for heading, (name, _) in _COLUMNS.items()}
+    return {heading: "" if value is None else _COLUMNS[heading][1].format(value) for heading, value in values.items()}
+
+
+def summary(row: Measured) -> str:
+    """A line for the terminal."""
+    return f"{row.group}/{row.name}: " + ", ".join(f"{name} {cell}" for name, cell in _cells(row).items() if cell)
+
+
+def tables(rows: Sequence[Measured]) -> dict[str, list[list[str]]]:
+    """Group -> a table whose first row is its headings, with only the columns that the group fills."""
+    made = {}
+    for group, members in groupby(rows, key=lambda row: row.group):
+        listed = list(members)
+        columns = {heading: [_cells(row)[heading] for row in listed] for heading in _COLUMNS}
+        kept = {name: cells for name, cells in columns.items() if any(cells)}
+        lines = zip([row.name for row in listed], *kept.values(), strict=True)
+        made[group] = [["method", *kept], *(list(line) for line in lines)]
+    return made
+
+
+def write_report(output: Path, head: dict[str, Any], rows: Sequence[Measured], figures: dict[str, Path]) -> None:
+    """Write `quality.json`, `quality.md` and `quality.html` to the directory `output`.
+
+    Args:
+        head: what was measured where, for all three.
+        figures: caption -> file in `output`.
+    """
+    content = {**head, "rows": [asdict(row) for row in rows]}
+    (output / "quality.json").write_text(json.dumps(content, indent=1) + "\n")
+    caption = ", ".join(f"{name} {value}" for name, value in head.items())
+    made = tables(rows)
+
+    lines = [f"Measured: {caption}.", "", _LEGEND]
+    for group, (headings, *cells) in made.items():
+        lines += ["", f"**{group}**", "", _line(headings), _line(["---"] * len(headings)), *map(_line, cells)]
+    (output / "quality.md").write_text("\n".join(lines) + "\n")
+
+    parts = [f"<p>Measured: {html.escape(caption)}.</p><p>{html.escape(_LEGEND)}</p>"]
+    for group, table in made.items():
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in table)
+        parts.append(f"<h2>{html.escape(group)}</h2><table>{body}</table>")
+    for text, path in figures.items():
+        parts.append(f'<h2>{html.escape(text)}</h2><img src="{path.name}">')
+    style = "body{font:14px sans-serif;margin:2em}td{padding:2px 10px;text-align:right}td:first-child{text-align:left}"
+    (output / "quality.html").write_text(
+        f"<!doctype html><meta charset=utf-8><title>Quality</title><style>{style}</style>" + "\n".join(parts) + "\n"
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,149 @@
+"""The quality bench: metrics on cases whose answer is known, and a short run on the real model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bench import metrics
+from bench.cases import Cases, scene_cases
+from bench.embedding import embed
+from bench.quality import QualityBench, read_methods
+from bench.report import Measured, write_report
+from stages.pipeline import Pipeline
+from training.scenes import Scene, render, sample_scene
+
+ROOT = Path(__file__).parent.parent
+
+
+def scenes(count: int, seed: int) -> list[Scene]:
+    rng = Random(seed)
+    return [sample_scene(rng) for _ in range(count)]
+
+
+def renders(shown: list[Scene], seed: int = 0) -> list[Image.Image]:
+    rng = Random(seed)
+    return [render(scene, rng) for scene in shown]
+
+
+def test_frechet_distance_of_a_scaled_and_shifted_set() -> None:
+    """For right = 2 left + 3: |m + 3|^2 + tr(C + 4 C - 2 * 2 C)."""
+    left = np.random.default_rng(0).normal(size=(200, 5)) @ np.diag([1.0, 2.0, 0.5, 1.0, 3.0])
+    expected = ((left.mean(axis=0) + 3) ** 2).sum() + np.trace(np.cov(left, rowvar=False))
+    assert metrics.frechet_distance(left, 2 * left + 3) == pytest.approx(expected)
+    assert metrics.frechet_distance(left, left) == pytest.approx(0, abs=1e-6)
+
+
+def test_kernel_distance_of_two_points_each() -> None:
+    left, right = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[2.0, 0.0], [0.0, 0.0]])
+    # Within left (0/2+1)^3 = 1, within right 1; across: (2/2+1)^3 = 8 once and 1 three times.
+    assert metrics.kernel_distance(left, right) == pytest.approx(1 + 1 - 2 * (8 + 3) / 4)
+
+
+def test_kernel_distance_is_unbiased() -> None:
+    generator = np.random.default_rng(0)
+    distances = [metrics.kernel_distance(*generator.normal(size=(2, 30, 4))) for _ in range(300)]
+    assert abs(np.mean(distances)) < 3 * np.std(distances) / math.sqrt(300)
+    assert min(distances) < 0
+
+
+def test_mean_pairwise_distance_of_a_right_triangle() -> None:
+    assert metrics.mean_pairwise_distance(np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])) == pytest.approx(4)
+
+
+def test_relative_entropy() -> None:
+    assert metrics.relative_entropy(["a"] * 64, "abcdefgh") == 0
+    assert metrics.relative_entropy([], "abcdefgh") == 0
+    assert metrics.relative_entropy("ab" * 3200, "abcd") == pytest.approx(0.5, abs=1e-3)
+    rng = Random(0)
+    draws = [metrics.relative_entropy(rng.choices("abcdefgh", k=64), "abcdefgh") for _ in range(500)]
+    assert np.mean(draws) == pytest.approx(1, abs=0.003)
+
+
+def test_saturation() -> None:
+    half = Image.new("RGB", (4, 4), (255, 0, 0))
+    half.paste((128, 128, 128), (0, 0, 4, 2))
+    assert metrics.saturation([half]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("frequency", "expected"), [(0.05, 0.0), (0.2, 0.0), (0.3, 0.5), (0.45, 0.5)])
+def test_top_octave_power_of_a_cosine_is_half_its_square_above_a_quarter(frequency: float, expected: float) -> None:
+    wave = np.cos(2 * np.pi * frequency * np.arange(64))[None, :].repeat(64, axis=0)
+    assert metrics.top_octave_power(wave) == pytest.approx(expected, abs=0.02)
+
+
+def test_embedding_tells_a_narrow_set_and_a_blurred_one_from_renders() -> None:
+    references, fresh = embed(renders(scenes(500, 1))), scenes(300, 2)
+    narrow = [replace(scene, objects=tuple(replace(o, color="red") for o in scene.objects)) for scene in fresh]
+    blurred = [image.reduce(4).resize(image.size, Image.Resampling.BILINEAR) for image in renders(fresh)]
+    floor = embed(renders(fresh))
+    for images in (renders(narrow), blurred):
+        assert metrics.frechet_distance(embed(images), references) > 1.5 * metrics.frechet_distance(floor, references)
+        assert metrics.kernel_distance(embed(images), references) > 5 * metrics.kernel_distance(floor, references)
+    assert metrics.mean_pairwise_distance(embed(renders(narrow))) < metrics.mean_pairwise_distance(floor)
+
+
+@pytest.mark.parametrize(("split", "name"), [(0, "dev"), (1, "test")])
+def test_committed_cases_are_those_of_their_generator(split: int, name: str) -> None:
+    assert Cases.read(ROOT / "bench" / "cases" / f"scenes-{name}.yaml") == scene_cases(split)
+
+
+def test_splits_share_no_seed() -> None:
+    def seeds(cases: Cases) -> set[int]:
+        single = {case.seed for part in (cases.accuracy, cases.plain, cases.texture, cases.negative) for case in part}
+        several = {case.seed + index for case in cases.diversity for index in range(case.seeds)}
+        assert len(single) == sum(map(len, (cases.accuracy, cases.plain, cases.texture, cases.negative)))
+        assert not single & several
+        return single | several
+
+    assert not seeds(scene_cases(0)) & seeds(scene_cases(1))
+
+
+def test_every_method_is_a_plan_that_the_model_can_run(pipeline: Pipeline) -> None:
+    methods = read_methods()
+    assert next(iter(methods["main"])) == "base"  # what speed-ups are over
+    for plans in methods.values():
+        for plan in plans.values():
+            plan.with_adapters(pipeline.config.adapters)
+
+
+@pytest.fixture(scope="module")
+def rows(pipeline: Pipeline) -> dict[str, Measured]:
+    """A short form of `python -m bench quality`: a few of the dev split's cases."""
+    cases = Cases.read(ROOT / "bench" / "cases" / "scenes-dev.yaml").part(25)
+    bench = QualityBench(pipeline, cases, references=300)
+    methods = read_methods()["main"]
+    measured = [bench.renders()]
+    for name in ("base", "distilled, 4 steps", "hybrid"):
+        measured.append(bench.measure("main", name, methods[name], everything=True))
+    return {row.name: row for row in measured}
+
+
+def test_hybrid_costs_a_tenth_of_base(rows: dict[str, Measured]) -> None:
+    assert rows["base"].speed_up == 1
+    assert rows["hybrid"].speed_up >= 8
+    assert [rows[name].nfe for name in ("base", "distilled, 4 steps", "hybrid")] == [100, 4, 7]
+
+
+def test_renders_are_nearer_to_renders_than_images_are(rows: dict[str, Measured]) -> None:
+    for name in ("base", "distilled, 4 steps", "hybrid"):
+        assert rows["renders"].frechet < rows[name].frechet
+
+
+def test_report_has_every_method_and_figure(rows: dict[str, Measured], tmp_path: Path) -> None:
+    write_report(tmp_path, {"machine": "m <1>"}, list(rows.values()), {"Diversity": tmp_path / "diversity.webp"})
+    page, table = (tmp_path / "quality.html").read_text(), (tmp_path / "quality.md").read_text()
+    assert "m &lt;1&gt;" in page
+    assert '<img src="diversity.webp">' in page
+    for name in rows:
+        assert f"<td>{name}</td>" in page
+        assert f"| {name} |" in table
+    stored = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert [Measured(**row) for row in stored] == list(rows.values())
