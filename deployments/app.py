@@ -10,21 +10,20 @@ from deployments.encode import TextEncoder
 from deployments.ingress import Ingress
 from deployments.router import Router
 from deployments.settings import Settings
-from stages.plan import STAGES
 
 
 def build(settings: Settings) -> Application:
-    """Seven deployments: Ingress, Router, TextEncoder, Base, Bridge, Distilled, VAEDecoder.
+    """Ingress, Router, TextEncoder, VAEDecoder, and the transformer's: by default Base, Bridge and Distilled.
 
-    Base, bridge and distilled are one class under three names, so that each can have its own pool, replicas and
-    autoscaling in `serve_config.yaml`.
+    Those are one class under several names, so that each can have its own pool, replicas and autoscaling in
+    `serve_config.yaml`.
     """
-    model, backends = settings.read_model(), settings.backends
-    encoder = serve.deployment(TextEncoder).bind(model, backends.encoder)
-    stages = {
-        stage: serve.deployment(Denoise, name=stage.capitalize()).bind(model, getattr(backends, stage))
-        for stage in STAGES
-    }
-    decoder = serve.deployment(VAEDecoder).bind(model, backends.decoder)
+    model = settings.read_model()
+    encoder = serve.deployment(TextEncoder).bind(model, settings.encoder)
+    stages: dict[str, Application] = {}
+    for name, transformer in settings.transformers.items():
+        deployment = serve.deployment(Denoise, name=name).bind(model, transformer)
+        stages |= dict.fromkeys(transformer.stages, deployment)
+    decoder = serve.deployment(VAEDecoder).bind(model, settings.decoder)
     router = serve.deployment(Router).bind(encoder, stages, decoder)
     return serve.deployment(Ingress).bind(settings, router)

@@ -86,7 +86,7 @@ class Router:
             for position, stage in enumerate(route.plan.stages):
                 packet = await _settle(response, route.deadline)
                 preview = position < min(route.partial_images, len(route.plan.stages) - 1)
-                response = self._stages[stage.name].denoise.remote(packet, route.plan, preview)
+                response = self._stages[stage.name].denoise.remote(packet, route.plan, preview, route.deadline)
                 if 0 < position <= route.partial_images:
                     yield Partial(position - 1, await self._decode(packet, route, preview=True))
             packet = await _settle(response, route.deadline)

@@ -5,29 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from backends import get_backend
 from stages.model import ModelConfig
-from stages.plan import presets
+from stages.plan import STAGES, StageName, presets
 
 
-class Backends(BaseModel):
-    """Backend of each deployment that has a device."""
+def _known_backend(name: str) -> str:
+    get_backend(name)
+    return name
+
+
+BackendName = Annotated[str, AfterValidator(_known_backend)]
+
+
+class Transformer(BaseModel):
+    """A deployment of the transformer.
+
+    Attributes:
+        stages: that it runs. Several share one set of weights, with a LoRA of each image's own.
+        fuse: adapter to fuse into the weights, which makes it cost nothing more; for a deployment of one stage.
+        backend: what its replicas run on.
+        max_batch_tokens: most image tokens in one forward pass; a guided image counts twice.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    encoder: str = "cpu"
-    base: str = "cpu"
-    bridge: str = "cpu"
-    distilled: str = "cpu"
-    decoder: str = "cpu"
-
-    @field_validator("*")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        get_backend(value)
-        return value
+    stages: Annotated[tuple[StageName, ...], Field(min_length=1)]
+    fuse: str | None = None
+    backend: BackendName = "cpu"
+    max_batch_tokens: Annotated[int, Field(ge=1)] = 16384
 
 
 class Settings(BaseModel):
@@ -36,7 +44,8 @@ class Settings(BaseModel):
     Attributes:
         model: path of the model's config, from the working directory or from the project's root.
         default_plan: preset for requests that name none.
-        backends: by deployment.
+        encoder, decoder: backends of the text encoder and of the autoencoder.
+        transformers: deployments that share the stages out, by name.
         max_images: largest `n` of a request.
         request_timeout_s: longest time that a request may take, queues included.
     """
@@ -45,7 +54,9 @@ class Settings(BaseModel):
 
     model: Path
     default_plan: str = "hybrid"
-    backends: Backends = Backends()
+    encoder: BackendName = "cpu"
+    decoder: BackendName = "cpu"
+    transformers: dict[str, Transformer] = {stage.capitalize(): Transformer(stages=(stage,)) for stage in STAGES}
     max_images: Annotated[int, Field(ge=1, le=64)] = 10
     request_timeout_s: Annotated[float, Field(gt=0.0)] = 120.0
 
@@ -53,7 +64,16 @@ class Settings(BaseModel):
     def _runnable(self) -> Settings:
         if self.default_plan not in presets():
             raise ValueError(f"default_plan must be one of {sorted(presets())}, not {self.default_plan!r}")
-        presets()[self.default_plan].with_adapters(self.read_model().adapters)
+        adapters = self.read_model().adapters
+        presets()[self.default_plan].with_adapters(adapters)
+        shared_out = sorted(stage for transformer in self.transformers.values() for stage in transformer.stages)
+        if shared_out != sorted(STAGES):
+            raise ValueError(f"transformers must run each of {', '.join(STAGES)} once, not {', '.join(shared_out)}")
+        for name, transformer in self.transformers.items():
+            if transformer.fuse not in (None, *adapters):
+                raise ValueError(
+                    f"transformers.{name}.fuse must be one of {sorted(adapters)}, not {transformer.fuse!r}"
+                )
         return self
 
     def read_model(self) -> ModelConfig:

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 
 from stages.caches import StepCache
-from stages.network import predict_velocity, predict_velocity_cached
+from stages.network import Network, Query
 
 
 @dataclass
@@ -27,6 +26,7 @@ class Row:
         prompt_embeds: (length, width), without padding.
         negative_embeds: (length, width), or None without guidance.
         guidance_scale: of classifier-free guidance.
+        adapter, adapter_scale: a LoRA, or None for the base model alone, and its strength.
         cache, negative_cache: what the two evaluations of a step remember of the steps before, if anything.
         index: steps done.
         nfe: network evaluations so far; what a cache skipped is not counted.
@@ -39,6 +39,8 @@ class Row:
     prompt_embeds: torch.Tensor
     negative_embeds: torch.Tensor | None = None
     guidance_scale: float = 1.0
+    adapter: str | None = None
+    adapter_scale: float = 1.0
     cache: StepCache | None = None
     negative_cache: StepCache | None = None
     index: int = 0
@@ -56,6 +58,15 @@ class Row:
     def done(self) -> bool:
         return self.index == len(self.sigmas) - 1
 
+    @property
+    def evaluations(self) -> int:
+        """Rows of a forward pass that a step takes."""
+        return 1 if self.negative_embeds is None else 2
+
+    def query(self, embeds: torch.Tensor, cache: StepCache | None) -> Query:
+        """What the next step asks the network with these embeddings."""
+        return Query(self.latent, self.sigma, embeds, self.adapter, self.adapter_scale, cache)
+
 
 def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
     """Qwen-Image's classifier-free guidance: the usual combination at the norm of the positive velocity.
@@ -67,31 +78,23 @@ def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch
 
 
 @torch.inference_mode()
-def step(transformer: QwenImageTransformer2DModel, rows: Sequence[Row]) -> None:
+def step(network: Network, rows: Sequence[Row]) -> None:
     """Advance every row by one Euler step of its own, in place: x' = x + (sigma' - sigma) v.
 
     Rows must share a grid. Guided rows are evaluated twice in the one forward pass, with the prompt and with the
     negative one.
     """
-    guided = [row for row in rows if row.negative_embeds is not None]
-    evaluated = [*rows, *guided]
-    latents = torch.stack([row.latent for row in evaluated])
-    sigmas = torch.tensor([row.sigma for row in evaluated])
-    embeds = [row.prompt_embeds for row in rows]
-    embeds += [row.negative_embeds for row in rows if row.negative_embeds is not None]
-    caches = [*(row.cache for row in rows), *(row.negative_cache for row in guided)]
-    if any(caches):
-        velocities, costs = predict_velocity_cached(transformer, latents, sigmas, embeds, rows[0].grid, caches)
-    else:
-        velocities = predict_velocity(transformer, latents, sigmas, embeds, rows[0].grid)
-        costs = [1.0] * len(evaluated)
-    for row, cost in zip(evaluated, costs, strict=True):
-        row.nfe += cost
-
-    negatives = iter(velocities[len(rows) :])
-    for row, velocity in zip(rows, velocities, strict=False):
+    queries = [row.query(row.prompt_embeds, row.cache) for row in rows]
+    queries += [row.query(row.negative_embeds, row.negative_cache) for row in rows if row.negative_embeds is not None]
+    answers = network.evaluate(queries, rows[0].grid)
+    negatives = iter(answers[len(rows) :])
+    for row, answer in zip(rows, answers, strict=False):
+        velocity = answer.velocity
+        row.nfe += answer.cost
         if row.negative_embeds is not None:
-            velocity = guide(velocity, next(negatives), row.guidance_scale)
+            negative = next(negatives)
+            velocity = guide(velocity, negative.velocity, row.guidance_scale)
+            row.nfe += negative.cost
         sigma, after = row.sigmas[row.index], row.sigmas[row.index + 1]
         row.denoised = row.latent - sigma * velocity
         row.latent = row.latent + (after - sigma) * velocity

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,106 +12,99 @@ from backends import Backend
 from stages.caches import make_cache
 from stages.denoise import Row, step
 from stages.model import ModelConfig, load_scheduler, load_transformer
+from stages.network import Network
 from stages.packet import LatentPacket, Span
 from stages.plan import Plan, StageSpec
 from stages.sigmas import stage_sigmas
 
 
-class Cancelled(Exception):
-    """The work was called off between two steps."""
+@dataclass
+class Task:
+    """A packet on its way through the stage that it waited for.
+
+    Attributes:
+        packet: as it arrived.
+        stage: where it is.
+        row: how far it is.
+        keep_negative: whether a stage to come still needs the negative prompt.
+        preview: whether to keep the clean latent that the last step foresaw.
+        started: seconds since the epoch.
+    """
+
+    packet: LatentPacket
+    stage: StageSpec
+    row: Row
+    keep_negative: bool
+    preview: bool
+    started: float
+
+    def finish(self) -> LatentPacket:
+        """The packet as it leaves, after the last step."""
+        dtype = self.packet.latent.dtype
+        return replace(
+            self.packet,
+            latent=self.row.latent.to(dtype),
+            preview=self.row.denoised.to(dtype) if self.preview else None,
+            negative_embeds=self.packet.negative_embeds if self.keep_negative else None,
+            sigma=self.stage.sigma_end,
+            position=self.packet.position + 1,
+            spans=(*self.packet.spans, Span(self.stage.name, self.started, time.time(), self.row.nfe)),
+        )
 
 
 class Denoiser:
     """The transformer and its adapters on a device; for one thread at a time."""
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
-        self._transformer = load_transformer(config, backend)
+    def __init__(self, config: ModelConfig, backend: Backend, fused: str | None = None) -> None:
+        """Args:
+        fused: adapter to fuse into the weights, where one stage is all that runs here.
+        """
+        self._network = Network(load_transformer(config, backend), fused)
         self._scheduler = load_scheduler(config)
         self._backend = backend
-        self._active: tuple[str | None, float] = (None, 1.0)
 
-    def denoise(
-        self,
-        packets: Sequence[LatentPacket],
-        plan: Plan,
-        *,
-        preview: bool = False,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> list[LatentPacket]:
-        """Take packets that wait for the same stage of `plan` through it.
+    def begin(self, packet: LatentPacket, plan: Plan, *, preview: bool = False) -> Task:
+        """Let a packet enter the stage of `plan`, number `packet.position`, that it waits for.
 
         Args:
-            packets: of one grid; their order is kept.
-            plan: whose stage number `packet.position` is run.
-            preview: also keep the clean latents that the last step foresaw.
-            cancelled: asked before every step.
+            preview: also keep the clean latent that the last step foresees.
 
         Raises:
-            Cancelled: `cancelled` said so.
-            ValueError: a packet arrives at another noise level than the stage starts from or without the negative
-                prompt that a guided stage needs, or grids differ.
+            ValueError: it arrives at another noise level than the stage starts from, or without the negative prompt
+                that a guided stage needs; or the stage's adapter is not here.
         """
-        stage = plan.stages[packets[0].position]
-        for packet in packets:
-            if packet.sigma != stage.sigma_start:
-                raise ValueError(f"packet at sigma {packet.sigma} cannot enter {stage.name} at {stage.sigma_start}")
-            if packet.grid != packets[0].grid:
-                raise ValueError(f"packets of grids {packets[0].grid} and {packet.grid} cannot share a batch")
-        guided_after = any(later.guided for later in plan.stages[packets[0].position + 1 :])
-        self._activate(stage.adapter, stage.adapter_scale)
-        done = self._run(packets, stage, preview, cancelled)
-        return done if guided_after else [replace(packet, negative_embeds=None) for packet in done]
-
-    def _run(
-        self, packets: Sequence[LatentPacket], stage: StageSpec, preview: bool, cancelled: Callable[[], bool]
-    ) -> list[LatentPacket]:
-        start = time.time()
+        stage = plan.stages[packet.position]
+        if packet.sigma != stage.sigma_start:
+            raise ValueError(f"packet at sigma {packet.sigma} cannot enter {stage.name} at {stage.sigma_start}")
+        if stage.guided and packet.negative_embeds is None:
+            raise ValueError(
+                f"image {packet.image_index} of {packet.request_id} has no negative prompt to be guided by"
+            )
         device = self._backend.device
-        sigmas = stage_sigmas(stage, self._scheduler, tokens=len(packets[0].latent))
-        rows = [
-            Row(
-                latent=packet.latent.to(device, torch.float32),
-                sigmas=sigmas,
-                grid=packet.grid,
-                prompt_embeds=packet.prompt_embeds.to(device),
-                negative_embeds=_negative_embeds(packet).to(device) if stage.guided else None,
-                guidance_scale=stage.guidance_scale,
-                cache=make_cache(stage.cache) if stage.cache else None,
-                negative_cache=make_cache(stage.cache) if stage.cache and stage.guided else None,
-            )
-            for packet in packets
-        ]
-        for _ in range(stage.steps):
-            if cancelled():
-                raise Cancelled(f"{stage.name} was cancelled at sigma {rows[0].sigma:.3f}")
-            step(self._transformer, rows)
+        negative = packet.negative_embeds.to(device) if stage.guided and packet.negative_embeds is not None else None
+        row = Row(
+            latent=packet.latent.to(device, torch.float32),
+            sigmas=stage_sigmas(stage, self._scheduler, tokens=len(packet.latent)),
+            grid=packet.grid,
+            prompt_embeds=packet.prompt_embeds.to(device),
+            negative_embeds=negative,
+            guidance_scale=stage.guidance_scale,
+            adapter=stage.adapter,
+            adapter_scale=stage.adapter_scale,
+            cache=make_cache(stage.cache) if stage.cache else None,
+            negative_cache=make_cache(stage.cache) if stage.cache and stage.guided else None,
+        )
+        guided_after = any(later.guided for later in plan.stages[packet.position + 1 :])
+        return Task(packet, stage, row, guided_after, preview, time.time())
+
+    def step(self, tasks: Sequence[Task]) -> None:
+        """Take tasks of one grid, of any plans and stages, one denoising step further in one forward pass."""
+        step(self._network, [task.row for task in tasks])
         self._backend.synchronise()
-        end = time.time()
-        return [
-            replace(
-                packet,
-                latent=row.latent.to(packet.latent.dtype),
-                preview=row.denoised.to(packet.latent.dtype) if preview else None,
-                sigma=stage.sigma_end,
-                position=packet.position + 1,
-                spans=(*packet.spans, Span(stage.name, start, end, row.nfe)),
-            )
-            for packet, row in zip(packets, rows, strict=True)
-        ]
 
-    def _activate(self, adapter: str | None, scale: float) -> None:
-        """Switch to `adapter`, or to none. It takes longer than a small model's step, so only when it must be."""
-        if (adapter, scale) == self._active:
-            return
-        if adapter is None:
-            self._transformer.disable_lora()
-        else:
-            self._transformer.set_adapters(adapter, scale)
-            self._transformer.enable_lora()
-        self._active = (adapter, scale)
-
-
-def _negative_embeds(packet: LatentPacket) -> torch.Tensor:
-    if packet.negative_embeds is None:
-        raise ValueError(f"image {packet.image_index} of {packet.request_id} has no negative prompt to be guided by")
-    return packet.negative_embeds
+    def denoise(self, packets: Sequence[LatentPacket], plan: Plan, *, preview: bool = False) -> list[LatentPacket]:
+        """Take packets of one grid that wait for the same stage of `plan` through it; see `begin`."""
+        tasks = [self.begin(packet, plan, preview=preview) for packet in packets]
+        while not tasks[0].row.done:
+            self.step(tasks)
+        return [task.finish() for task in tasks]

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from backends import Backend, get_backend
 from stages.model import ModelConfig, load_scheduler, load_transformer
+from stages.network import Network
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
 from stages.plan import Plan
@@ -41,6 +42,12 @@ def scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
 def transformer(config: ModelConfig, backend: Backend) -> QwenImageTransformer2DModel:
     """As the engine loads it: with all adapters, none active."""
     return load_transformer(config, backend)
+
+
+@pytest.fixture(scope="session")
+def network(config: ModelConfig, backend: Backend) -> Network:
+    """As the engine runs it."""
+    return Network(load_transformer(config, backend))
 
 
 @pytest.fixture(scope="session")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel
 
+from backends import Backend
 from stages.caches import make_cache
 from stages.denoise import Row, guide, step
-from stages.network import predict_velocity
+from stages.model import ModelConfig, load_transformer
+from stages.network import Network, predict_velocity
 from stages.noise import draw_noise
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
 from stages.plan import Plan, TaylorSeerSpec, presets
-from stages.sigmas import stage_sigmas
-from stages.stage import Cancelled
 
 PROMPTS = ["a red circle", "two small green squares left of a large blue triangle on a white background", " "]
 GRID = (4, 6)
@@ -82,17 +80,15 @@ def packet(pipeline: Pipeline) -> LatentPacket:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_rows_together_equal_rows_alone(
-    transformer: QwenImageTransformer2DModel, embeds: list[torch.Tensor], cached: bool
-) -> None:
+def test_rows_together_equal_rows_alone(network: Network, embeds: list[torch.Tensor], cached: bool) -> None:
     assert len({len(embed) for embed in embeds}) == 3
     together, alone = varied_rows(embeds), varied_rows(embeds)
     if cached:  # one of four rows, and never at its first two steps: all go through the blocks, that one on its own way
         together[0].cache = make_cache(TaylorSeerSpec(interval=2))
     for _ in range(2):
-        step(transformer, together)
+        step(network, together)
         for row in alone:
-            step(transformer, [row])
+            step(network, [row])
     for joint, single, start in zip(together, alone, varied_rows(embeds), strict=True):
         assert joint.index == single.index == 2
         assert joint.done
@@ -119,6 +115,42 @@ def test_a_rows_velocity_depends_on_prompt_noise_level_and_grid(
     assert difference(reference, velocity(0.8, 0, (6, 4))) > 1e-3
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("fused", [None, "distilled"])
+def test_rows_of_several_adapters_share_a_pass_and_are_what_peft_computes_one_by_one(
+    config: ModelConfig,
+    backend: Backend,
+    fused: str | None,
+    transformer: QwenImageTransformer2DModel,
+    embeds: list[torch.Tensor],
+    blocks_run: list[int],
+    scale: float,
+) -> None:
+    network = Network(load_transformer(config, backend), fused)
+    adapters = ["bridge", None, "distilled", "distilled"]
+    rows = varied_rows(embeds)[1:2] * 4
+    queries = [
+        replace(row.query(row.prompt_embeds, None), adapter=adapter, adapter_scale=scale)
+        for row, adapter in zip(rows, adapters, strict=True)
+    ]
+    with torch.inference_mode():
+        answers = network.evaluate(queries, GRID)
+    assert len(blocks_run) == 1
+    for query, answer in zip(queries, answers, strict=True):
+        if query.adapter is None:
+            transformer.disable_lora()
+        else:
+            transformer.set_adapters(query.adapter, scale)
+            transformer.enable_lora()
+        with torch.inference_mode():
+            alone = predict_velocity(transformer, query.latent[None], torch.tensor([query.sigma]), [query.embeds], GRID)
+        assert difference(answer.velocity, alone[0]) < TOLERANCE
+    transformer.set_adapters(["bridge", "distilled"])
+    transformer.disable_lora()
+    assert difference(answers[0].velocity, answers[1].velocity) > 1e-3
+    assert difference(answers[0].velocity, answers[2].velocity) > 1e-3
+
+
 def test_guidance_has_the_direction_of_the_combination_and_the_norm_of_the_positive() -> None:
     generator = torch.Generator().manual_seed(0)
     positive, negative = torch.randn((2, 5, 64), generator=generator)
@@ -130,13 +162,13 @@ def test_guidance_has_the_direction_of_the_combination_and_the_norm_of_the_posit
 
 
 def test_an_unguided_step_is_eulers_and_foresees_the_clean_latent(
-    transformer: QwenImageTransformer2DModel, embeds: list[torch.Tensor]
+    network: Network, transformer: QwenImageTransformer2DModel, embeds: list[torch.Tensor]
 ) -> None:
     row = make_row(embeds, 1, None, 1.0, [0.7, 0.2, 0.0], seed=2)
     start = row.latent.clone()
     with torch.inference_mode():
         velocity = predict_velocity(transformer, start[None], torch.tensor([0.7]), [embeds[1]], GRID)[0]
-    step(transformer, [row])
+    step(network, [row])
     assert difference(row.denoised, start - 0.7 * velocity) < 1e-6
     assert difference(row.latent, start - 0.5 * velocity) < 1e-6
     assert (row.index, row.done, row.sigma) == (1, False, pytest.approx(0.2))
@@ -189,48 +221,6 @@ def test_negative_prompt_stays_as_long_as_a_later_stage_is_guided(pipeline: Pipe
     (after,) = pipeline.denoiser.denoise([between], plan)
     assert after.negative_embeds is None
     assert after.spans[-1].nfe == 2
-
-
-def cancel_at(call: int) -> Callable[[], bool]:
-    calls = iter([False] * (call - 1) + [True])
-    return lambda: next(calls)
-
-
-@pytest.mark.parametrize("call", [1, 2, 5])
-def test_cancellation_comes_after_exactly_the_steps_before_it(
-    pipeline: Pipeline,
-    scheduler: FlowMatchEulerDiscreteScheduler,
-    packet: LatentPacket,
-    blocks_run: list[int],
-    call: int,
-) -> None:
-    plan = plan_of(5, guidance_scale=4.0)
-    sigma = stage_sigmas(plan.stages[0], scheduler, tokens=16)[call - 1]
-    with pytest.raises(Cancelled, match=re.escape(f"base was cancelled at sigma {sigma:.3f}")):
-        pipeline.denoiser.denoise([packet], plan, cancelled=cancel_at(call))
-    assert len(blocks_run) == call - 1  # both evaluations of a guided step share a forward pass
-
-
-def test_without_cancellation_every_step_is_asked_for_and_run(
-    pipeline: Pipeline, packet: LatentPacket, blocks_run: list[int]
-) -> None:
-    asked = []
-    pipeline.denoiser.denoise([packet], plan_of(5), cancelled=lambda: bool(asked.append(None)))
-    assert len(asked) == len(blocks_run) == 5
-
-
-@pytest.mark.parametrize("preset", ["distilled", "cached"])
-def test_a_cancelled_stage_leaves_neither_adapter_nor_cache_behind(
-    pipeline: Pipeline, packet: LatentPacket, preset: str
-) -> None:
-    plan = plan_of(3, guidance_scale=4.0)
-    (before,) = pipeline.denoiser.denoise([packet], plan)
-    with pytest.raises(Cancelled):
-        pipeline.denoiser.denoise([packet], presets()[preset], cancelled=cancel_at(3))
-    (after,) = pipeline.denoiser.denoise([packet], plan)
-    assert torch.equal(after.latent, before.latent)
-    (again,) = pipeline.denoiser.denoise([packet], presets()["distilled"])
-    assert difference(again.latent, before.latent) > 1e-3
 
 
 @pytest.mark.parametrize("position", [0, 1])

@@ -252,10 +252,19 @@ def test_overhead_of_the_router_is_below_30_ms(url: str) -> None:
 def test_wrong_settings_stop_the_start_and_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="max_imagez"):
         Settings.model_validate({"model": "configs/scenes.yaml", "max_imagez": 3})
-    with pytest.raises(ValidationError, match=r"(?s)backends.base.*must be one of \['cpu'\], not 'abacus'"):
-        Settings.model_validate({"model": "configs/scenes.yaml", "backends": {"base": "abacus"}})
+    with pytest.raises(ValidationError, match=r"(?s)decoder.*must be one of \['cpu'\], not 'abacus'"):
+        Settings.model_validate({"model": "configs/scenes.yaml", "decoder": "abacus"})
     with pytest.raises(ValidationError, match="default_plan must be one of"):
         Settings.model_validate({"model": "configs/scenes.yaml", "default_plan": "fastest"})
+    transformer = {"stages": ["base", "bridge"]}
+    for transformers, message in (
+        ({"A": transformer}, "must run each of base, bridge, distilled once, not base, bridge"),
+        ({"A": transformer, "B": {"stages": ["bridge", "distilled"]}}, "once, not base, bridge, bridge, distilled"),
+        ({"A": transformer, "B": {"stages": ["distilled"], "fuse": "lora"}}, "transformers.B.fuse must be one of"),
+        ({"A": {"stages": ["refiner"]}}, r"(?s)transformers.A.stages.0.*'base', 'bridge' or 'distilled'"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            Settings.model_validate({"model": "configs/scenes.yaml", "transformers": transformers})
     bad = tmp_path / "model.yaml"
     bad.write_text("name: x\nsource: y\nsizes: [100x100]\n")
     with pytest.raises(ValidationError, match="multiples of 16"):

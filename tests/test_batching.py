@@ -1,0 +1,172 @@
+"""Requests that share a device, step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from threading import Thread
+
+import pytest
+import torch
+
+from stages.batching import StepBatcher
+from stages.packet import LatentPacket
+from stages.pipeline import Pipeline
+from stages.plan import Plan, presets
+
+TOLERANCE = 1e-5  # of the latent's largest value: float32 orders its sums by the shape of the batch
+SMALL, LARGE = "64x64", "128x128"  # 16 and 64 tokens
+STAGE = {"name": "base", "sigma_start": 1.0, "sigma_end": 0.0}
+
+
+def plan_of(steps: int, **changes: object) -> Plan:
+    return Plan(stages=[{**STAGE, "steps": steps, **changes}])
+
+
+GUIDED = plan_of(3, guidance_scale=4.0)
+CACHED = plan_of(5, guidance_scale=4.0, cache={"kind": "taylorseer", "interval": 2, "warmup": 2})
+
+
+def packet_of(pipeline: Pipeline, seed: int, size: str = SMALL, prompt: str = "a red ring") -> LatentPacket:
+    return pipeline.encoder.begin(f"request {seed}", 0, seed, size, prompt, "blue")
+
+
+@pytest.fixture
+def batcher(pipeline: Pipeline) -> StepBatcher:
+    return StepBatcher(pipeline.denoiser, max_tokens=128)
+
+
+def steps(batcher: StepBatcher) -> list[list[int]]:
+    """Seeds of each batch until there is nothing left to do."""
+    return [[packet.seed for packet in batch] for batch in iter(batcher.step, [])]
+
+
+def test_a_packet_joins_and_leaves_between_steps(pipeline: Pipeline, batcher: StepBatcher) -> None:
+    first = batcher.submit(packet_of(pipeline, 1), plan_of(3))
+    assert [packet.seed for packet in batcher.step()] == [1]
+    second = batcher.submit(packet_of(pipeline, 2, prompt="a large furry star on a white background"), GUIDED)
+    assert steps(batcher) == [[1, 2], [1, 2], [2]]
+    assert first.done()
+    assert second.result(0).sigma == 0.0
+
+
+def test_an_image_does_not_depend_on_its_batch_mates(pipeline: Pipeline, batcher: StepBatcher) -> None:
+    """Other plans, stages, adapters, prompts, guidance and caches, joining at other steps."""
+    hybrid = presets()["hybrid"]
+    jobs: list[tuple[LatentPacket, Plan]] = [
+        (packet_of(pipeline, seed, prompt=prompt), plan)
+        for seed, (plan, prompt) in enumerate(
+            [(GUIDED, "a star"), (CACHED, "a small striped heart on the left"), (presets()["distilled"], "a moon")]
+        )
+    ]
+    (bridged,) = pipeline.denoiser.denoise([packet_of(pipeline, 9)], hybrid)
+    jobs += [(bridged, hybrid), (packet_of(pipeline, 10), hybrid)]
+    futures = []
+    for packet, plan in jobs:
+        futures.append(batcher.submit(packet, plan))
+        batcher.step()
+    steps(batcher)
+    for (packet, plan), future in zip(jobs, futures, strict=True):
+        (alone,) = pipeline.denoiser.denoise([packet], plan)
+        together = future.result(0)
+        assert (together.latent - alone.latent).abs().max() < TOLERANCE * alone.latent.abs().max()
+        assert together.spans[-1].nfe == alone.spans[-1].nfe
+        assert (together.sigma, together.position) == (alone.sigma, alone.position)
+
+
+def test_a_batch_is_bounded_by_image_tokens_and_guided_images_count_twice(
+    pipeline: Pipeline, batcher: StepBatcher
+) -> None:
+    for seed in range(10):
+        batcher.submit(packet_of(pipeline, seed), plan_of(1))
+    assert steps(batcher) == [list(range(8)), [8, 9]]
+    for seed in range(6):
+        batcher.submit(packet_of(pipeline, seed), plan_of(1, guidance_scale=2.0))
+    assert steps(batcher) == [[0, 1, 2, 3], [4, 5]]
+    batcher.submit(packet_of(pipeline, 0, "256x256"), plan_of(1))  # 256 tokens, more than a batch may have
+    assert steps(batcher) == [[0]]
+
+
+def test_sizes_do_not_share_a_batch_and_the_oldest_goes_first(pipeline: Pipeline, batcher: StepBatcher) -> None:
+    for seed, size in enumerate((LARGE, SMALL, LARGE, SMALL)):
+        batcher.submit(packet_of(pipeline, seed, size), plan_of(2))
+    assert steps(batcher) == [[0, 2], [0, 2], [1, 3], [1, 3]]
+
+
+def test_a_stream_of_newcomers_does_not_starve_an_older_packet_of_another_size(
+    pipeline: Pipeline, batcher: StepBatcher
+) -> None:
+    batcher.submit(packet_of(pipeline, 0), plan_of(2))
+    waiting = batcher.submit(packet_of(pipeline, 1, LARGE), plan_of(1))
+    for seed in range(2, 12):
+        batcher.submit(packet_of(pipeline, seed), plan_of(2))
+        batcher.step()
+        if waiting.done():
+            break
+    assert seed < 6
+
+
+def test_the_earliest_deadline_goes_first(pipeline: Pipeline, batcher: StepBatcher) -> None:
+    batcher.submit(packet_of(pipeline, 0, LARGE), plan_of(2), deadline=200.0)
+    batcher.step()
+    batcher.submit(packet_of(pipeline, 1), plan_of(1), deadline=100.0)
+    assert steps(batcher) == [[1], [0]]
+
+
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_a_cancelled_packet_takes_no_further_step(
+    pipeline: Pipeline, batcher: StepBatcher, blocks_run: list[int], done: int
+) -> None:
+    future = batcher.submit(packet_of(pipeline, 0), plan_of(5))
+    other = batcher.submit(packet_of(pipeline, 1), plan_of(4))
+    for _ in range(done):
+        batcher.step()
+    future.cancel()
+    assert steps(batcher) == [[1]] * (4 - done)
+    assert len(blocks_run) == 4
+    assert other.result(0).seed == 1
+
+
+def test_a_packet_that_cannot_enter_fails_alone(pipeline: Pipeline, batcher: StepBatcher) -> None:
+    (late,) = pipeline.denoiser.denoise([packet_of(pipeline, 0)], presets()["hybrid"])
+    bad = batcher.submit(late, Plan(stages=[{**STAGE, "steps": 1, "sigma_end": 0.5}, {
+        "name": "bridge", "sigma_start": 0.5, "sigma_end": 0.0, "steps": 1}]))  # fmt: skip
+    good = batcher.submit(packet_of(pipeline, 1), plan_of(1))
+    steps(batcher)
+    with pytest.raises(ValueError, match=r"packet at sigma 0\.9 cannot enter bridge at 0\.5"):
+        bad.result(0)
+    assert good.result(0).seed == 1
+
+
+def test_a_step_that_fails_fails_its_batch_and_no_other(
+    pipeline: Pipeline, batcher: StepBatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = batcher.submit(packet_of(pipeline, 0), plan_of(1))
+    broken = packet_of(pipeline, 1)
+    object.__setattr__(broken, "prompt_embeds", torch.zeros(3, 7))  # of another width than the model's
+    also = batcher.submit(broken, plan_of(1))
+    later = batcher.submit(packet_of(pipeline, 2, LARGE), plan_of(1))
+    steps(batcher)
+    assert isinstance(failing.exception(0), RuntimeError)
+    assert isinstance(also.exception(0), RuntimeError)
+    assert later.result(0).seed == 2
+
+
+@pytest.fixture
+def running(batcher: StepBatcher) -> Iterator[StepBatcher]:
+    thread = Thread(target=batcher.run)
+    thread.start()
+    yield batcher
+    batcher.close()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+def test_the_devices_thread_serves_many_callers_and_ends_when_closed(pipeline: Pipeline, running: StepBatcher) -> None:
+    futures = [running.submit(packet_of(pipeline, seed), plan_of(2)) for seed in range(5)]
+    time.sleep(0.05)
+    futures += [running.submit(packet_of(pipeline, seed), GUIDED) for seed in range(5, 8)]
+    assert [future.result(30).seed for future in futures] == list(range(8))
+    running.close()
+    with pytest.raises(RuntimeError, match="takes no more work"):
+        running.submit(packet_of(pipeline, 0), GUIDED)
