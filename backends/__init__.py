@@ -2,8 +2,9 @@
 
 from backends.base import Backend
 from backends.cpu import CPUBackend
+from backends.cuda import CUDABackend
 
-_BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (CPUBackend,)}
+_BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (CPUBackend, CUDABackend)}
 
 
 def get_backend(name: str) -> Backend:
@@ -13,4 +14,4 @@ def get_backend(name: str) -> Backend:
     return _BACKENDS[name]()
 
 
-__all__ = ["Backend", "CPUBackend", "get_backend"]
+__all__ = ["Backend", "CPUBackend", "CUDABackend", "get_backend"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import grid, quality
+from bench import grid, latency, quality
 
-COMMANDS = {"quality": quality, "grid": grid}
+COMMANDS = {"quality": quality, "latency": latency, "grid": grid}
 
 
 def main() -> None:

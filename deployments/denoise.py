@@ -21,7 +21,7 @@ class Denoise:
     """One replica has one device, and one thread that uses it, for all packets that are here at a time."""
 
     def __init__(self, model: ModelConfig, settings: Transformer) -> None:
-        denoiser = Denoiser(model, get_backend(settings.backend), settings.fuse)
+        denoiser = Denoiser.load(model, get_backend(settings.backend), settings.fuse)
         self._batcher = StepBatcher(denoiser, settings.max_batch_tokens)
         self._device = Thread(target=self._batcher.run, name="device", daemon=True)
         self._device.start()

@@ -51,7 +51,7 @@ class Pipeline:
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         self.config = config
         self.encoder = Encoder(config, backend)
-        self.denoiser = Denoiser(config, backend)
+        self.denoiser = Denoiser.load(config, backend)
         self.decoder = Decoder(config, backend)
 
     def run(

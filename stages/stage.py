@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from backends import Backend
 from stages.caches import make_cache
@@ -55,13 +57,20 @@ class Task:
 class Denoiser:
     """The transformer and its adapters on a device; for one thread at a time."""
 
-    def __init__(self, config: ModelConfig, backend: Backend, fused: str | None = None) -> None:
+    def __init__(self, network: Network, scheduler: FlowMatchEulerDiscreteScheduler, backend: Backend) -> None:
+        """Args:
+        scheduler: the base model's, for its shift.
+        """
+        self._network = network
+        self._scheduler = scheduler
+        self._backend = backend
+
+    @classmethod
+    def load(cls, config: ModelConfig, backend: Backend, fused: str | None = None) -> Self:
         """Args:
         fused: adapter to fuse into the weights, where one stage is all that runs here.
         """
-        self._network = Network(load_transformer(config, backend), fused)
-        self._scheduler = load_scheduler(config)
-        self._backend = backend
+        return cls(Network(load_transformer(config, backend), fused), load_scheduler(config), backend)
 
     def begin(self, packet: LatentPacket, plan: Plan, *, preview: bool = False) -> Task:
         """Let a packet enter the stage of `plan`, number `packet.position`, that it waits for.

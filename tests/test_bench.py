@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from backends import Backend
 from bench import metrics
 from bench.cases import Cases, scene_cases
 from bench.embedding import embed
+from bench.latency import RandomModel, measure
 from bench.quality import QualityBench, read_methods
 from bench.report import Measured, write_report
+from stages.model import ModelConfig
 from stages.pipeline import Pipeline
 from training.scenes import Scene, render, sample_scene
 
@@ -147,3 +150,10 @@ def test_report_has_every_method_and_figure(rows: dict[str, Measured], tmp_path:
         assert f"| {name} |" in table
     stored = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert [Measured(**row) for row in stored] == list(rows.values())
+
+
+def test_latency_of_a_model_without_its_weights(config: ModelConfig, backend: Backend) -> None:
+    rows = {row.plan: row for row in measure(RandomModel(config.source, backend), "64x64", length=8, repeats=1)}
+    assert {name: row.nfe for name, row in rows.items()} == {"base": 100, "cached": 38, "distilled": 4, "hybrid": 7}
+    assert rows["base"].speed_up == 1
+    assert rows["base"].denoise > rows["cached"].denoise > rows["hybrid"].denoise > 0

@@ -194,7 +194,7 @@ def test_a_model_without_adapters_loads(config: ModelConfig, backend: Backend) -
 
 def test_half_precision_is_used_from_prompt_to_image(config: ModelConfig, backend: Backend) -> None:
     config = config.model_copy(update={"dtype": "bfloat16"})
-    encoder, denoiser, decoder = Encoder(config, backend), Denoiser(config, backend), Decoder(config, backend)
+    encoder, denoiser, decoder = Encoder(config, backend), Denoiser.load(config, backend), Decoder(config, backend)
     packet = encoder.begin("test", 0, 5, "64x64", "a red circle", " ")
     assert packet.latent.dtype == packet.prompt_embeds.dtype == packet.negative_embeds.dtype == torch.bfloat16
     for _ in presets()["hybrid"].stages:
@@ -207,7 +207,7 @@ def test_half_precision_is_used_from_prompt_to_image(config: ModelConfig, backen
     precise = Encoder(config.model_copy(update={"dtype": None}), backend)
     reference = precise.begin("test", 0, 5, "64x64", "a red circle", " ")
     assert reference.latent.dtype == torch.float32
-    denoiser = Denoiser(config.model_copy(update={"dtype": None}), backend)
+    denoiser = Denoiser.load(config.model_copy(update={"dtype": None}), backend)
     for _ in presets()["hybrid"].stages:
         (reference,) = denoiser.denoise([reference], presets()["hybrid"])
     assert (packet.latent - reference.latent).norm() / reference.latent.norm() < 0.05

@@ -252,7 +252,7 @@ def test_without_a_trained_bridge_the_hybrid_plan_runs_on_the_distilled_adapter(
 ) -> None:
     config = config.model_copy(update={"adapters": {"distilled": config.adapters["distilled"]}})
     plan = presets()["hybrid"].with_adapters(config.adapters)
-    denoiser = Denoiser(config, backend)
+    denoiser = Denoiser.load(config, backend)
     packets = [pipeline.encoder.begin("test", 0, 5, "64x64", PROMPT, NEGATIVE)]
     for _ in plan.stages:
         packets = denoiser.denoise(packets, plan)

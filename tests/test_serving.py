@@ -252,7 +252,7 @@ def test_overhead_of_the_router_is_below_30_ms(url: str) -> None:
 def test_wrong_settings_stop_the_start_and_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="max_imagez"):
         Settings.model_validate({"model": "configs/scenes.yaml", "max_imagez": 3})
-    with pytest.raises(ValidationError, match=r"(?s)decoder.*must be one of \['cpu'\], not 'abacus'"):
+    with pytest.raises(ValidationError, match=r"(?s)decoder.*must be one of \['cpu', 'cuda'\], not 'abacus'"):
         Settings.model_validate({"model": "configs/scenes.yaml", "decoder": "abacus"})
     with pytest.raises(ValidationError, match="default_plan must be one of"):
         Settings.model_validate({"model": "configs/scenes.yaml", "default_plan": "fastest"})

@@ -1,0 +1,23 @@
+"""GPUs that PyTorch calls `cuda`: NVIDIA's, and AMD's under ROCm."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from backends.base import Backend
+
+
+class CUDABackend(Backend):
+    """Runs in bfloat16 on the process's current device, which Ray chooses by what a replica asks for."""
+
+    name: ClassVar[str] = "cuda"
+    default_dtype: ClassVar[torch.dtype] = torch.bfloat16
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+    def synchronise(self) -> None:
+        torch.cuda.synchronize()

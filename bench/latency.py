@@ -1,0 +1,169 @@
+"""Latency of a model's plans without its weights: what base, cached, distilled and hybrid take on this machine.
+
+Latency does not depend on the values of the weights, so that a model of any size can be measured without a download.
+Caches run at a fixed schedule (TaylorSeer), because what an adaptive one skips does depend on them. Adapters count as
+fused into the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+
+from backends import Backend, get_backend
+from bench.machine import machine_name
+from stages.decode import decode_latents
+from stages.model import PIXELS_PER_TOKEN, ModelConfig, parse_size
+from stages.network import Network
+from stages.noise import draw_noise
+from stages.packet import LatentPacket
+from stages.plan import Plan, TaylorSeerSpec, presets
+from stages.stage import Denoiser
+from stages.vae import convolve_images
+
+_FIXED_CACHE = TaylorSeerSpec(interval=3)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one image: medians in seconds.
+
+    Attributes:
+        nfe: network evaluations; what a cache skipped is not counted.
+        speed_up: of denoising over the first plan's.
+    """
+
+    plan: str
+    nfe: float
+    denoise: float
+    decode: float
+    speed_up: float
+
+
+class RandomModel:
+    """A denoiser and an autoencoder of an architecture, with random weights."""
+
+    def __init__(self, source: str | None, backend: Backend) -> None:
+        """Args:
+        source: directory of a pipeline whose architecture to take, or None for Qwen-Image's.
+        """
+        self.backend = backend
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(backend.default_dtype)
+        try:
+            with backend.device:
+                if source is None:  # diffusers' defaults
+                    transformer, vae = QwenImageTransformer2DModel(), AutoencoderKLQwenImage()
+                    scheduler = FlowMatchEulerDiscreteScheduler(
+                        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,
+                        shift_terminal=0.02,
+                    )  # fmt: skip
+                else:
+                    transformer, vae, scheduler = (
+                        part.from_config(part.load_config(source, subfolder=folder))
+                        for part, folder in (
+                            (QwenImageTransformer2DModel, "transformer"),
+                            (AutoencoderKLQwenImage, "vae"),
+                            (FlowMatchEulerDiscreteScheduler, "scheduler"),
+                        )
+                    )
+        finally:
+            torch.set_default_dtype(before)
+        self.denoiser = Denoiser(Network(backend.place(transformer)), scheduler, backend)
+        self._vae = convolve_images(backend.place(vae))
+        self._width = transformer.config.joint_attention_dim
+        self._channels = transformer.config.in_channels // 4
+
+    def packet(self, size: str, length: int) -> LatentPacket:
+        """Noise, and embeddings of `length` tokens for both prompts."""
+        width, height = (side // PIXELS_PER_TOKEN for side in parse_size(size))
+        embeds = torch.randn(2, length, self._width, dtype=self.backend.default_dtype)
+        return LatentPacket(
+            request_id="latency",
+            image_index=0,
+            seed=0,
+            grid=(height, width),
+            sigma=1.0,
+            position=0,
+            spans=(),
+            latent=draw_noise(0, self._channels, 2 * height, 2 * width),
+            prompt_embeds=embeds[0],
+            negative_embeds=embeds[1],
+        )
+
+    def decode(self, packet: LatentPacket) -> None:
+        decode_latents(self._vae, packet.latent[None].to(self.backend.device), packet.grid)
+        self.backend.synchronise()
+
+
+def plans() -> Iterable[Plan]:
+    """The presets, with a cache at a fixed schedule and without adapters."""
+    for plan in presets().values():
+        stages = [
+            stage.model_copy(update={"adapter": None, "cache": _FIXED_CACHE if stage.cache else None})
+            for stage in plan.stages
+        ]
+        yield plan.model_copy(update={"stages": tuple(stages)})
+
+
+def measure(model: RandomModel, size: str, length: int, repeats: int) -> list[Latency]:
+    """Every plan on images of `size` and prompts of `length` tokens, after one run each to warm up."""
+    rows: list[Latency] = []
+    for plan in plans():
+        denoising, decoding, nfe = [], [], 0.0
+        for _ in range(repeats + 1):
+            packet = model.packet(size, length)
+            start = time.perf_counter()
+            for _ in plan.stages:
+                (packet,) = model.denoiser.denoise([packet], plan)
+            denoised = time.perf_counter()
+            model.decode(packet)
+            denoising.append(denoised - start)
+            decoding.append(time.perf_counter() - denoised)
+            nfe = sum(span.nfe for span in packet.spans)
+        denoise = statistics.median(denoising[1:])
+        first = rows[0].denoise if rows else denoise
+        rows.append(Latency(plan.name, nfe, denoise, statistics.median(decoding[1:]), first / denoise))
+    return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="qwen-image", help="qwen-image, or the config of a local model")
+    parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--size", default="1024x1024")
+    parser.add_argument("--tokens", type=int, default=64, help="of either prompt")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="directory, by default bench/results/MACHINE")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    full = arguments.model == "qwen-image"
+    source = None if full else ModelConfig.read(Path(arguments.model)).source
+    name = arguments.model if full else Path(arguments.model).stem
+    model = RandomModel(source, get_backend(arguments.backend))
+    rows = measure(model, arguments.size, arguments.tokens, arguments.repeats)
+    for row in rows:
+        print(
+            f"{row.plan:<12}{row.nfe:>6.1f} NFE  denoise {row.denoise:>8.3f} s  decode {row.decode:>7.3f} s  "
+            f"{row.speed_up:>5.1f}x"
+        )
+    output = arguments.output or Path(__file__).parent / "results" / machine_name()
+    output.mkdir(parents=True, exist_ok=True)
+    content = {
+        "machine": machine_name(),
+        "model": name,
+        "weights": "random",
+        "size": arguments.size,
+        "prompt_tokens": arguments.tokens,
+        "dtype": str(model.backend.default_dtype),
+        "rows": [asdict(row) for row in rows],
+    }
+    (output / f"latency-{name}.json").write_text(json.dumps(content, indent=1) + "\n")

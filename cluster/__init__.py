@@ -1,0 +1,1 @@
+"""Pools of devices: how many a load needs, and what they cost."""

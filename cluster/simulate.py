@@ -1,0 +1,253 @@
+"""A discrete-event simulation of the stages under load: latency, throughput and cost of pools of devices.
+
+`python -m cluster.simulate cluster/published.yaml`
+
+Images arrive at random (a Poisson process), pass the stages of a plan in order, and at each go to the replica with
+the fewest images. A replica works as `stages.batching.StepBatcher` does: before each step it takes the images that
+are there, oldest first, up to its largest batch, and all of them move on by one step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+import numpy as np
+import simpy
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Device(_Strict):
+    """A type of accelerator.
+
+    Attributes:
+        price: dollars an hour.
+    """
+
+    price: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class Stage(_Strict):
+    """One stage of the plan on one type of device.
+
+    Attributes:
+        device: name of its type.
+        steps: that an image stays.
+        fixed, per_image: seconds of a step: `fixed` + `per_image` for each image of its batch.
+        max_batch: images of a step.
+        replicas: devices that run it, or None to be planned.
+    """
+
+    device: str
+    steps: Annotated[int, Field(ge=1)] = 1
+    fixed: Annotated[float, Field(ge=0.0)] = 0.0
+    per_image: Positive
+    max_batch: Annotated[int, Field(ge=1)] = 1
+    replicas: Annotated[int, Field(ge=1)] | None = None
+
+    def seconds(self, batch: int) -> float:
+        """Of a step."""
+        return self.fixed + self.per_image * batch
+
+    @property
+    def capacity(self) -> float:
+        """Images a second of one replica whose batches are full."""
+        return self.max_batch / (self.steps * self.seconds(self.max_batch))
+
+
+class Scenario(_Strict):
+    """A load, and the pools that are to bear it.
+
+    Attributes:
+        rate: images a second that arrive.
+        megapixels: of an image.
+        deadline: seconds within which 95 % of the images must be done, for planning.
+        hop: seconds from one stage to the next.
+    """
+
+    devices: dict[str, Device]
+    stages: Annotated[dict[str, Stage], Field(min_length=1)]
+    rate: Positive
+    megapixels: Positive
+    deadline: Positive
+    hop: Annotated[float, Field(ge=0.0)] = 0.0
+
+    @property
+    def price(self) -> float:
+        """Dollars an hour of all replicas."""
+        return sum((stage.replicas or 1) * self.devices[stage.device].price for stage in self.stages.values())
+
+    def with_replicas(self, replicas: dict[str, int]) -> Scenario:
+        stages = {
+            name: stage.model_copy(update={"replicas": replicas[name]}) if name in replicas else stage
+            for name, stage in self.stages.items()
+        }
+        return self.model_copy(update={"stages": stages})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a simulation saw.
+
+    Attributes:
+        throughput: images a second, from the first arrival to the last departure.
+        mean, p50, p95, p99: seconds from arrival to departure.
+        busy: stage -> share of the time that its replicas worked.
+        dollars_per_megapixel: at this load.
+    """
+
+    throughput: float
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+    busy: dict[str, float]
+    dollars_per_megapixel: float
+
+
+@dataclass
+class _Image:
+    arrived: float
+    steps_left: int = 0
+    done: simpy.Event | None = None
+
+
+class _Replica:
+    """One device and the images that are on it, oldest first."""
+
+    def __init__(self, environment: simpy.Environment, stage: Stage) -> None:
+        self._environment = environment
+        self._stage = stage
+        self._work = simpy.Store(environment)  # wakes the device
+        self.images: list[_Image] = []
+        self.busy = 0.0
+        environment.process(self._run())
+
+    def enter(self, image: _Image) -> simpy.Event:
+        image.steps_left = self._stage.steps
+        image.done = self._environment.event()
+        self.images.append(image)
+        self._work.put(None)
+        return image.done
+
+    def _run(self) -> Generator[simpy.Event, None, None]:
+        while True:
+            yield self._work.get()
+            while self.images:
+                batch = self.images[: self._stage.max_batch]
+                seconds = self._stage.seconds(len(batch))
+                yield self._environment.timeout(seconds)
+                self.busy += seconds
+                for image in batch:
+                    image.steps_left -= 1
+                    if image.steps_left == 0 and image.done:
+                        self.images.remove(image)
+                        image.done.succeed()
+
+
+def simulate(scenario: Scenario, images: int = 2000, seed: int = 0) -> Outcome:
+    """Let `images` images arrive and wait until the last is done; a stage without `replicas` has one."""
+    environment, rng = simpy.Environment(), Random(seed)
+    replicas = {
+        name: [_Replica(environment, stage) for _ in range(stage.replicas or 1)]
+        for name, stage in scenario.stages.items()
+    }
+    latencies: list[float] = []
+
+    def one(image: _Image) -> Generator[simpy.Event, None, None]:
+        for pool in replicas.values():
+            if scenario.hop:
+                yield environment.timeout(scenario.hop)
+            yield min(pool, key=lambda replica: len(replica.images)).enter(image)
+        latencies.append(environment.now - image.arrived)
+
+    def arrivals() -> Generator[simpy.Event, None, None]:
+        for _ in range(images):
+            yield environment.timeout(rng.expovariate(scenario.rate))
+            environment.process(one(_Image(environment.now)))
+
+    environment.process(arrivals())
+    environment.run()
+    p50, p95, p99 = np.percentile(latencies, [50, 95, 99])
+    elapsed = environment.now
+    throughput = images / elapsed
+    return Outcome(
+        throughput=throughput,
+        mean=float(np.mean(latencies)),
+        p50=float(p50),
+        p95=float(p95),
+        p99=float(p99),
+        busy={name: sum(replica.busy for replica in pool) / len(pool) / elapsed for name, pool in replicas.items()},
+        dollars_per_megapixel=scenario.price / 3600 / (scenario.rate * scenario.megapixels),
+    )
+
+
+def plan_replicas(scenario: Scenario, most: int = 1000) -> Scenario:
+    """Give every stage the fewest replicas with which 95 % of the images meet the deadline.
+
+    From as many as the load keeps below full, one is added at a time to the stage where it shortens that latency most
+    for its price.
+
+    Raises:
+        ValueError: `most` replicas in all do not suffice, or none could, since an idle system is too slow.
+    """
+    alone = sum(stage.steps * stage.seconds(1) + scenario.hop for stage in scenario.stages.values())
+    if alone > scenario.deadline:
+        raise ValueError(f"deadline is {scenario.deadline} s, but one image alone takes {alone:.2f} s")
+    planned = scenario.with_replicas(
+        {
+            name: stage.replicas or math.floor(scenario.rate / stage.capacity) + 1
+            for name, stage in scenario.stages.items()
+        }
+    )
+    free = [name for name, stage in scenario.stages.items() if stage.replicas is None]
+    while (outcome := simulate(planned)).p95 > scenario.deadline:
+        if not free or sum(stage.replicas or 1 for stage in planned.stages.values()) >= most:
+            raise ValueError(f"95 % of the images take {outcome.p95:.2f} s with {_replicas(planned)}")
+
+        def gain(candidate: Scenario, now: Scenario = planned, latency: float = outcome.p95) -> float:
+            return (latency - simulate(candidate).p95) / (candidate.price - now.price or 1.0)
+
+        candidates = [planned.with_replicas({name: (planned.stages[name].replicas or 1) + 1}) for name in free]
+        planned = max(candidates, key=gain)
+    return planned
+
+
+def _replicas(scenario: Scenario) -> dict[str, int | None]:
+    return {name: stage.replicas for name, stage in scenario.stages.items()}
+
+
+def read_scenarios(path: Path) -> dict[str, Scenario]:
+    """Scenarios by name; raises pydantic.ValidationError, which names the key that is wrong."""
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return {name: Scenario(devices=content["devices"], **values) for name, values in content["scenarios"].items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", type=Path)
+    arguments = parser.parse_args()
+    for name, scenario in read_scenarios(arguments.scenarios).items():
+        planned = plan_replicas(scenario)
+        outcome = simulate(planned)
+        replicas = ", ".join(f"{count} {stage}" for stage, count in _replicas(planned).items())
+        print(
+            f"{name}: {replicas}; p50 {outcome.p50:.2f} s, p95 {outcome.p95:.2f} s, {outcome.throughput:.2f} images/s, "
+            f"${outcome.dollars_per_megapixel:.5f} a megapixel"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The simulator against queues whose answer is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from cluster.simulate import Scenario, Stage, plan_replicas, read_scenarios, simulate
+
+ROOT = Path(__file__).parent.parent
+
+
+def scenario(rate: float, deadline: float = 100.0, hop: float = 0.0, **stages: Stage) -> Scenario:
+    return Scenario(
+        devices={"gpu": {"price": 36.0}}, stages=stages, rate=rate, megapixels=2.0, deadline=deadline, hop=hop
+    )
+
+
+def stage(per_image: float, **more: object) -> Stage:
+    return Stage(device="gpu", per_image=per_image, **more)
+
+
+def mean_wait(rate: float) -> float:
+    """Of an image that needs one step of a second, beyond that second."""
+    outcomes = [simulate(scenario(rate, one=stage(1.0, replicas=1)), images=4000, seed=seed) for seed in range(3)]
+    return sum(outcome.mean for outcome in outcomes) / 3 - 1.0
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
+def test_one_device_waits_as_pollaczek_and_khinchine_say(load: float) -> None:
+    """M/D/1: load / (2 (1 - load)) services."""
+    assert mean_wait(load) == pytest.approx(load / (2 * (1 - load)), rel=0.12)
+
+
+def test_an_idle_system_takes_its_steps_and_hops() -> None:
+    outcome = simulate(scenario(1e-6, base=stage(0.5, steps=4, fixed=0.25), decode=stage(0.1), hop=0.01), images=20)
+    assert (outcome.p50, outcome.p99) == pytest.approx((3.12, 3.12))  # 4 x 0.75 + 0.1 + 2 x 0.01
+    assert outcome.busy["base"] < 1e-4
+
+
+def test_stages_pipeline_so_that_the_slowest_alone_bounds_the_throughput() -> None:
+    outcome = simulate(scenario(50.0, base=stage(0.5), bridge=stage(0.25), distilled=stage(0.4)), images=400)
+    assert outcome.throughput == pytest.approx(2.0, rel=0.02)
+    assert outcome.busy["base"] == pytest.approx(1.0, abs=0.02)
+    assert outcome.busy["bridge"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_batch_shares_the_fixed_part_of_a_step() -> None:
+    """Full batches of 8: 8 images in 3 steps of 0.8 + 8 x 0.1 s."""
+    outcome = simulate(scenario(50.0, base=stage(0.1, fixed=0.8, steps=3, max_batch=8)), images=800)
+    assert outcome.throughput == pytest.approx(8 / 4.8, rel=0.02)
+
+
+def test_twice_the_replicas_bear_twice_the_load() -> None:
+    one = simulate(scenario(50.0, base=stage(0.5, replicas=1)), images=400)
+    two = simulate(scenario(50.0, base=stage(0.5, replicas=2)), images=400)
+    assert two.throughput == pytest.approx(2 * one.throughput, rel=0.02)
+
+
+def test_cost_is_the_price_of_all_replicas_over_the_megapixels_of_the_load() -> None:
+    outcome = simulate(scenario(0.5, base=stage(0.5, replicas=3), decode=stage(0.1)), images=10)
+    assert outcome.dollars_per_megapixel == pytest.approx(4 * 36 / 3600 / (0.5 * 2))
+
+
+def test_planned_replicas_meet_the_deadline_and_one_fewer_would_not() -> None:
+    planned = plan_replicas(scenario(6.0, deadline=1.6, base=stage(0.5), distilled=stage(0.3)))
+    counts = {name: stage.replicas for name, stage in planned.stages.items()}
+    assert counts["base"] >= 4  # 6 a second need 3 at full load
+    assert counts["distilled"] >= 2
+    assert simulate(planned).p95 <= 1.6
+    for name, count in counts.items():
+        assert simulate(planned.with_replicas({name: count - 1})).p95 > 1.6
+
+
+def test_a_deadline_that_an_idle_system_misses_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"deadline is 0\.4 s, but one image alone takes 0\.50 s"):
+        plan_replicas(scenario(1.0, deadline=0.4, base=stage(0.5)))
+
+
+def test_fixed_replicas_that_do_not_suffice_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"95 % of the images take .* with {'base': 1}"):
+        plan_replicas(scenario(4.0, deadline=1.0, base=stage(0.5, replicas=1)))
+
+
+def test_published_times_plan() -> None:
+    scenarios = read_scenarios(ROOT / "cluster" / "published.yaml")
+    alone = {
+        name: sum(stage.steps * stage.seconds(1) for stage in scenario.stages.values())
+        for name, scenario in scenarios.items()
+    }
+    assert alone["distilled on h100"] == pytest.approx(1.35, abs=0.01)
+    assert alone["hybrid on h100"] == pytest.approx(1.57, abs=0.01)
+    assert alone["hybrid on gaudi2"] == pytest.approx(3.07, abs=0.01)
+    planned = plan_replicas(scenarios["hybrid on h100"])
+    assert sum(stage.replicas or 0 for stage in planned.stages.values()) in range(8, 16)  # 5 x 1.57 are 7.85
+
+
+def test_a_wrong_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "scenarios.yaml"
+    path.write_text("devices: {gpu: {prize: 3}}\nscenarios: {a: {rate: 1, megapixels: 1, deadline: 1, stages: {}}}")
+    with pytest.raises(ValidationError, match="prize"):
+        read_scenarios(path)
