@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import grid, latency, quality
+from bench import grid, latency, quality, serving
 
-COMMANDS = {"quality": quality, "latency": latency, "grid": grid}
+COMMANDS = {"quality": quality, "latency": latency, "serving": serving, "grid": grid}
 
 
 def main() -> None:

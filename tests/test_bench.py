@@ -17,6 +17,7 @@ from bench import metrics
 from bench.cases import Cases, scene_cases
 from bench.embedding import embed
 from bench.latency import RandomModel, measure
+from bench.load import Sent, figures
 from bench.quality import QualityBench, read_methods
 from bench.report import Measured, write_report
 from stages.model import ModelConfig
@@ -157,3 +158,17 @@ def test_latency_of_a_model_without_its_weights(config: ModelConfig, backend: Ba
     assert {name: row.nfe for name, row in rows.items()} == {"base": 100, "cached": 38, "distilled": 4, "hybrid": 7}
     assert rows["base"].speed_up == 1
     assert rows["base"].denoise > rows["cached"].denoise > rows["hybrid"].denoise > 0
+
+
+def test_figures_of_a_load() -> None:
+    sent = [Sent(due=float(i), end=i + (3.0 if i == 9 else 0.5), stages={"base": 0.2}, error=None) for i in range(10)]
+    made = figures([*sent, Sent(due=0.0, end=20.0, stages={}, error="503")], deadline=1.0)
+    assert (made.requests, made.failed) == (11, 1)
+    assert made.throughput == pytest.approx(10 / 20)
+    assert made.goodput == pytest.approx(9 / 20)
+    assert made.p50 == pytest.approx(0.5)
+    assert made.p99 > 2.5
+    assert made.stages == {"base": pytest.approx(0.2)}
+    assert made.elsewhere == pytest.approx(0.75 - 0.2)
+    with pytest.raises(ValueError, match="no request was answered: 503"):
+        figures([Sent(0.0, 1.0, {}, "503")], deadline=1.0)

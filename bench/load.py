@@ -1,0 +1,134 @@
+"""Load on a server of the images API, and what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import httpx
+import numpy as np
+
+_TIMEOUT = 600.0  # seconds; a request that takes longer counts as failed
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One request.
+
+    Attributes:
+        due: when it was to be sent; under open load a late client adds to the latency.
+        end: when the answer was here. All in seconds of one monotonic clock.
+        stages: seconds of work by stage, where the server says so.
+        error: None, or what went wrong.
+    """
+
+    due: float
+    end: float
+    stages: dict[str, float]
+    error: str | None
+
+    @property
+    def latency(self) -> float:
+        return self.end - self.due
+
+
+@dataclass(frozen=True)
+class LoadFigures:
+    """Of a run.
+
+    Attributes:
+        requests, failed: counts.
+        throughput: answers a second, from the first request to the last answer.
+        p50, p95, p99: seconds of latency.
+        goodput: answers a second within the deadline.
+        stages: mean seconds of work by stage.
+        elsewhere: mean seconds of a request outside of its stages: queues, hops, HTTP.
+    """
+
+    requests: int
+    failed: int
+    throughput: float
+    p50: float
+    p95: float
+    p99: float
+    goodput: float
+    stages: dict[str, float]
+    elsewhere: float
+
+
+def figures(sent: Sequence[Sent], deadline: float) -> LoadFigures:
+    """Raises ValueError if every request failed, with the first one's error."""
+    answered = [request for request in sent if request.error is None]
+    if not answered:
+        raise ValueError(f"no request was answered: {sent[0].error if sent else 'none was sent'}")
+    elapsed = max(request.end for request in sent) - min(request.due for request in sent)
+    latencies = [request.latency for request in answered]
+    p50, p95, p99 = (float(value) for value in np.percentile(latencies, [50, 95, 99]))
+    names = dict.fromkeys(name for request in answered for name in request.stages)
+    stages = {name: float(np.mean([request.stages.get(name, 0.0) for request in answered])) for name in names}
+    return LoadFigures(
+        requests=len(sent),
+        failed=len(sent) - len(answered),
+        throughput=len(answered) / elapsed,
+        p50=p50,
+        p95=p95,
+        p99=p99,
+        goodput=sum(latency <= deadline for latency in latencies) / elapsed,
+        stages=stages,
+        elsewhere=float(np.mean(latencies)) - sum(stages.values()),
+    )
+
+
+@asynccontextmanager
+async def _client(url: str) -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, limits=limits) as client:
+        yield client
+
+
+async def _send(client: httpx.AsyncClient, body: dict[str, Any], due: float) -> Sent:
+    try:
+        answer = await client.post("/v1/images/generations", json=body)
+    except httpx.HTTPError as error:
+        return Sent(due, time.monotonic(), {}, repr(error))
+    end = time.monotonic()
+    if answer.status_code != 200:
+        return Sent(due, end, {}, f"{answer.status_code}: {answer.text[:200]}")
+    image = answer.json()["data"][0]
+    return Sent(due, end, {timing["stage"]: timing["seconds"] for timing in image.get("timings", ())}, None)
+
+
+async def closed_loop(url: str, bodies: Sequence[dict[str, Any]], concurrency: int, count: int) -> list[Sent]:
+    """`count` requests, `concurrency` at any time."""
+    queue = iter(list(itertools.islice(itertools.cycle(bodies), count)))
+    sent: list[Sent] = []
+    async with _client(url) as client:
+
+        async def worker() -> None:
+            for body in queue:
+                sent.append(await _send(client, body, time.monotonic()))
+
+        await asyncio.gather(*(worker() for _ in range(concurrency)))
+    return sent
+
+
+async def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, count: int, seed: int = 0) -> list[Sent]:
+    """`count` requests that arrive as a Poisson process of `rate` a second, whether or not answers come."""
+    rng = Random(seed)
+    async with _client(url) as client:
+
+        async def one(body: dict[str, Any], due: float) -> Sent:
+            await asyncio.sleep(due - time.monotonic())
+            return await _send(client, body, due)
+
+        due, requests = time.monotonic(), []
+        for body in itertools.islice(itertools.cycle(bodies), count):
+            due += rng.expovariate(rate)
+            requests.append(one(body, due))
+        return list(await asyncio.gather(*requests))

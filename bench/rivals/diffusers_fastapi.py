@@ -1,0 +1,63 @@
+"""Diffusers' pipeline behind FastAPI, after diffusers' guide "Create a server".
+
+As there: one pipeline, each request with a scheduler of its own (`from_pipe`), run in the default executor.
+
+`RIVAL_MODEL=configs/scenes.yaml uvicorn bench.rivals.diffusers_fastapi:app`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import QwenImagePipeline
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from stages.model import ModelConfig, parse_size
+
+app = FastAPI()
+config = ModelConfig.read(Path(os.environ["RIVAL_MODEL"]))
+shared = QwenImagePipeline.from_pretrained(config.source, torch_dtype=torch.float32)
+
+
+class Body(BaseModel):
+    prompt: str
+    negative_prompt: str = " "
+    seed: int = 0
+    size: str = config.sizes[0]
+
+
+@app.get("/readyz")
+def ready() -> dict[str, str]:
+    return {"status": "ready"}
+
+
+@app.post("/v1/images/generations")
+async def generate(body: Body) -> dict[str, Any]:
+    scheduler = shared.scheduler.from_config(shared.scheduler.config)
+    pipeline = QwenImagePipeline.from_pipe(shared, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    width, height = parse_size(body.size)
+
+    def work() -> bytes:
+        image = pipeline(
+            prompt=body.prompt,
+            negative_prompt=body.negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=50,
+            true_cfg_scale=4.0,
+            generator=torch.Generator().manual_seed(body.seed),
+        ).images[0]
+        buffer = BytesIO()
+        image.save(buffer, format="png")
+        return buffer.getvalue()
+
+    data = await asyncio.get_running_loop().run_in_executor(None, work)
+    return {"data": [{"b64_json": base64.b64encode(data).decode()}]}

@@ -1,0 +1,227 @@
+"""This engine under load over HTTP, beside what a user would run without it, on the same machine in one run.
+
+Rivals: diffusers' base model behind FastAPI, and a monolithic Ray Serve deployment that runs the same hybrid plan.
+Each server in turn is started, warmed up, and driven by a closed loop at several concurrencies; then this engine and
+the monolith by an open loop (Poisson arrivals) at 70 % of the monolith's saturation. The overhead is this engine's
+latency at concurrency 1 over the bare sum of encoding, network evaluations and decoding in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from backends import get_backend
+from bench.cases import Cases
+from bench.load import LoadFigures, closed_loop, figures, open_loop
+from bench.machine import machine_name
+from stages.model import ModelConfig
+from stages.pipeline import Pipeline
+
+ROOT = Path(__file__).parent.parent
+_START_TIMEOUT = 300.0  # seconds
+_SATURATION = 0.7  # of the monolith's throughput, for the open loop
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to start one.
+
+    Attributes:
+        command: with `{port}` and `{config}` to be filled in.
+        config: of `serve run`, if it takes a file.
+        slow: seconds an image are so many that only a few requests are sent.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    config: dict[str, Any] | None = None
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One server at one load; `load` is `concurrency N` or `N a second`."""
+
+    server: str
+    load: str
+    figures: LoadFigures
+    memory: int
+
+
+def colocated(config: dict[str, Any]) -> dict[str, Any]:
+    """`serve_config.yaml` with all stages in one deployment, on one set of weights."""
+    config = copy.deepcopy(config)
+    (application,) = config["applications"]
+    tokens = application["args"]["transformers"]["Base"]["max_batch_tokens"]
+    stages = {"stages": ["base", "bridge", "distilled"], "max_batch_tokens": tokens}
+    application["args"]["transformers"] = {"Transformer": stages}
+    deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
+    transformer = {**deployments["Base"], "name": "Transformer"}
+    application["deployments"] = [
+        transformer,
+        *(deployment for name, deployment in deployments.items() if name not in ("Base", "Bridge", "Distilled")),
+    ]
+    return config
+
+
+def servers(model: Path) -> list[Server]:
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    config["applications"][0]["args"]["model"] = str(model)
+    monolith = {
+        "http_options": {"host": "127.0.0.1", "port": 0},
+        "applications": [
+            {
+                "name": "monolith",
+                "import_path": "bench.rivals.monolithic_serve:build",
+                "args": {"model": str(model), "plan": "hybrid"},
+            }
+        ],
+    }
+    uvicorn = (sys.executable, "-m", "uvicorn", "bench.rivals.diffusers_fastapi:app", "--port", "{port}")
+    serve = (str(Path(sys.executable).with_name("serve")), "run", "{config}")
+    return [
+        Server("three stages, spread", serve, config),
+        Server("three stages, co-located", serve, colocated(config)),
+        Server("monolithic Ray Serve", serve, monolith),
+        Server("diffusers behind FastAPI, base", uvicorn, slow=True),
+    ]
+
+
+@contextmanager
+def started(server: Server, model: Path) -> Iterator[str]:
+    """Run a server; its address. Raises RuntimeError with its log if it does not get ready."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as directory:
+        path, log = Path(directory) / "serve.yaml", Path(directory) / "server.log"
+        if server.config:
+            config = copy.deepcopy(server.config)
+            config["http_options"]["port"] = port
+            path.write_text(yaml.safe_dump(config))
+        command = [part.format(port=port, config=path) for part in server.command]
+        environment = {**os.environ, "RIVAL_MODEL": str(model), "RAY_USAGE_STATS_ENABLED": "0"}
+        with log.open("w") as file:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + _START_TIMEOUT
+            while not _ready(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{server.name} did not get ready:\n{log.read_text()[-4000:]}")
+                time.sleep(1)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+            if server.config:
+                ray = Path(sys.executable).with_name("ray")
+                subprocess.run([str(ray), "stop", "--force"], check=False, capture_output=True)
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _memory() -> int:
+    """Bytes resident in the server's own processes: those that hold a model or serve HTTP, without Ray's daemons."""
+    total = 0
+    for process in psutil.process_iter(["name", "cmdline"]):
+        title = " ".join(process.info["cmdline"] or ())
+        if title.startswith("ray::") or "uvicorn" in title:
+            total += process.memory_info().rss
+    return total
+
+
+def bodies(cases: Cases, plan: str | None) -> list[dict[str, Any]]:
+    """Requests of mixed prompts, some with a negative one."""
+    prompted = [*cases.negative[::4][:16], *cases.accuracy[:16], *cases.accuracy[-16:]]
+    made = []
+    for index, case in enumerate(prompted):
+        body = {"prompt": case.prompt, "seed": case.seed}
+        if case.negative_prompt:
+            body["negative_prompt"] = case.negative_prompt
+        if plan:
+            body["plan"] = plan
+        made.append((index * 7 % len(prompted), body))
+    return [body for _, body in sorted(made, key=lambda pair: pair[0])]
+
+
+def bare_seconds(model: Path, requests: Sequence[dict[str, Any]], plan: str) -> float:
+    """Median seconds of an image's encoding, network evaluations and decoding in one process, by themselves."""
+    pipeline = Pipeline(ModelConfig.read(model), get_backend("cpu"))
+    seconds = []
+    for body in requests[:24]:
+        (result,) = pipeline.run(
+            plan, body["prompt"], negative_prompt=body.get("negative_prompt"), seeds=[body["seed"]]
+        )
+        seconds.append(sum(span.end - span.start for span in result.spans))
+    return statistics.median(seconds[4:])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, nargs="?", default=ROOT / "configs" / "scenes.yaml")
+    parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each load, about")
+    parser.add_argument("--deadline", type=float, default=2.0, help="seconds, for goodput")
+    parser.add_argument("--output", type=Path, help="directory, by default bench/results/MACHINE")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output = arguments.output or Path(__file__).parent / "results" / machine_name()
+    output.mkdir(parents=True, exist_ok=True)
+    model = arguments.config.resolve()
+    cases = Cases.read(Path(__file__).parent / "cases" / "scenes-dev.yaml")
+    rows: list[Row] = []
+
+    def record(server: Server, load: str, made: LoadFigures) -> None:
+        rows.append(Row(server.name, load, made, _memory()))
+        print(
+            f"{server.name}, {load}: {made.throughput:.2f} images/s, p50 {made.p50:.3f}, p95 {made.p95:.3f}, "
+            f"p99 {made.p99:.3f} s, goodput {made.goodput:.2f}/s, {made.failed} failed",
+            flush=True,
+        )
+
+    bare = bare_seconds(model, bodies(cases, None), "hybrid")
+    print(f"bare hybrid in one process: {bare:.3f} s")
+    saturation = 0.0
+    for server in reversed(servers(model)):  # the monolith tells the rate of the open loop
+        requests = bodies(cases, None)
+        with started(server, model) as url:
+            warm = asyncio.run(closed_loop(url, requests, 2, 4 if server.slow else 24))
+            for concurrency in [1, 8] if server.slow else arguments.concurrencies:
+                speed = figures(warm, arguments.deadline).throughput
+                count = max(concurrency * 2, 4, round(speed * arguments.seconds))
+                sent = asyncio.run(closed_loop(url, requests, concurrency, count))
+                warm = sent
+                record(server, f"concurrency {concurrency}", figures(sent, arguments.deadline))
+            if server.name == "monolithic Ray Serve":
+                saturation = max(row.figures.throughput for row in rows if row.server == server.name)
+            if not server.slow:
+                rate = _SATURATION * saturation
+                sent = asyncio.run(open_loop(url, requests, rate, round(rate * arguments.seconds)))
+                record(server, f"{rate:.2f} a second", figures(sent, arguments.deadline))
+    content = {"machine": machine_name(), "bare": bare, "rows": [asdict(row) for row in rows]}
+    (output / "serving.json").write_text(json.dumps(content, indent=1) + "\n")
