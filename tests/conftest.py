@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from stages.pipeline import Pipeline
 from stages.plan import Plan
 
 ROOT = Path(__file__).parent.parent
+
+# Ray asks local clients for a token by default, and `serve status` is another process than the server's.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
 
 @pytest.fixture(scope="session")

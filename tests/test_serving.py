@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,57 +20,19 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 from pydantic import ValidationError
 
+from bench.serving import servers, started
 from bench.trace import chrome_trace, most_busy
 from deployments.settings import Settings
 from stages.pipeline import Pipeline
 
-ROOT = Path(__file__).parents[1]
-# Ray asks local clients for a token by default; `serve status` below is another process than the server's.
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 DEPLOYMENTS = {"Ingress", "Router", "TextEncoder", "Base", "Bridge", "Distilled", "VAEDecoder"}
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _serve(config: dict[str, Any], directory: Path) -> subprocess.Popen[str]:
-    path = directory / "serve_config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    command = [str(Path(sys.executable).with_name("serve")), "run", str(path)]
-    log = (directory / "serve.log").open("w")
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, text=True)
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    process.wait(timeout=60)
-    subprocess.run([str(Path(sys.executable).with_name("ray")), "stop", "--force"], check=False, capture_output=True)
+MODEL = Path(__file__).parents[1] / "configs" / "scenes.yaml"
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    config["http_options"]["port"] = port = _free_port()
-    directory = tmp_path_factory.mktemp("serve")
-    process = _serve(config, directory)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                if httpx.get(f"{address}/readyz", timeout=10).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            time.sleep(1)
-        else:
-            pytest.fail(f"not ready: {(directory / 'serve.log').read_text()[-5000:]}")
+def url() -> Iterator[str]:
+    with started(servers(MODEL)[0], MODEL) as address:
         yield address
-    finally:
-        _stop(process)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +49,7 @@ def test_serve_run_starts_seven_healthy_deployments(url: str) -> None:
     assert httpx.get(f"{url}/readyz", timeout=10).json() == {"status": "ready"}
     assert httpx.get(f"{url}/healthz", timeout=10).json() == {"status": "ok"}
     command = [str(Path(sys.executable).with_name("serve")), "status"]
-    status = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=True)
+    status = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     deployments = yaml.safe_load(status.stdout)["applications"]["images"]["deployments"]
     assert {name: entry["status"] for name, entry in deployments.items()} == dict.fromkeys(DEPLOYMENTS, "HEALTHY")
 

@@ -5,7 +5,8 @@
 A hybrid plan's base stage takes few, large steps and so ends beside the model's true trajectory. The teacher's
 trajectories say where it should be: from the same noise and prompt, the bridge's input is what the coarse base
 stage leaves at sigma_a and its target is the point of the fine trajectory at sigma_b. Pairs come from one noise,
-so that the seed's composition, and with it the base model's diversity and guidance, is what is learned.
+so that the seed's composition, and with it the base model's diversity and guidance, is what is learned. Some of the
+trajectories avoid a negative prompt: what the base stage has taken away, the bridge learns to leave away, unseen.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from stages.encode import EMPTY_PROMPT
 from stages.plan import presets
 from stages.sigmas import stage_sigmas
 from training.adapters import active, add_lora, save_lora
@@ -40,21 +40,21 @@ def main() -> None:
     parameters = add_lora(transformer, "bridge", config["rank"])
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, one_cycle(optimizer, schedule))
-    prompts = Prompts(pipeline, None)
-    (negative,) = prompts.embed([EMPTY_PROMPT])
+    prompts = Prompts(pipeline)
     taught = Trajectories.load(arguments.trajectories)
     plan = presets()[config["plan"]]
     base, bridge, _ = plan.stages
     tokens = taught.latents.shape[2]
     sigmas = stage_sigmas(bridge, pipeline.scheduler, tokens)
-    target_level = taught.sigmas.tolist().index(bridge.sigma_end)
+    target_level = taught.level(bridge.sigma_end)
 
     @torch.no_grad()
     def coarse(rows: list[int]) -> torch.Tensor:
         """What the base stage leaves of the trajectories' noises, in bfloat16."""
         embeds = prompts.embed([taught.prompts[row] for row in rows])
         with accelerator.autocast(), active(transformer, None):
-            velocity = guided(transformer, embeds, negative, taught.grid, base.guidance_scale)
+            negatives = prompts.embed([taught.negative_prompts[row] for row in rows])
+            velocity = guided(transformer, embeds, negatives, taught.grid, base.guidance_scale)
             noise = taught.latents[rows, 0].float().to(accelerator.device)
             return integrate(velocity, noise, stage_sigmas(base, pipeline.scheduler, tokens))[-1].bfloat16().cpu()
 

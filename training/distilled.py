@@ -11,6 +11,7 @@ on the latents that it will meet. Student and critic are two LoRAs on the one se
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from random import Random
 
@@ -46,12 +47,22 @@ def main() -> None:
     transformer, student_optimizer, critic_optimizer, scheduler = accelerator.prepare(
         transformer, student_optimizer, critic_optimizer, one_cycle(student_optimizer, schedule)
     )
-    prompts = Prompts(pipeline, Path(config["prompts"]) if config["prompts"] else None)
+    prompts = Prompts.read(pipeline, config)
     (negative,) = prompts.embed([EMPTY_PROMPT])
     taught = Trajectories.load(arguments.trajectories)
+    plain = [row for row, negative_prompt in enumerate(taught.negative_prompts) if negative_prompt == EMPTY_PROMPT]
     plan = StageSpec(
         name="distilled", sigma_start=1.0, sigma_end=0.0, steps=4, shift=config["shift"], adapter="distilled"
     )
+
+    def plan_sigmas(steps: int, tokens: int) -> torch.Tensor:
+        return stage_sigmas(plan.model_copy(update={"steps": steps}), pipeline.scheduler, tokens)
+
+    levels = [
+        [taught.level(sigma) for sigma in plan_sigmas(steps, taught.latents.shape[2]).tolist()]
+        for steps in config["steps"]
+    ]
+    strides = [pair for passed in levels for pair in itertools.pairwise(passed)]
 
     def advance(loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         accelerator.backward(loss)
@@ -60,11 +71,11 @@ def main() -> None:
         optimizer.zero_grad()
 
     def regress(rng: Random) -> dict[str, torch.Tensor]:
-        """Follow the teacher from one level to the next."""
-        rows = torch.tensor([rng.randrange(len(taught.prompts)) for _ in range(schedule.batch_size)])
-        level = torch.tensor([rng.randrange(len(taught.sigmas) - 1) for _ in rows])
-        start, end = taught.latents[rows, level].float(), taught.latents[rows, level + 1].float()
-        sigma, after = taught.sigmas[level], taught.sigmas[level + 1]
+        """Follow the teacher over one step of one of the plans."""
+        rows = torch.tensor(rng.choices(plain, k=schedule.batch_size))  # the student will see no negative prompts
+        level, following = torch.tensor([rng.choice(strides) for _ in rows]).unbind(1)
+        start, end = taught.latents[rows, level].float(), taught.latents[rows, following].float()
+        sigma, after = taught.sigmas[level], taught.sigmas[following]
         target = ((end - start) / (after - sigma)[:, None, None]).to(accelerator.device)
         embeds = prompts.embed([taught.prompts[row] for row in rows])
         with accelerator.autocast(), active(transformer, "distilled"):
@@ -86,9 +97,7 @@ def main() -> None:
             return drawn.to(accelerator.device)
 
         # The student's own way to one of its steps, and the clean latent that it foresees there.
-        sigmas = stage_sigmas(
-            plan.model_copy(update={"steps": rng.choice(config["steps"])}), pipeline.scheduler, tokens
-        )
+        sigmas = plan_sigmas(rng.choice(config["steps"]), tokens)
         index = rng.randrange(len(sigmas) - 1)
         with accelerator.autocast(), active(transformer, "distilled"):
             walk = conditional(transformer, embeds, grid)
@@ -105,7 +114,7 @@ def main() -> None:
         noisy, sigma, _ = diffuse()
         with torch.no_grad(), accelerator.autocast():
             with active(transformer, None):
-                real = guided(transformer, embeds, negative, grid, config["guidance_scale"])(noisy, sigma)
+                real = guided(transformer, embeds, [negative] * count, grid, config["guidance_scale"])(noisy, sigma)
             with active(transformer, "critic"):
                 fake = conditional(transformer, embeds, grid)(noisy, sigma)
         level = sigma.to(noisy)[:, None, None]

@@ -4,24 +4,48 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import Any, Self
 
 import torch
 from diffusers import QwenImagePipeline
 
-from training.scenes import caption, sample_scene
+from stages.encode import EMPTY_PROMPT
+from training.scenes import BACKGROUNDS, COLORS, FILLS, SHAPES, SIZES, caption, sample_scene
+
+_AVOIDABLE = (*FILLS, *COLORS, *(f"{name} background" for name in BACKGROUNDS), *SIZES, *SHAPES)
 
 
 class Prompts:
     """Draws prompts and embeds them with a frozen text encoder."""
 
-    def __init__(self, pipeline: QwenImagePipeline, file: Path | None) -> None:
+    def __init__(
+        self, pipeline: QwenImagePipeline, lines: list[str] | None = None, negative_lines: list[str] | None = None
+    ) -> None:
+        """Args:
+        lines: to draw from, or None for scenes' captions.
+        negative_lines: the same for what to avoid; with `lines` but none of these, nothing is.
+        """
         self._pipeline = pipeline
-        self._lines = file.read_text().splitlines() if file else None
+        self._lines = lines
+        self._negative_lines = negative_lines if negative_lines is not None or lines is not None else list(_AVOIDABLE)
+
+    @classmethod
+    def read(cls, pipeline: QwenImagePipeline, config: dict[str, Any]) -> Self:
+        """From the files that a config's `prompts` and `negative_prompts` name, a prompt a line."""
+        files = [config.get(key) for key in ("prompts", "negative_prompts")]
+        return cls(pipeline, *(Path(file).read_text().splitlines() if file else None for file in files))
 
     def draw(self, rng: Random, count: int) -> list[str]:
         if self._lines is not None:
             return rng.choices(self._lines, k=count)
         return [caption(sample_scene(rng), rng) for _ in range(count)]
+
+    def draw_negative(self, rng: Random, prompt: str, share: float) -> str:
+        """For a share of the prompts something to avoid, which `prompt` does not ask for; else the empty one."""
+        if not self._negative_lines or rng.random() >= share:
+            return EMPTY_PROMPT
+        avoided = rng.choice(self._negative_lines)
+        return EMPTY_PROMPT if avoided in prompt else avoided
 
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> list[torch.Tensor]:

@@ -35,17 +35,17 @@ def conditional(
 def guided(
     transformer: QwenImageTransformer2DModel,
     embeds: list[torch.Tensor],
-    negative: torch.Tensor,
+    negatives: list[torch.Tensor],
     grid: tuple[int, int],
     scale: float,
 ) -> Velocity:
-    """The model's velocity under classifier-free guidance against one negative prompt."""
-    both = [*embeds, *[negative] * len(embeds)]
+    """The model's velocity under classifier-free guidance, each row against a negative prompt of its own."""
+    both = [*embeds, *negatives]
 
     def velocity(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         predicted = predict_velocity(transformer, latents.repeat(2, 1, 1), sigma.repeat(2), both, grid)
-        positive, negative_velocity = predicted.chunk(2)
-        return guide(positive, negative_velocity, scale)
+        positive, negative = predicted.chunk(2)
+        return guide(positive, negative, scale)
 
     return velocity
 
@@ -75,17 +75,17 @@ def sample_grid(
 ) -> None:
     """Write `PROMPTS` down, four seeds across, sampled through `stages`, whose adapters must be loaded."""
     seeds = range(4)
-    transformer, prompts = pipeline.transformer, Prompts(pipeline, None)
+    transformer, prompts = pipeline.transformer, Prompts(pipeline)
     grid_shape = (size[1] // PIXELS_PER_TOKEN, size[0] // PIXELS_PER_TOKEN)
     embeds = prompts.embed([prompt for prompt in PROMPTS for _ in seeds])
-    (negative,) = prompts.embed([EMPTY_PROMPT])
+    negatives = prompts.embed([EMPTY_PROMPT]) * len(embeds)
     channels = transformer.config.in_channels // 4
     noises = [draw_noise(seed, channels, 2 * grid_shape[0], 2 * grid_shape[1]) for seed in seeds]
     latents = torch.stack(noises * len(PROMPTS)).to(transformer.device)
     for stage in stages:
         sigmas = stage_sigmas(stage, pipeline.scheduler, tokens=latents.shape[1])
         if stage.guided:
-            velocity = guided(transformer, embeds, negative, grid_shape, stage.guidance_scale)
+            velocity = guided(transformer, embeds, negatives, grid_shape, stage.guidance_scale)
         else:
             velocity = conditional(transformer, embeds, grid_shape)
         with active(transformer, stage.adapter):

@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
-from stages.encode import EMPTY_PROMPT
 from stages.model import PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
@@ -36,25 +35,35 @@ class Trajectories:
     Attributes:
         sigmas: (levels,), falling from 1 to 0.
         latents: (count, levels, tokens, channels) in bfloat16.
-        prompts: `count` of them.
+        prompts, negative_prompts: `count` of each.
         grid: rows and columns of tokens.
     """
 
     sigmas: torch.Tensor
     latents: torch.Tensor
     prompts: list[str]
+    negative_prompts: list[str]
     grid: tuple[int, int]
+
+    def level(self, sigma: float) -> int:
+        """Index of a noise level; raises ValueError if the trajectories do not pass it."""
+        nearest = int((self.sigmas - sigma).abs().argmin())
+        if abs(float(self.sigmas[nearest]) - sigma) > 1e-3:
+            raise ValueError(f"no level at sigma {sigma:g}; there are {[round(s, 3) for s in self.sigmas.tolist()]}")
+        return nearest
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         save_file({"sigmas": self.sigmas, "latents": self.latents}, directory / "trajectories.safetensors")
-        (directory / "prompts.json").write_text(json.dumps({"grid": self.grid, "prompts": self.prompts}))
+        texts = {"grid": self.grid, "prompts": self.prompts, "negative_prompts": self.negative_prompts}
+        (directory / "prompts.json").write_text(json.dumps(texts))
 
     @classmethod
     def load(cls, directory: Path) -> Self:
         texts = json.loads((directory / "prompts.json").read_text())
+        tensors = load_file(directory / "trajectories.safetensors")
         return cls(
-            **load_file(directory / "trajectories.safetensors"), prompts=texts["prompts"], grid=tuple(texts["grid"])
+            tensors["sigmas"], tensors["latents"], texts["prompts"], texts["negative_prompts"], tuple(texts["grid"])
         )
 
 
@@ -77,24 +86,29 @@ def main() -> None:
     config = read_config(arguments.config, "trajectories")
     accelerator = Accelerator(mixed_precision="bf16")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
-    prompts = Prompts(pipeline, Path(config["prompts"]) if config["prompts"] else None)
-    (negative,) = prompts.embed([EMPTY_PROMPT])
+    prompts = Prompts.read(pipeline, config)
     grid = (config["height"] // PIXELS_PER_TOKEN, config["width"] // PIXELS_PER_TOKEN)
     tokens = grid[0] * grid[1]
-    sigmas, marks = teacher_sigmas(pipeline.scheduler, config["levels"], config["steps"], tokens)
+    plan = StageSpec(name="distilled", sigma_start=1.0, sigma_end=0.0, **config["levels"])
+    levels = stage_sigmas(plan, pipeline.scheduler, tokens)
+    sigmas, marks = teacher_sigmas(pipeline.scheduler, levels.tolist(), config["steps"], tokens)
     rng, generator = Random(config["seed"]), torch.Generator().manual_seed(config["seed"])
     texts: list[str] = []
+    negative_texts: list[str] = []
     latents: list[torch.Tensor] = []
     while len(texts) < config["count"]:
         batch = prompts.draw(rng, config["batch_size"])
+        avoided = [prompts.draw_negative(rng, prompt, config["negative_share"]) for prompt in batch]
         noise = torch.randn(len(batch), tokens, pipeline.transformer.config.in_channels, generator=generator)
         with accelerator.autocast():
-            teacher = guided(pipeline.transformer, prompts.embed(batch), negative, grid, config["guidance_scale"])
+            embeds, negatives = prompts.embed(batch), prompts.embed(avoided)
+            teacher = guided(pipeline.transformer, embeds, negatives, grid, config["guidance_scale"])
             trail = integrate(teacher, noise.to(accelerator.device), sigmas)
         latents.append(torch.stack([trail[mark] for mark in marks], dim=1).bfloat16().cpu())
         texts += batch
+        negative_texts += avoided
         print(f"{len(texts)} of {config['count']}", flush=True)
-    Trajectories(torch.tensor(config["levels"]), torch.cat(latents), texts, grid).save(arguments.run)
+    Trajectories(levels, torch.cat(latents), texts, negative_texts, grid).save(arguments.run)
 
 
 if __name__ == "__main__":

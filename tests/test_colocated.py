@@ -1,0 +1,54 @@
+"""All stages in one deployment, on one set of weights: the same images as from three."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import subprocess
+import sys
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from bench.serving import servers, started
+from stages.pipeline import Pipeline
+
+MODEL = Path(__file__).parents[1] / "configs" / "scenes.yaml"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with started(servers(MODEL)[1], MODEL) as address:
+        yield address
+
+
+def test_one_deployment_runs_all_stages(url: str) -> None:
+    command = [str(Path(sys.executable).with_name("serve")), "status"]
+    status = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    deployments = yaml.safe_load(status.stdout)["applications"]["images"]["deployments"]
+    assert set(deployments) == {"Ingress", "Router", "TextEncoder", "Transformer", "VAEDecoder"}
+
+
+def test_concurrent_images_of_several_plans_are_those_of_one_process(url: str, pipeline: Pipeline) -> None:
+    plans = ["hybrid", "distilled", "base", "hybrid", "cached", "distilled"]
+
+    async def send() -> list[dict[str, Any]]:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            bodies = [
+                {"prompt": "a striped heart", "negative_prompt": "blue", "seed": seed, "plan": plan}
+                for seed, plan in enumerate(plans)
+            ]
+            answers = await asyncio.gather(*(client.post("/v1/images/generations", json=body) for body in bodies))
+        return [answer.raise_for_status().json()["data"][0] for answer in answers]
+
+    for seed, (plan, served) in enumerate(zip(plans, asyncio.run(send()), strict=True)):
+        (local,) = pipeline.run(plan, "a striped heart", negative_prompt="blue", seeds=(seed,), size="128x128")
+        pixels = np.asarray(Image.open(BytesIO(base64.b64decode(served["b64_json"])))).astype(int)
+        assert np.abs(pixels - np.asarray(local.image).astype(int)).max() <= 2
