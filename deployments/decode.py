@@ -7,10 +7,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+from PIL import Image
+from ray import serve
+
 from backends import get_backend
 from stages.decode import Decoder, ImageFormat, to_file
 from stages.model import ModelConfig
 from stages.packet import LatentPacket, Span
+
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,10 @@ class DecodedImage:
 
 
 class VAEDecoder:
-    """One replica has one device with one thread that uses it, and another thread that writes files."""
+    """One replica has one device with one thread that uses it, and another thread that writes files.
+
+    Latents that arrive while a batch is on the device make up the next one.
+    """
 
     def __init__(self, model: ModelConfig, backend: str) -> None:
         self._decoder = Decoder(model, get_backend(backend))
@@ -39,11 +48,24 @@ class VAEDecoder:
 
     async def decode(self, packet: bytes, format: ImageFormat, quality: int, preview: bool) -> DecodedImage:
         """Decode a packet's latent, or with `preview` the clean latent that its last step foresaw."""
-        loop = asyncio.get_running_loop()
         arrived = LatentPacket.from_bytes(packet)
         latent = arrived.latent if not preview or arrived.preview is None else arrived.preview
         start = time.time()
-        (image,) = await loop.run_in_executor(self._device, self._decoder.decode, latent[None], arrived.grid)
-        data = await loop.run_in_executor(self._files, to_file, image, format, quality)
+        image = await self._to_pixels((latent, arrived.grid))
+        data = await asyncio.get_running_loop().run_in_executor(self._files, to_file, image, format, quality)
         spans = (*arrived.spans, Span("decode", start, time.time()))
         return DecodedImage(arrived.image_index, arrived.seed, data, spans)
+
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)
+    async def _to_pixels(self, latents: list[tuple[torch.Tensor, Grid]]) -> list[Image.Image]:
+        """Images of latents and their grids; those of one grid are decoded together."""
+        groups: dict[Grid, list[int]] = {}
+        for index, (_, grid) in enumerate(latents):
+            groups.setdefault(grid, []).append(index)
+        images: dict[int, Image.Image] = {}
+        for grid, indices in groups.items():
+            stacked = torch.stack([latents[index][0] for index in indices])
+            decode = self._decoder.decode
+            decoded = await asyncio.get_running_loop().run_in_executor(self._device, decode, stacked, grid)
+            images |= dict(zip(indices, decoded, strict=True))
+        return [images[index] for index in range(len(latents))]
