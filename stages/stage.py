@@ -85,12 +85,16 @@ class Denoiser:
         stage = plan.stages[packet.position]
         if packet.sigma != stage.sigma_start:
             raise ValueError(f"packet at sigma {packet.sigma} cannot enter {stage.name} at {stage.sigma_start}")
-        if stage.guided and packet.negative_embeds is None:
-            raise ValueError(
-                f"image {packet.image_index} of {packet.request_id} has no negative prompt to be guided by"
-            )
+        if stage.adapter not in (None, *self._network.adapters):
+            raise ValueError(f"adapter must be one of {self._network.adapters}, not {stage.adapter!r}")
         device = self._backend.device
-        negative = packet.negative_embeds.to(device) if stage.guided and packet.negative_embeds is not None else None
+        negative = None
+        if stage.guided:
+            if packet.negative_embeds is None:
+                raise ValueError(
+                    f"image {packet.image_index} of {packet.request_id} has no negative prompt to be guided by"
+                )
+            negative = packet.negative_embeds.to(device)
         row = Row(
             latent=packet.latent.to(device, torch.float32),
             sigmas=stage_sigmas(stage, self._scheduler, tokens=len(packet.latent)),
@@ -112,8 +116,15 @@ class Denoiser:
         self._backend.synchronise()
 
     def denoise(self, packets: Sequence[LatentPacket], plan: Plan, *, preview: bool = False) -> list[LatentPacket]:
-        """Take packets of one grid that wait for the same stage of `plan` through it; see `begin`."""
+        """Take packets of one grid through the stages of `plan` that they wait for; see `begin`.
+
+        Raises:
+            ValueError: grids differ.
+        """
+        for packet in packets:
+            if packet.grid != packets[0].grid:
+                raise ValueError(f"packets of grids {packets[0].grid} and {packet.grid} cannot share a batch")
         tasks = [self.begin(packet, plan, preview=preview) for packet in packets]
-        while not tasks[0].row.done:
-            self.step(tasks)
+        while under_way := [task for task in tasks if not task.row.done]:
+            self.step(under_way)
         return [task.finish() for task in tasks]

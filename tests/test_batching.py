@@ -138,9 +138,16 @@ def test_a_packet_that_cannot_enter_fails_alone(pipeline: Pipeline, batcher: Ste
     assert good.result(0).seed == 1
 
 
-def test_a_step_that_fails_fails_its_batch_and_no_other(
-    pipeline: Pipeline, batcher: StepBatcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_that_is_not_here_fails_its_own_packet_alone(pipeline: Pipeline, batcher: StepBatcher) -> None:
+    bad = batcher.submit(packet_of(pipeline, 0), plan_of(1, adapter="refiner"))
+    good = batcher.submit(packet_of(pipeline, 1), plan_of(1))
+    steps(batcher)
+    with pytest.raises(ValueError, match=r"adapter must be one of \['bridge', 'distilled'\], not 'refiner'"):
+        bad.result(0)
+    assert good.result(0).seed == 1
+
+
+def test_a_step_that_fails_fails_its_batch_and_no_other(pipeline: Pipeline, batcher: StepBatcher) -> None:
     failing = batcher.submit(packet_of(pipeline, 0), plan_of(1))
     broken = packet_of(pipeline, 1)
     object.__setattr__(broken, "prompt_embeds", torch.zeros(3, 7))  # of another width than the model's

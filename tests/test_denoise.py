@@ -232,3 +232,21 @@ def test_a_packet_at_another_noise_level_is_refused(
     with pytest.raises(ValueError, match=r"packet at sigma 0\.9 cannot enter base at 1\.0"):
         pipeline.denoiser.denoise(packets, plan_of(3))
     assert blocks_run == []
+
+
+def test_packets_of_several_grids_are_refused_even_with_as_many_tokens(
+    pipeline: Pipeline, packet: LatentPacket, blocks_run: list[int]
+) -> None:
+    with pytest.raises(ValueError, match=r"packets of grids \(4, 4\) and \(2, 8\) cannot share a batch"):
+        pipeline.denoiser.denoise([packet, replace(packet, grid=(2, 8))], plan_of(3))
+    assert blocks_run == []
+
+
+def test_packets_at_several_stages_are_each_taken_through_their_own(pipeline: Pipeline, packet: LatentPacket) -> None:
+    plan = presets()["hybrid"]
+    (after,) = pipeline.denoiser.denoise([packet], plan)
+    together = pipeline.denoiser.denoise([after, packet], plan)
+    for single, joint in zip((after, packet), together, strict=True):
+        (alone,) = pipeline.denoiser.denoise([single], plan)
+        assert (joint.sigma, joint.position) == (alone.sigma, alone.position)
+        assert difference(joint.latent, alone.latent) < TOLERANCE * alone.latent.abs().max()
