@@ -7,7 +7,9 @@ split that is only reported. They share no prompt's seed.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Annotated, Literal, Self
@@ -16,27 +18,26 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from stages.pipeline import Prompted
-from training.scenes import BACKGROUNDS, COLORS, FILLS, RELATIONS, SHAPES, SIZES, caption, sample_scene, with_article
+from training.scenes import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    caption,
+    name_value,
+    sample_scene,
+    with_article,
+)
 
-# What a reading of one object can be asked for, with the values in the renderer's distribution, all equally likely.
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "shape": SHAPES,
-    "color": tuple(COLORS),
-    "size": tuple(SIZES),
-    "fill": FILLS,
-    "background": tuple(BACKGROUNDS),
-}
 Attribute = Literal["shape", "color", "size", "fill", "background"]
-
-
-_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(Prompted):
     """An image of which nothing else is known."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,34 +118,33 @@ def scene_cases(split: int) -> Cases:
             text = f"{phrase(first)} {relation} {phrase(second)}"
             accuracy.append(Named(prompt=text, seed=next(seeds), first=first, relation=relation, second=second))
 
-    diversity, per_prompt = [], 64
+    diversity: list[Open] = []
+
+    def leave_open(prompt: str, *attributes: Attribute, count: int = 64) -> None:
+        diversity.append(Open(prompt=prompt, seed=next(seeds), open=attributes, seeds=count))
+        deque(islice(seeds, count), maxlen=0)
+
     for shape in SHAPES:
-        text = with_article(shape)
-        open_: tuple[Attribute, ...] = ("color", "size", "fill", "background")
         if rng.random() < 0.5:
-            text, open_ = f"{text} on a {rng.choice(list(BACKGROUNDS))} background", open_[:-1]
-        diversity.append(Open(prompt=text, seed=next(seeds), open=open_, seeds=per_prompt))
-        seeds = iter(range(next(seeds) + per_prompt, 1_000_000 * (split + 1)))
+            background = name_value("background", rng.choice(list(BACKGROUNDS)))
+            leave_open(f"{with_article(shape)} on a {background}", "color", "size", "fill")
+        else:
+            leave_open(with_article(shape), "color", "size", "fill", "background")
     for color in rng.sample(list(COLORS), 4):
-        text = with_article(f"{color} shape")
-        diversity.append(
-            Open(prompt=text, seed=next(seeds), open=("shape", "size", "fill", "background"), seeds=per_prompt)
-        )
-        seeds = iter(range(next(seeds) + per_prompt, 1_000_000 * (split + 1)))
+        leave_open(with_article(f"{color} shape"), "shape", "size", "fill", "background")
 
     negative = []
     for index in range(100):
         attribute: Attribute = ("fill", "background", "fill", "color")[index % 4]
         value = rng.choice([value for value in ATTRIBUTES[attribute] if value != "plain"])
         shape = SHAPES[index % len(SHAPES)]
-        text = f"{value} background" if attribute == "background" else value
         for _ in range(4):
             negative.append(
                 Negated(
                     prompt=with_article(shape),
                     seed=next(seeds),
                     shape=shape,
-                    negative_prompt=text,
+                    negative_prompt=name_value(attribute, value),
                     attribute=attribute,
                     value=value,
                 )

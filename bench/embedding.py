@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -22,13 +23,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from training.scenes import BACKGROUNDS, COLORS, FILLS, SHAPES, SIZES, Scene, render, sample_scene
+from training.scenes import ATTRIBUTES, BACKGROUNDS, Scene, render, sample_scene
+from training.vae import to_pixels
 
 _SIDE = 128
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 # What a cell of a 4 x 4 grid holds: nothing, or one value of each.
 _GRID = 4
-_HEADS = {"shape": SHAPES, "color": tuple(COLORS), "fill": FILLS, "size": tuple(SIZES)}
+_HEADS = {name: ATTRIBUTES[name] for name in ("shape", "color", "fill", "size")}
 
 
 class SceneEmbedding(nn.Module):
@@ -67,18 +69,22 @@ class SceneEmbedding(nn.Module):
 
 
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
-    """(batch, 3, 128, 128) in -1..1, resized where need be."""
+    """RGB images as (batch, 3, 128, 128) in -1..1, resized where need be."""
     sized = [image if image.size == (_SIDE, _SIDE) else image.resize((_SIDE, _SIDE)) for image in images]
-    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in sized]))
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_pixels(sized).squeeze(2)
+
+
+@cache
+def _trained() -> SceneEmbedding:
+    network = SceneEmbedding().eval()
+    network.load_state_dict(load_file(WEIGHTS))
+    return network
 
 
 @torch.inference_mode()
 def embed(images: Sequence[Image.Image], batch: int = 64) -> NDArray[np.float64]:
     """Embeddings (images, 64) by the trained network."""
-    network = SceneEmbedding().eval()
-    network.load_state_dict(load_file(WEIGHTS))
-    parts = [network(to_tensor(images[start : start + batch])) for start in range(0, len(images), batch)]
+    parts = [_trained()(to_tensor(images[start : start + batch])) for start in range(0, len(images), batch)]
     return torch.cat(parts).double().numpy()
 
 

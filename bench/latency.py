@@ -8,7 +8,6 @@ fused into the weights.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterable
@@ -20,10 +19,11 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 
 from backends import Backend, get_backend
 from bench.machine import machine_name
+from bench.results import add_output_argument, output_directory, write_json
 from stages.decode import decode_latents
-from stages.model import PIXELS_PER_TOKEN, ModelConfig, parse_size
+from stages.encode import pure_noise
+from stages.model import ModelConfig
 from stages.network import Network
-from stages.noise import draw_noise
 from stages.packet import LatentPacket
 from stages.plan import Plan, TaylorSeerSpec, presets
 from stages.stage import Denoiser
@@ -84,20 +84,8 @@ class RandomModel:
 
     def packet(self, size: str, length: int) -> LatentPacket:
         """Noise, and embeddings of `length` tokens for both prompts."""
-        width, height = (side // PIXELS_PER_TOKEN for side in parse_size(size))
-        embeds = torch.randn(2, length, self._width, dtype=self.backend.default_dtype)
-        return LatentPacket(
-            request_id="latency",
-            image_index=0,
-            seed=0,
-            grid=(height, width),
-            sigma=1.0,
-            position=0,
-            spans=(),
-            latent=draw_noise(0, self._channels, 2 * height, 2 * width),
-            prompt_embeds=embeds[0],
-            negative_embeds=embeds[1],
-        )
+        prompt, negative = torch.randn(2, length, self._width, dtype=self.backend.default_dtype)
+        return pure_noise("latency", 0, 0, size, self._channels, prompt, negative)
 
     def decode(self, packet: LatentPacket) -> None:
         decode_latents(self._vae, packet.latent[None].to(self.backend.device), packet.grid)
@@ -141,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="1024x1024")
     parser.add_argument("--tokens", type=int, default=64, help="of either prompt")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="directory, by default bench/results/MACHINE")
+    add_output_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -155,8 +143,6 @@ def run(arguments: argparse.Namespace) -> None:
             f"{row.plan:<12}{row.nfe:>6.1f} NFE  denoise {row.denoise:>8.3f} s  decode {row.decode:>7.3f} s  "
             f"{row.speed_up:>5.1f}x"
         )
-    output = arguments.output or Path(__file__).parent / "results" / machine_name()
-    output.mkdir(parents=True, exist_ok=True)
     content = {
         "machine": machine_name(),
         "model": name,
@@ -166,4 +152,4 @@ def run(arguments: argparse.Namespace) -> None:
         "dtype": str(model.backend.default_dtype),
         "rows": [asdict(row) for row in rows],
     }
-    (output / f"latency-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(output_directory(arguments) / f"latency-{name}.json", content)

@@ -79,9 +79,3 @@ def top_octave_power(pixels: Floats) -> float:
     spectrum = np.abs(np.fft.fft2((pixels - pixels.mean()) * window)) ** 2
     across, down = np.meshgrid(np.fft.fftfreq(pixels.shape[1]), np.fft.fftfreq(pixels.shape[0]))
     return float(spectrum[np.hypot(across, down) >= 0.25].sum() / pixels.size / (window**2).sum())
-
-
-def share(outcomes: Iterable[bool]) -> float:
-    """Of the outcomes, how many are true; 0 where there are none."""
-    listed = list(outcomes)
-    return sum(listed) / len(listed) if listed else 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -18,17 +19,18 @@ from PIL import Image
 
 from backends import get_backend
 from bench import metrics
-from bench.cases import ATTRIBUTES, Cases, Named, Negated, Open
+from bench.cases import Cases, Named, Negated, Open
 from bench.embedding import embed
 from bench.grid import draw_figures
 from bench.machine import machine_name
-from bench.metrics import share
 from bench.report import Measured, summary, write_report
+from bench.results import add_output_argument, output_directory
 from stages.model import ModelConfig
-from stages.pipeline import Pipeline, Prompted, Result
+from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, presets
-from training.oracle import ObjectReading, Reading, holds, matches, read
-from training.scenes import COLORS, SIZES, Scene, SceneObject, render, sample_scene
+from training.evaluate import share
+from training.oracle import Reading, holds, largest, matches, read
+from training.scenes import ATTRIBUTES, COLORS, SIZES, Scene, render, sample_scene
 
 METHODS = Path(__file__).parent / "methods.yaml"
 _SWEEP_SHARE = 3  # methods outside the group `main` draw every third case, and have distances of their own scale
@@ -85,12 +87,8 @@ class QualityBench:
                 figures |= self._removal(plan)
         return Measured(group, name, **figures, texture=texture)
 
-    def _results(self, plan: Plan, prompted: Sequence[Prompted], batch: int) -> Iterable[Result]:
-        for start in range(0, len(prompted), batch):
-            yield from self._pipeline.run_batch(plan, prompted[start : start + batch])
-
     def _draw(self, plan: Plan, prompted: Sequence[Prompted]) -> list[Image.Image]:
-        return [result.image for result in self._results(plan, prompted, self._batch)]
+        return [result.image for result in self._pipeline.run_in_batches(plan, prompted, self._batch)]
 
     def _readings(self, plan: Plan, prompted: Sequence[Prompted]) -> list[Reading]:
         return [read(image) for image in self._draw(plan, prompted)]
@@ -128,8 +126,8 @@ class QualityBench:
         def rates(prompted: Sequence[Prompted]) -> tuple[float, float]:
             pairs = list(zip(cases, self._readings(plan, prompted), strict=True))
             return (
-                share(_shows(reading, case) for case, reading in pairs),
-                share(any(thing.shape == case.shape for thing in reading.objects) for case, reading in pairs),
+                share([_shows(reading, case) for case, reading in pairs]),
+                share([any(thing.shape == case.shape for thing in reading.objects) for case, reading in pairs]),
             )
 
         named, shape = rates([Prompted(case.prompt, case.seed) for case in cases])
@@ -146,7 +144,7 @@ class QualityBench:
         """One image at a time, after one to warm up."""
         prompted = self._cases.plain[:repeats]
         self._pipeline.run_batch(plan, prompted[:1])
-        results = list(self._results(plan, prompted, 1))
+        results = list(self._pipeline.run_in_batches(plan, prompted, 1))
 
         def median(of: Callable[[str], bool]) -> float:
             return statistics.median(
@@ -172,14 +170,10 @@ def _furry_square(rng: Random) -> Scene:
     """As the texture cases' prompts ask for."""
     scene = sample_scene(rng, 1)
     (thing,) = scene.objects
-    square = SceneObject(
-        "square", rng.choice(list(COLORS)), "large", "furry", thing.x, thing.y, rng.uniform(*SIZES["large"])
+    color, radius = rng.choice(list(COLORS)), rng.uniform(*SIZES["large"])
+    return replace(
+        scene, objects=(replace(thing, shape="square", color=color, size="large", fill="furry", radius=radius),)
     )
-    return Scene((square,), scene.background)
-
-
-def _largest(reading: Reading) -> ObjectReading | None:
-    return max(reading.objects, key=lambda thing: thing.radius, default=None)
 
 
 def _entropies(case: Open, readings: Sequence[Reading]) -> Iterable[float]:
@@ -188,7 +182,7 @@ def _entropies(case: Open, readings: Sequence[Reading]) -> Iterable[float]:
         values = [
             reading.background if attribute == "background" else getattr(thing, attribute)
             for reading in readings
-            if (thing := _largest(reading)) is not None
+            if (thing := largest(reading)) is not None
         ]
         yield metrics.relative_entropy(values, ATTRIBUTES[attribute])
 
@@ -203,7 +197,7 @@ def _texture(images: Sequence[Image.Image]) -> float | None:
     """Mean power in the top octave of the middle of each image's largest object; None without any."""
     powers = []
     for image in images:
-        thing = _largest(read(image))
+        thing = largest(read(image))
         if thing is None:
             continue
         half = round(0.6 * thing.radius * min(image.size))
@@ -219,7 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=Path, default=root / "cases" / "scenes-test.yaml")
     parser.add_argument("--groups", nargs="+", choices=list(read_methods()), default=list(read_methods()))
     parser.add_argument("--share", type=int, default=1, help="measure every SHARE-th case only")
-    parser.add_argument("--output", type=Path, help="directory, by default bench/results/MACHINE")
+    add_output_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -232,8 +226,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name, plan in methods[group].items():
             rows.append(bench.measure(group, name, plan, everything=group == "main"))
             print(summary(rows[-1]), flush=True)
-    output = arguments.output or Path(__file__).parent / "results" / machine_name()
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_directory(arguments)
     head = {
         "machine": machine_name(),
         "model": pipeline.config.name,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from bench.results import write_json
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ def tables(rows: Sequence[Measured]) -> dict[str, list[list[str]]]:
     made = {}
     for group, members in groupby(rows, key=lambda row: row.group):
         listed = list(members)
-        columns = {heading: [_cells(row)[heading] for row in listed] for heading in _COLUMNS}
-        kept = {name: cells for name, cells in columns.items() if any(cells)}
-        lines = zip([row.name for row in listed], *kept.values(), strict=True)
-        made[group] = [["method", *kept], *(list(line) for line in lines)]
+        cells = [_cells(row) for row in listed]
+        kept = [heading for heading in _COLUMNS if any(line[heading] for line in cells)]
+        lines = [[row.name, *(line[heading] for heading in kept)] for row, line in zip(listed, cells, strict=True)]
+        made[group] = [["method", *kept], *lines]
     return made
 
 
@@ -111,8 +112,7 @@ def write_report(output: Path, head: dict[str, Any], rows: Sequence[Measured], f
         head: what was measured where, for all three.
         figures: caption -> file in `output`.
     """
-    content = {**head, "rows": [asdict(row) for row in rows]}
-    (output / "quality.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(output / "quality.json", {**head, "rows": [asdict(row) for row in rows]})
     caption = ", ".join(f"{name} {value}" for name, value in head.items())
     made = tables(rows)
 

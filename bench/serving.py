@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
-import json
 import os
 import socket
 import statistics
@@ -33,8 +32,9 @@ from backends import get_backend
 from bench.cases import Cases
 from bench.load import LoadFigures, closed_loop, figures, open_loop
 from bench.machine import machine_name
+from bench.results import add_output_argument, output_directory, write_json
 from stages.model import ModelConfig
-from stages.pipeline import Pipeline
+from stages.pipeline import Pipeline, Prompted
 
 ROOT = Path(__file__).parent.parent
 _START_TIMEOUT = 300.0  # seconds
@@ -155,29 +155,23 @@ def _memory() -> int:
     return total
 
 
-def bodies(cases: Cases, plan: str | None) -> list[dict[str, Any]]:
-    """Requests of mixed prompts, some with a negative one."""
+def mixed(cases: Cases) -> list[Prompted]:
+    """Prompts of several kinds, some with a negative one, in turn."""
     prompted = [*cases.negative[::4][:16], *cases.accuracy[:16], *cases.accuracy[-16:]]
-    made = []
-    for index, case in enumerate(prompted):
-        body = {"prompt": case.prompt, "seed": case.seed}
-        if case.negative_prompt:
-            body["negative_prompt"] = case.negative_prompt
-        if plan:
-            body["plan"] = plan
-        made.append((index * 7 % len(prompted), body))
-    return [body for _, body in sorted(made, key=lambda pair: pair[0])]
+    return [case for _, case in sorted(enumerate(prompted), key=lambda pair: pair[0] * 7 % len(prompted))]
 
 
-def bare_seconds(model: Path, requests: Sequence[dict[str, Any]], plan: str) -> float:
+def body(prompted: Prompted) -> dict[str, Any]:
+    """Of a request."""
+    made = {"prompt": prompted.prompt, "seed": prompted.seed}
+    return made | ({"negative_prompt": prompted.negative_prompt} if prompted.negative_prompt else {})
+
+
+def bare_seconds(model: Path, prompted: Sequence[Prompted]) -> float:
     """Median seconds of an image's encoding, network evaluations and decoding in one process, by themselves."""
     pipeline = Pipeline(ModelConfig.read(model), get_backend("cpu"))
-    seconds = []
-    for body in requests[:24]:
-        (result,) = pipeline.run(
-            plan, body["prompt"], negative_prompt=body.get("negative_prompt"), seeds=[body["seed"]]
-        )
-        seconds.append(sum(span.end - span.start for span in result.spans))
+    results = pipeline.run_in_batches("hybrid", prompted[:24], 1)
+    seconds = [sum(span.end - span.start for span in result.spans) for result in results]
     return statistics.median(seconds[4:])
 
 
@@ -186,14 +180,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load, about")
     parser.add_argument("--deadline", type=float, default=2.0, help="seconds, for goodput")
-    parser.add_argument("--output", type=Path, help="directory, by default bench/results/MACHINE")
+    add_output_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    output = arguments.output or Path(__file__).parent / "results" / machine_name()
-    output.mkdir(parents=True, exist_ok=True)
+    output = output_directory(arguments)
     model = arguments.config.resolve()
-    cases = Cases.read(Path(__file__).parent / "cases" / "scenes-dev.yaml")
+    prompted = mixed(Cases.read(Path(__file__).parent / "cases" / "scenes-dev.yaml"))
+    requests = [body(case) for case in prompted]
     rows: list[Row] = []
 
     def record(server: Server, load: str, made: LoadFigures) -> None:
@@ -204,18 +198,16 @@ def run(arguments: argparse.Namespace) -> None:
             flush=True,
         )
 
-    bare = bare_seconds(model, bodies(cases, None), "hybrid")
+    bare = bare_seconds(model, prompted)
     print(f"bare hybrid in one process: {bare:.3f} s")
     saturation = 0.0
     for server in reversed(servers(model)):  # the monolith tells the rate of the open loop
-        requests = bodies(cases, None)
         with started(server, model) as url:
-            warm = asyncio.run(closed_loop(url, requests, 2, 4 if server.slow else 24))
+            sent = asyncio.run(closed_loop(url, requests, 2, 4 if server.slow else 24))
             for concurrency in [1, 8] if server.slow else arguments.concurrencies:
-                speed = figures(warm, arguments.deadline).throughput
+                speed = figures(sent, arguments.deadline).throughput
                 count = max(concurrency * 2, 4, round(speed * arguments.seconds))
                 sent = asyncio.run(closed_loop(url, requests, concurrency, count))
-                warm = sent
                 record(server, f"concurrency {concurrency}", figures(sent, arguments.deadline))
             if server.name == "monolithic Ray Serve":
                 saturation = max(row.figures.throughput for row in rows if row.server == server.name)
@@ -224,4 +216,4 @@ def run(arguments: argparse.Namespace) -> None:
                 sent = asyncio.run(open_loop(url, requests, rate, round(rate * arguments.seconds)))
                 record(server, f"{rate:.2f} a second", figures(sent, arguments.deadline))
     content = {"machine": machine_name(), "bare": bare, "rows": [asdict(row) for row in rows]}
-    (output / "serving.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(output / "serving.json", content)

@@ -62,6 +62,11 @@ class Stage(_Strict):
         return self.fixed + self.per_image * batch
 
     @property
+    def count(self) -> int:
+        """Replicas, one where none are planned yet."""
+        return self.replicas or 1
+
+    @property
     def capacity(self) -> float:
         """Images a second of one replica whose batches are full."""
         return self.max_batch / (self.steps * self.seconds(self.max_batch))
@@ -87,7 +92,7 @@ class Scenario(_Strict):
     @property
     def price(self) -> float:
         """Dollars an hour of all replicas."""
-        return sum((stage.replicas or 1) * self.devices[stage.device].price for stage in self.stages.values())
+        return sum(stage.count * self.devices[stage.device].price for stage in self.stages.values())
 
     def with_replicas(self, replicas: dict[str, int]) -> Scenario:
         stages = {
@@ -161,8 +166,7 @@ def simulate(scenario: Scenario, images: int = 2000, seed: int = 0) -> Outcome:
     """Let `images` images arrive and wait until the last is done; a stage without `replicas` has one."""
     environment, rng = simpy.Environment(), Random(seed)
     replicas = {
-        name: [_Replica(environment, stage) for _ in range(stage.replicas or 1)]
-        for name, stage in scenario.stages.items()
+        name: [_Replica(environment, stage) for _ in range(stage.count)] for name, stage in scenario.stages.items()
     }
     latencies: list[float] = []
 
@@ -213,15 +217,18 @@ def plan_replicas(scenario: Scenario, most: int = 1000) -> Scenario:
         }
     )
     free = [name for name, stage in scenario.stages.items() if stage.replicas is None]
-    while (outcome := simulate(planned)).p95 > scenario.deadline:
-        if not free or sum(stage.replicas or 1 for stage in planned.stages.values()) >= most:
-            raise ValueError(f"95 % of the images take {outcome.p95:.2f} s with {_replicas(planned)}")
-
-        def gain(candidate: Scenario, now: Scenario = planned, latency: float = outcome.p95) -> float:
-            return (latency - simulate(candidate).p95) / (candidate.price - now.price or 1.0)
-
-        candidates = [planned.with_replicas({name: (planned.stages[name].replicas or 1) + 1}) for name in free]
-        planned = max(candidates, key=gain)
+    latency = simulate(planned).p95
+    while latency > scenario.deadline:
+        if not free or sum(stage.count for stage in planned.stages.values()) >= most:
+            raise ValueError(f"95 % of the images take {latency:.2f} s with {_replicas(planned)}")
+        grown = [planned.with_replicas({name: planned.stages[name].count + 1}) for name in free]
+        latencies = [simulate(candidate).p95 for candidate in grown]
+        gains = [
+            (latency - shorter) / (candidate.price - planned.price or 1.0)
+            for candidate, shorter in zip(grown, latencies, strict=True)
+        ]
+        best = gains.index(max(gains))
+        planned, latency = grown[best], latencies[best]
     return planned
 
 

@@ -45,10 +45,10 @@ class RowAdapters:
     def names(self) -> list[str]:
         return list(self._columns)
 
-    def gate(self, weights: Sequence[tuple[str | None, float]], like: torch.Tensor) -> torch.Tensor | None:
+    def gate(self, weights: Sequence[tuple[str | None, float]]) -> torch.Tensor | None:
         """Gates (rows, ranks) for rows of an adapter, or None for the base model alone, and its strength.
 
-        On the device and in the dtype of `like`; None where every row's weights are those of the layers themselves.
+        On the CPU in float32; None where every row's weights are those of the layers themselves.
 
         Raises:
             KeyError: no such adapter.
@@ -59,7 +59,7 @@ class RowAdapters:
                 row[self._columns[adapter]] = scale
             if self._fused is not None:
                 row[self._columns[self._fused]] -= 1
-        return gate.to(like.device, like.dtype) if gate.any() else None
+        return gate if gate.any() else None
 
     def use(self, gate: torch.Tensor | None) -> None:
         """From here on, rows of forward passes have these gates."""

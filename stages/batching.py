@@ -29,8 +29,7 @@ class _Entry:
     @property
     def tokens(self) -> int:
         """Image tokens of a step."""
-        stage = self.plan.stages[self.packet.position]
-        return len(self.packet.latent) * (2 if stage.guided else 1)
+        return len(self.packet.latent) * self.plan.stages[self.packet.position].evaluations
 
 
 class StepBatcher:

@@ -58,11 +58,6 @@ class Row:
     def done(self) -> bool:
         return self.index == len(self.sigmas) - 1
 
-    @property
-    def evaluations(self) -> int:
-        """Rows of a forward pass that a step takes."""
-        return 1 if self.negative_embeds is None else 2
-
     def query(self, embeds: torch.Tensor, cache: StepCache | None) -> Query:
         """What the next step asks the network with these embeddings."""
         return Query(self.latent, self.sigma, embeds, self.adapter, self.adapter_scale, cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import lru_cache
 from threading import Lock
 
@@ -27,6 +28,31 @@ class PromptTooLong(ValueError):
 
     def __reduce__(self) -> tuple[type[PromptTooLong], tuple[str, int, int]]:
         return type(self), (self.parameter, self.tokens, self.limit)
+
+
+def pure_noise(
+    request_id: str,
+    image_index: int,
+    seed: int,
+    size: str,
+    channels: int,
+    prompt_embeds: torch.Tensor,
+    negative_embeds: torch.Tensor | None,
+) -> LatentPacket:
+    """The packet that an image of `size` starts as, its latent of `channels` channels in the embeddings' dtype."""
+    width, height = (side // PIXELS_PER_TOKEN for side in parse_size(size))
+    return LatentPacket(
+        request_id=request_id,
+        image_index=image_index,
+        seed=seed,
+        grid=(height, width),
+        sigma=1.0,
+        position=0,
+        spans=(),
+        latent=draw_noise(seed, channels, 2 * height, 2 * width).to(prompt_embeds.dtype),
+        prompt_embeds=prompt_embeds,
+        negative_embeds=negative_embeds,
+    )
 
 
 class Encoder:
@@ -72,19 +98,7 @@ class Encoder:
             PromptTooLong: one of the prompts is.
         """
         start = time.time()
-        width, height = (side // PIXELS_PER_TOKEN for side in parse_size(size))
         embeds = self.encode(prompt, "prompt")
         negative = None if negative_prompt is None else self.encode(negative_prompt, "negative_prompt")
-        noise = draw_noise(seed, self._latent_channels, 2 * height, 2 * width)
-        return LatentPacket(
-            request_id=request_id,
-            image_index=image_index,
-            seed=seed,
-            grid=(height, width),
-            sigma=1.0,
-            position=0,
-            spans=(Span("encode", start, time.time()),),
-            latent=noise.to(embeds.dtype),
-            prompt_embeds=embeds,
-            negative_embeds=negative,
-        )
+        packet = pure_noise(request_id, image_index, seed, size, self._latent_channels, embeds, negative)
+        return replace(packet, spans=(Span("encode", start, time.time()),))

@@ -29,12 +29,12 @@ def predict_velocity(
         embeds: prompt embeddings (length, width) a row; lengths may differ.
         grid: rows and columns of tokens, the same for all.
     """
-    padded, mask = _pad(embeds)
+    padded, mask = _pad(embeds, latents.device, transformer.dtype)
     velocity = transformer(
         hidden_states=latents.to(transformer.dtype),
         timestep=sigmas.to(latents.device, transformer.dtype),
-        encoder_hidden_states=padded.to(latents.device, transformer.dtype),
-        encoder_hidden_states_mask=None if mask is None else mask.to(latents.device),
+        encoder_hidden_states=padded,
+        encoder_hidden_states_mask=mask,
         img_shapes=[[(1, *grid)]] * len(latents),
         return_dict=False,
     )[0]
@@ -138,20 +138,22 @@ class Network:
         latents = torch.stack([query.latent for query in queries])
         sigmas = torch.tensor([query.sigma for query in queries])
         weights = [(query.adapter, query.adapter_scale) for query in queries]
-        gate = self._adapters.gate(weights, latents.to(self.transformer.dtype))
+        gate = self._adapters.gate(weights)
+        if gate is not None:
+            gate = gate.to(latents.device, self.transformer.dtype)
         return latents, sigmas, [query.embeds for query in queries], gate
 
     def _enter(self, queries: Sequence[Query], grid: tuple[int, int]) -> _Tokens:
         """What `QwenImageTransformer2DModel.forward` does before its first block."""
         transformer = self.transformer
         latents, sigmas, embeds, gate = self._collate(queries)
-        padded, mask = _pad(embeds)
         device, dtype = latents.device, transformer.dtype
+        padded, mask = _pad(embeds, device, dtype)
         image = transformer.img_in(latents.to(dtype))
-        text = transformer.txt_in(transformer.txt_norm(padded.to(device, dtype)))
+        text = transformer.txt_in(transformer.txt_norm(padded))
         temb = transformer.time_text_embed(sigmas.to(device, dtype), image, None)
         rotary = transformer.pos_embed([[(1, *grid)]], max_txt_seq_len=padded.shape[1], device=device)
-        return _Tokens(image, text, None if mask is None else mask.to(device), temb, rotary, gate)
+        return _Tokens(image, text, mask, temb, rotary, gate)
 
     def _through(self, blocks: Sequence[torch.nn.Module], tokens: _Tokens) -> _Tokens:
         self._adapters.use(tokens.gate)
@@ -194,8 +196,12 @@ class _Tokens:
         return _Tokens(self.image[chosen], self.text[chosen], mask, self.temb[chosen], self.rotary, gate)
 
 
-def _pad(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _pad(
+    embeds: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embeddings (batch, length, width) and the mask of those that are no padding, None if none is."""
     lengths = torch.tensor([len(embed) for embed in embeds])
-    padded = pad_sequence(list(embeds), batch_first=True)
-    return padded, None if lengths.min() == lengths.max() else torch.arange(padded.shape[1]) < lengths[:, None]
+    padded = pad_sequence(list(embeds), batch_first=True).to(device, dtype)
+    if lengths.min() == lengths.max():
+        return padded, None
+    return padded, (torch.arange(padded.shape[1]) < lengths[:, None]).to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,11 @@ class Pipeline:
     ) -> list[Result]:
         """One image of `prompt` for each seed; see `run_batch`."""
         return self.run_batch(plan, [Prompted(prompt, seed, negative_prompt) for seed in seeds], size)
+
+    def run_in_batches(self, plan: Plan | str, images: Sequence[Prompted], batch: int) -> Iterator[Result]:
+        """As `run_batch`, at most `batch` images at a time."""
+        for start in range(0, len(images), batch):
+            yield from self.run_batch(plan, images[start : start + batch])
 
     def run_batch(self, plan: Plan | str, images: Sequence[Prompted], size: str | None = None) -> list[Result]:
         """Images of any prompts in one batch.

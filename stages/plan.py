@@ -84,9 +84,14 @@ class StageSpec(BaseModel):
         return self.guidance_scale > 1.0
 
     @property
+    def evaluations(self) -> int:
+        """Rows of a forward pass that a step takes."""
+        return 2 if self.guided else 1
+
+    @property
     def nfe(self) -> int:
         """Network evaluations if no cache hits."""
-        return self.steps * (2 if self.guided else 1)
+        return self.steps * self.evaluations
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import subprocess
-import sys
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import yaml
-from PIL import Image
+from served import deployment_statuses, pixels
 
 from bench.serving import servers, started
 from stages.pipeline import Pipeline
@@ -30,10 +25,7 @@ def url() -> Iterator[str]:
 
 
 def test_one_deployment_runs_all_stages(url: str) -> None:
-    command = [str(Path(sys.executable).with_name("serve")), "status"]
-    status = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    deployments = yaml.safe_load(status.stdout)["applications"]["images"]["deployments"]
-    assert set(deployments) == {"Ingress", "Router", "TextEncoder", "Transformer", "VAEDecoder"}
+    assert set(deployment_statuses()) == {"Ingress", "Router", "TextEncoder", "Transformer", "VAEDecoder"}
 
 
 def test_concurrent_images_of_several_plans_are_those_of_one_process(url: str, pipeline: Pipeline) -> None:
@@ -50,5 +42,4 @@ def test_concurrent_images_of_several_plans_are_those_of_one_process(url: str, p
 
     for seed, (plan, served) in enumerate(zip(plans, asyncio.run(send()), strict=True)):
         (local,) = pipeline.run(plan, "a striped heart", negative_prompt="blue", seeds=(seed,), size="128x128")
-        pixels = np.asarray(Image.open(BytesIO(base64.b64decode(served["b64_json"])))).astype(int)
-        assert np.abs(pixels - np.asarray(local.image).astype(int)).max() <= 2
+        assert np.abs(pixels(served) - np.asarray(local.image).astype(int)).max() <= 2

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -15,10 +13,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import yaml
 from openai import BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 from pydantic import ValidationError
+from served import deployment_statuses, pixels
 
 from bench.serving import servers, started
 from bench.trace import chrome_trace, most_busy
@@ -40,30 +38,22 @@ def client(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)
 
 
-def _pixels(image: Any) -> np.ndarray:
-    data = image["b64_json"] if isinstance(image, dict) else image.b64_json
-    return np.asarray(Image.open(BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
-
-
 def test_serve_run_starts_seven_healthy_deployments(url: str) -> None:
     assert httpx.get(f"{url}/readyz", timeout=10).json() == {"status": "ready"}
     assert httpx.get(f"{url}/healthz", timeout=10).json() == {"status": "ok"}
-    command = [str(Path(sys.executable).with_name("serve")), "status"]
-    status = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    deployments = yaml.safe_load(status.stdout)["applications"]["images"]["deployments"]
-    assert {name: entry["status"] for name, entry in deployments.items()} == dict.fromkeys(DEPLOYMENTS, "HEALTHY")
+    assert deployment_statuses() == dict.fromkeys(DEPLOYMENTS, "HEALTHY")
 
 
 def test_openai_client_gets_four_images_for_four_seeds_and_one_image_twice_for_one_seed(client: OpenAI) -> None:
     prompt = "a yellow square left of a purple ring"
     response = client.images.generate(model="scenes", prompt=prompt, n=4, size="128x128", extra_body={"seed": 7})
-    images = [_pixels(image) for image in response.data]
+    images = [pixels(image) for image in response.data]
     assert [image.seed for image in response.data] == [7, 8, 9, 10]
     assert all(image.shape == (128, 128, 3) for image in images)
     for index, image in enumerate(images):
         assert all(np.abs(image - other).mean() > 1 for other in images[index + 1 :])
     again = client.images.generate(prompt=prompt, size="128x128", extra_body={"seed": 9})
-    assert np.abs(_pixels(again.data[0]) - images[2]).max() <= 1
+    assert np.abs(pixels(again.data[0]) - images[2]).max() <= 1
 
 
 def test_reply_carries_seed_timings_nfe_and_megapixels(client: OpenAI) -> None:
@@ -76,7 +66,7 @@ def test_reply_carries_seed_timings_nfe_and_megapixels(client: OpenAI) -> None:
         assert stages == ["encode", "base", "bridge", "distilled", "decode"]
         assert all(timing["seconds"] > 0 for timing in image["timings"])
         assert image["nfe"] == 7
-        assert _pixels(image).shape == (128, 192, 3)
+        assert pixels(image).shape == (128, 192, 3)
     assert response["seed"] == response["data"][0]["seed"]
 
 
@@ -85,7 +75,7 @@ def test_served_image_is_the_one_that_the_stages_make_in_one_process(client: Ope
         extra = {"seed": 3, "plan": plan, "negative_prompt": "blue"}
         served = client.images.generate(prompt="a striped heart", size="128x128", extra_body=extra)
         (local,) = pipeline.run(plan, "a striped heart", negative_prompt="blue", seeds=(3,), size="128x128")
-        assert np.abs(_pixels(served.data[0]) - np.asarray(local.image).astype(int)).max() <= 1
+        assert np.abs(pixels(served.data[0]) - np.asarray(local.image).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize(("output_format", "kind"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
@@ -100,8 +90,8 @@ def test_stream_sends_partial_images_then_the_image(client: OpenAI) -> None:
     assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
     assert [event.partial_image_index for event in events[:2]] == [0, 1]
     whole = client.images.generate(prompt="a red star", extra_body={"seed": 5}).data[0]
-    assert np.abs(_pixels(events[-1]) - _pixels(whole)).max() <= 1
-    assert np.abs(_pixels(events[0]) - _pixels(whole)).mean() > 0.5
+    assert np.abs(pixels(events[-1]) - pixels(whole)).max() <= 1
+    assert np.abs(pixels(events[0]) - pixels(whole)).mean() > 0.5
 
 
 def test_inline_plan_and_guidance_scale(client: OpenAI) -> None:

@@ -23,7 +23,7 @@ from backends import get_backend
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import presets
-from training.oracle import ObjectReading, Reading, matches, read
+from training.oracle import Reading, largest, matches, read
 from training.scenes import COLORS, SHAPES, with_article
 
 # plan -> field of its report -> least rate.
@@ -80,10 +80,10 @@ class Grader:
         return Report(
             plan=self._plan,
             captions=captions,
-            shape=_share([any(thing.shape == shape for thing in reading.objects) for reading, _, shape in pairs]),
-            color=_share([_has_color(reading, color) for reading, color, _ in pairs]),
-            both=_share([matches(reading, shape, color) for reading, color, shape in pairs]),
-            removal=None if removed is None else _share(removed),
+            shape=share([any(thing.shape == shape for thing in reading.objects) for reading, _, shape in pairs]),
+            color=share([_has_color(reading, color) for reading, color, _ in pairs]),
+            both=share([matches(reading, shape, color) for reading, color, shape in pairs]),
+            removal=None if removed is None else share(removed),
             measured=len(removed or ()),
         )
 
@@ -91,9 +91,9 @@ class Grader:
         """Whether a negative prompt takes the colour away, for each of `count` images that have one."""
         free = [Prompted(_phrase(SHAPES[seed % len(SHAPES)]), seed) for seed in range(count)]
         drawn = [
-            (case, _main(reading).color)
+            (case, thing.color)
             for case, reading in zip(free, self._read(free), strict=True)
-            if reading.objects
+            if (thing := largest(reading)) is not None
         ]
         readings = self._read([Prompted(case.prompt, case.seed, negative_prompt=color) for case, color in drawn])
         return [
@@ -103,11 +103,7 @@ class Grader:
 
     def _read(self, cases: Sequence[Prompted]) -> list[Reading]:
         """Readings in the order of `cases`."""
-        readings = []
-        for start in range(0, len(cases), self._batch):
-            results = self._pipeline.run_batch(self._plan, cases[start : start + self._batch])
-            readings += [read(result.image) for result in results]
-        return readings
+        return [read(result.image) for result in self._pipeline.run_in_batches(self._plan, cases, self._batch)]
 
 
 def _combinations() -> Iterator[tuple[str, str]]:
@@ -122,16 +118,12 @@ def _phrase(*words: str) -> str:
     return with_article(" ".join(words))
 
 
-def _main(reading: Reading) -> ObjectReading:
-    """The largest object."""
-    return max(reading.objects, key=lambda thing: thing.radius)
-
-
 def _has_color(reading: Reading, color: str) -> bool:
     return any(thing.color == color for thing in reading.objects)
 
 
-def _share(outcomes: Sequence[bool]) -> float:
+def share(outcomes: Sequence[bool]) -> float:
+    """Of the outcomes, how many are true; 0 where there are none."""
     return sum(outcomes) / len(outcomes) if outcomes else 0.0
 
 

@@ -73,6 +73,11 @@ def read(image: Image.Image) -> Reading:
     return Reading(tuple(_read_object(pixels, part) for part in _parts(pixels, ground)), background)
 
 
+def largest(reading: Reading) -> ObjectReading | None:
+    """The object of the largest radius, if there is any."""
+    return max(reading.objects, key=lambda thing: thing.radius, default=None)
+
+
 def matches(reading: Reading, shape: str, color: str) -> bool:
     """Whether some object has that shape and that colour."""
     return any((thing.shape, thing.color) == (shape, color) for thing in reading.objects)

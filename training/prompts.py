@@ -10,9 +10,13 @@ import torch
 from diffusers import QwenImagePipeline
 
 from stages.encode import EMPTY_PROMPT
-from training.scenes import BACKGROUNDS, COLORS, FILLS, SHAPES, SIZES, caption, sample_scene
+from training.scenes import ATTRIBUTES, caption, name_value, sample_scene
 
-_AVOIDABLE = (*FILLS, *COLORS, *(f"{name} background" for name in BACKGROUNDS), *SIZES, *SHAPES)
+_AVOIDABLE = [
+    name_value(attribute, value)
+    for attribute in ("fill", "color", "background", "size", "shape")
+    for value in ATTRIBUTES[attribute]
+]
 
 
 class Prompts:
@@ -27,7 +31,7 @@ class Prompts:
         """
         self._pipeline = pipeline
         self._lines = lines
-        self._negative_lines = negative_lines if negative_lines is not None or lines is not None else list(_AVOIDABLE)
+        self._negative_lines = _AVOIDABLE if lines is None and negative_lines is None else negative_lines
 
     @classmethod
     def read(cls, pipeline: QwenImagePipeline, config: dict[str, Any]) -> Self:

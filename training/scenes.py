@@ -88,6 +88,15 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
 }  # fmt: skip
 SHAPES = ("circle", "ring", "moon", *_POLYGONS)
 
+# What an object or its scene has one value of, all equally likely.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "shape": SHAPES,
+    "color": tuple(COLORS),
+    "size": tuple(SIZES),
+    "fill": FILLS,
+    "background": tuple(BACKGROUNDS),
+}
+
 
 def shape_mask(shape: str, radius: float, margin: float = 0.0) -> Image.Image:
     """Silhouette of `shape` as an `L` image, 255 inside, of side 2 * (radius + margin) pixels."""
@@ -239,6 +248,11 @@ def render(scene: Scene, rng: Random, width: int = 128, height: int = 128) -> Im
     return canvas.reduce(scale)
 
 
+def name_value(attribute: str, value: str) -> str:
+    """As captions say a value of one of `ATTRIBUTES`."""
+    return f"{value} background" if attribute == "background" else value
+
+
 def with_article(phrase: str) -> str:
     """`phrase` after "a" or "an"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
@@ -265,7 +279,7 @@ def caption(scene: Scene, rng: Random) -> str:
     if chance < empty:
         return rng.choice(("", " "))
     first = scene.objects[0]
-    background = f"{scene.background} background"
+    background = name_value("background", scene.background)
     if chance < bare:
         attributes = [first.color, first.shape, first.fill, first.size, background]
         return ", ".join(rng.sample(attributes, rng.choice((1, 1, 2))))

@@ -1,0 +1,25 @@
+"""Where the commands leave what they measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.machine import machine_name
+
+
+def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, help="directory, by default bench/results/MACHINE")
+
+
+def output_directory(arguments: argparse.Namespace) -> Path:
+    """The one that `--output` names or the machine's own, made if need be."""
+    output: Path = arguments.output or Path(__file__).parent / "results" / machine_name()
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
