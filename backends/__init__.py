@@ -1,6 +1,6 @@
 """One small class per kind of accelerator; nothing outside this package names a vendor."""
 
-from backends.base import Backend
+from backends.base import Backend, Quantization
 from backends.cpu import CPUBackend
 from backends.cuda import CUDABackend
 
@@ -14,4 +14,4 @@ def get_backend(name: str) -> Backend:
     return _BACKENDS[name]()
 
 
-__all__ = ["Backend", "CPUBackend", "CUDABackend", "get_backend"]
+__all__ = ["Backend", "CPUBackend", "CUDABackend", "Quantization", "get_backend"]

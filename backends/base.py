@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
+
+# Of the linear layers: weights in eight bits, or weights and, row by row as they come, activations.
+Quantization = Literal["int8_weight_only", "int8_dynamic", "fp8_dynamic"]
 
 
 class Backend(ABC):
@@ -17,10 +20,12 @@ class Backend(ABC):
     Attributes:
         name: what configs call it.
         default_dtype: of the weights where a model's config names none.
+        quantizations: what `quantize` takes.
     """
 
     name: ClassVar[str]
     default_dtype: ClassVar[torch.dtype]
+    quantizations: ClassVar[tuple[Quantization, ...]] = ()
 
     @property
     @abstractmethod
@@ -34,3 +39,24 @@ class Backend(ABC):
     def place(self, module: M) -> M:
         """Move `module` to the device, for inference alone."""
         return module.to(self.device).eval().requires_grad_(False)
+
+    def quantize(self, module: nn.Module, scheme: Quantization) -> None:
+        """Quantize every linear layer in `module`, in place, by torchao.
+
+        Raises:
+            ValueError: this device has no such arithmetic.
+        """
+        if scheme not in self.quantizations:
+            raise ValueError(f"quantization on {self.name} must be one of {self.quantizations}, not {scheme!r}")
+        from torchao import quantization  # takes seconds to import, which only those who use it should wait for
+
+        configs = {
+            "int8_weight_only": quantization.Int8WeightOnlyConfig,
+            "int8_dynamic": quantization.Int8DynamicActivationInt8WeightConfig,
+            "fp8_dynamic": quantization.Float8DynamicActivationFloat8WeightConfig,
+        }
+        quantization.quantize_(module, configs[scheme]())
+
+    def compile(self, module: nn.Module) -> None:
+        """Compile `module` on its next call, in place and for all shapes at once."""
+        module.compile(fullgraph=True, dynamic=True)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from backends.base import Backend
+from backends.base import Backend, Quantization
 
 
 class CPUBackend(Backend):
@@ -14,6 +14,7 @@ class CPUBackend(Backend):
 
     name: ClassVar[str] = "cpu"
     default_dtype: ClassVar[torch.dtype] = torch.float32
+    quantizations: ClassVar[tuple[Quantization, ...]] = ("int8_weight_only", "int8_dynamic")
 
     @property
     def device(self) -> torch.device:

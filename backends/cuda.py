@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from backends.base import Backend
+from backends.base import Backend, Quantization
 
 
 class CUDABackend(Backend):
@@ -14,6 +14,7 @@ class CUDABackend(Backend):
 
     name: ClassVar[str] = "cuda"
     default_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    quantizations: ClassVar[tuple[Quantization, ...]] = ("int8_weight_only", "int8_dynamic", "fp8_dynamic")
 
     @property
     def device(self) -> torch.device:

@@ -22,6 +22,8 @@ class Denoise:
 
     def __init__(self, model: ModelConfig, settings: Transformer) -> None:
         denoiser = Denoiser.load(model, get_backend(settings.backend), settings.fuse)
+        if settings.compile:
+            denoiser.compile(model.sizes)
         self._batcher = StepBatcher(denoiser, settings.max_batch_tokens)
         self._device = Thread(target=self._batcher.run, name="device", daemon=True)
         self._device.start()

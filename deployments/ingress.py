@@ -72,6 +72,7 @@ class Ingress:
     def __init__(self, settings: Settings, router: DeploymentHandle) -> None:
         self._settings = settings
         self._model = settings.read_model()
+        self._blocks = self._model.read_transformer()["num_layers"]
         self._plans = {name: plan.with_adapters(self._model.adapters) for name, plan in presets().items()}
         self._router = router.options(stream=True)
 
@@ -160,6 +161,7 @@ class Ingress:
     def _plan(self, body: ImagesRequest) -> Plan:
         if isinstance(body.plan, Plan):
             try:
+                body.plan.check_blocks(self._blocks)
                 plan = body.plan.with_adapters(self._model.adapters)
             except ValueError as error:
                 raise APIError(400, "invalid_value", f"plan.{error}", "plan") from error

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from backends import get_backend
+from backends import Quantization, get_backend
 from stages.model import ModelConfig
 from stages.plan import STAGES, StageName, presets
 
@@ -27,6 +27,7 @@ class Transformer(BaseModel):
         stages: that it runs. Several share one set of weights, with a LoRA of each image's own.
         fuse: adapter to fuse into the weights, which makes it cost nothing more; for a deployment of one stage.
         backend: what its replicas run on.
+        compile: whether to compile the transformer's blocks before the replica reports ready.
         max_batch_tokens: most image tokens in one forward pass; a guided image counts twice.
     """
 
@@ -35,6 +36,7 @@ class Transformer(BaseModel):
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)]
     fuse: str | None = None
     backend: BackendName = "cpu"
+    compile: bool = False
     max_batch_tokens: Annotated[int, Field(ge=1)] = 16384
 
 
@@ -74,7 +76,18 @@ class Settings(BaseModel):
                 raise ValueError(
                     f"transformers.{name}.fuse must be one of {sorted(adapters)}, not {transformer.fuse!r}"
                 )
+        quantize = self.read_model().quantize
+        self._check_quantization("text_encoder", quantize.text_encoder, self.encoder)
+        for transformer in self.transformers.values():
+            self._check_quantization("transformer", quantize.transformer, transformer.backend)
         return self
+
+    def _check_quantization(self, part: str, scheme: Quantization | None, backend: str) -> None:
+        allowed = get_backend(backend).quantizations
+        if scheme not in (None, *allowed):
+            raise ValueError(
+                f"quantize.{part} of {self.model} must be one of {', '.join(allowed)} on {backend}, not {scheme!r}"
+            )
 
     def read_model(self) -> ModelConfig:
         """The model's config; raises FileNotFoundError or pydantic's ValidationError."""

@@ -45,6 +45,11 @@ class RowAdapters:
     def names(self) -> list[str]:
         return list(self._columns)
 
+    @property
+    def ranks(self) -> int:
+        """Of all adapters together."""
+        return self._gate.ranks
+
     def gate(self, weights: Sequence[tuple[str | None, float]]) -> torch.Tensor | None:
         """Gates (rows, ranks) for rows of an adapter, or None for the base model alone, and its strength.
 

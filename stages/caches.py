@@ -7,12 +7,29 @@ different requests can share a pass and only those that must be computed are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import factorial
-from typing import Protocol
 
 import torch
 
-from stages.plan import CacheSpec, FirstBlockSpec, TaylorSeerSpec
+from stages.plan import CacheSpec, FirstBlockSpec, MagCacheSpec, SeaCacheSpec, TaylorSeerSpec, TeaCacheSpec
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """What one row brings to the first block.
+
+    Attributes:
+        latent: (tokens, channels).
+        grid: (rows, columns) of tokens.
+        sigma: its noise level.
+        modulated: (tokens, width), the image tokens as the first block's attention sees them.
+    """
+
+    latent: torch.Tensor
+    grid: tuple[int, int]
+    sigma: float
+    modulated: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -29,41 +46,54 @@ class Evaluation:
     tail: torch.Tensor
     velocity: torch.Tensor
 
+    @property
+    def blocks(self) -> torch.Tensor:
+        """(tokens, width), what all blocks added."""
+        return self.head + self.tail
 
-class StepCache(Protocol):
+
+class StepCache:
     """Asked in this order at each step; the first answer saves the rest of the evaluation."""
 
     def velocity(self) -> torch.Tensor | None:
         """(tokens, channels), without any evaluation."""
+        return None
+
+    def blocks(self, entrance: Entrance) -> torch.Tensor | None:
+        """(tokens, width), what the blocks would add to the image tokens."""
+        return None
 
     def tail(self, head: torch.Tensor) -> torch.Tensor | None:
         """(tokens, width), what the blocks after the first would add, once that one has added `head`."""
+        return None
 
     def learn(self, evaluation: Evaluation) -> None:
-        """A full evaluation, made because neither of the above answered."""
+        """A full evaluation, made because none of the above answered."""
+        raise NotImplementedError
 
 
-class FirstBlock:
+def _change(now: torch.Tensor, before: torch.Tensor) -> float:
+    """Relative change, mean over mean."""
+    return float((now - before).abs().mean() / before.abs().mean())
+
+
+class FirstBlock(StepCache):
     """First-Block Cache, decisions as in diffusers' `FirstBlockCacheConfig`: keeps the tail while the head stays."""
 
     def __init__(self, spec: FirstBlockSpec) -> None:
         self._threshold = spec.threshold
         self._last: Evaluation | None = None
 
-    def velocity(self) -> None:
-        return None
-
     def tail(self, head: torch.Tensor) -> torch.Tensor | None:
-        if self._last is None:
+        if self._last is None or _change(head, self._last.head) > self._threshold:
             return None
-        change = (head - self._last.head).abs().mean() / self._last.head.abs().mean()
-        return self._last.tail if change.item() <= self._threshold else None
+        return self._last.tail
 
     def learn(self, evaluation: Evaluation) -> None:
         self._last = evaluation
 
 
-class TaylorSeer:
+class TaylorSeer(StepCache):
     """TaylorSeer (arXiv 2503.06923) on the velocity, steps as in diffusers' `TaylorSeerCacheConfig` in lite mode.
 
     Between evaluations, the velocity is extrapolated by the finite differences of those before.
@@ -83,9 +113,6 @@ class TaylorSeer:
         ahead = self._step - self._learnt
         return sum(factor * (ahead**order / factorial(order)) for order, factor in enumerate(self._factors))
 
-    def tail(self, head: torch.Tensor) -> None:
-        return None
-
     def learn(self, evaluation: Evaluation) -> None:
         factors = [evaluation.velocity]
         for before in self._factors[: self._spec.order]:
@@ -93,6 +120,138 @@ class TaylorSeer:
         self._factors, self._learnt = factors, self._step
 
 
-def make_cache(spec: CacheSpec) -> StepCache:
-    """A cache that remembers nothing yet."""
-    return FirstBlock(spec) if isinstance(spec, FirstBlockSpec) else TaylorSeer(spec)
+class TeaCache(StepCache):
+    """TeaCache (arXiv 2411.19108): keeps the blocks' contribution while what enters the first one changes little.
+
+    First and last step are evaluated.
+    """
+
+    def __init__(self, spec: TeaCacheSpec, steps: int) -> None:
+        self._spec = spec
+        self._last_step = steps - 1
+        self._step = -1
+        self._change = 0.0  # since the last evaluation
+        self._entered: torch.Tensor | None = None
+        self._blocks: torch.Tensor | None = None
+
+    def blocks(self, entrance: Entrance) -> torch.Tensor | None:
+        self._step += 1
+        before, self._entered = self._entered, entrance.modulated
+        if before is not None and self._step < self._last_step:
+            change = _change(entrance.modulated, before)
+            self._change += sum(c * change**power for power, c in enumerate(reversed(self._spec.coefficients)))
+            if self._change < self._spec.threshold:
+                return self._blocks
+        self._change = 0.0
+        return None
+
+    def learn(self, evaluation: Evaluation) -> None:
+        self._blocks = evaluation.blocks
+
+
+class MagCache(StepCache):
+    """MagCache (arXiv 2506.09045), decisions as in diffusers' `MagCacheConfig`.
+
+    Keeps the blocks' contribution while its magnitude, by ratios that were measured once for the model, strays
+    little from the last one computed.
+    """
+
+    def __init__(self, spec: MagCacheSpec, steps: int) -> None:
+        self._spec = spec
+        known = torch.tensor(spec.ratios)
+        nearest = torch.linspace(0, len(known) - 1, steps).round().long() if steps > 1 else torch.tensor([-1])
+        self._ratios = known[nearest]
+        self._retained = int(spec.retention * steps + 0.5)
+        self._step = -1
+        self._blocks: torch.Tensor | None = None
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._ratio, self._error, self._skipped = torch.tensor(1.0), torch.tensor(0.0), 0
+
+    def blocks(self, entrance: Entrance) -> torch.Tensor | None:
+        self._step += 1
+        if self._step < self._retained:
+            return None
+        self._ratio = self._ratio * self._ratios[self._step]
+        self._error = self._error + (1.0 - self._ratio).abs()
+        self._skipped += 1
+        if self._error <= self._spec.threshold and self._skipped <= self._spec.most_skipped:
+            return self._blocks
+        self._start_over()
+        return None
+
+    def learn(self, evaluation: Evaluation) -> None:
+        self._blocks = evaluation.blocks
+
+
+class SeaCache(StepCache):
+    """SeaCache (arXiv 2602.18993), decisions as in diffusers' `SeaCacheConfig`, for a single image.
+
+    Keeps, or extrapolates, the blocks' contribution while the part of the latent that is signal changes little: the
+    part that passes a Wiener filter for the noise level and an image's usual spectrum. First and last step are
+    evaluated.
+    """
+
+    def __init__(self, spec: SeaCacheSpec, steps: int) -> None:
+        self._spec = spec
+        self._last_step = steps - 1
+        self._step = -1
+        self._change = 0.0  # since the last evaluation
+        self._skipped = 0
+        self._signal: torch.Tensor | None = None
+        self._history: list[tuple[int, torch.Tensor]] = []
+
+    def blocks(self, entrance: Entrance) -> torch.Tensor | None:
+        self._step += 1
+        before, self._signal = self._signal, _signal(entrance)
+        if before is not None and self._step < self._last_step and self._skipped < self._spec.most_skipped:
+            self._change += _change(self._signal, before)
+            if self._change < self._spec.threshold:
+                self._skipped += 1
+                return self._foresee()
+        self._change, self._skipped = 0.0, 0
+        return None
+
+    def learn(self, evaluation: Evaluation) -> None:
+        self._history = [*self._history[-1:], (self._step, evaluation.blocks)]
+
+    def _foresee(self) -> torch.Tensor:
+        step, blocks = self._history[-1]
+        for (first, earlier), (second, later) in pairwise(self._history if self._spec.order else []):
+            blocks = later + (later - earlier) * ((self._step - step) / (second - first))
+        return blocks
+
+
+_SPECTRUM_EXPONENT = 3.0  # of an image's power over frequency, in SeaCache
+
+
+def _signal(entrance: Entrance) -> torch.Tensor:
+    """The latent (tokens, 4 * channels) as (2 * rows, 2 * columns, channels), through the filter of equation 7."""
+    rows, columns = entrance.grid
+    latent = entrance.latent.float().view(rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2)
+    latent = latent.reshape(2 * rows, 2 * columns, -1)
+    sigma = min(max(entrance.sigma, 1e-6), 1 - 1e-6)
+
+    def gain(length: int) -> torch.Tensor:
+        power = 1 / (torch.fft.fftfreq(length, device=latent.device).abs() ** _SPECTRUM_EXPONENT + 1e-16)
+        return (1 - sigma) * power / ((1 - sigma) ** 2 * power + sigma**2 + 1e-16)
+
+    gains = torch.outer(gain(2 * rows), gain(2 * columns))[..., None]
+    spectrum = torch.fft.fftn(latent, dim=(0, 1)) * (gains / gains.mean())
+    return torch.fft.ifftn(spectrum, dim=(0, 1)).real
+
+
+def make_cache(spec: CacheSpec, steps: int) -> StepCache:
+    """A cache that remembers nothing yet, for a stage of `steps` steps."""
+    match spec:
+        case FirstBlockSpec():
+            return FirstBlock(spec)
+        case TaylorSeerSpec():
+            return TaylorSeer(spec)
+        case TeaCacheSpec():
+            return TeaCache(spec, steps)
+        case MagCacheSpec():
+            return MagCache(spec, steps)
+        case SeaCacheSpec():
+            return SeaCache(spec, steps)

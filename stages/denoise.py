@@ -27,6 +27,7 @@ class Row:
         negative_embeds: (length, width), or None without guidance.
         guidance_scale: of classifier-free guidance.
         adapter, adapter_scale: a LoRA, or None for the base model alone, and its strength.
+        skip_blocks: indices of blocks to do without.
         cache, negative_cache: what the two evaluations of a step remember of the steps before, if anything.
         index: steps done.
         nfe: network evaluations so far; what a cache skipped is not counted.
@@ -41,6 +42,7 @@ class Row:
     guidance_scale: float = 1.0
     adapter: str | None = None
     adapter_scale: float = 1.0
+    skip_blocks: frozenset[int] = frozenset()
     cache: StepCache | None = None
     negative_cache: StepCache | None = None
     index: int = 0
@@ -60,7 +62,7 @@ class Row:
 
     def query(self, embeds: torch.Tensor, cache: StepCache | None) -> Query:
         """What the next step asks the network with these embeddings."""
-        return Query(self.latent, self.sigma, embeds, self.adapter, self.adapter_scale, cache)
+        return Query(self.latent, self.sigma, embeds, self.adapter, self.adapter_scale, self.skip_blocks, cache)
 
 
 def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:

@@ -8,10 +8,9 @@ from functools import lru_cache
 from threading import Lock
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 
 from backends import Backend
-from stages.model import PIXELS_PER_TOKEN, ModelConfig, load_text_encoder, parse_size
+from stages.model import ModelConfig, load_text_encoder, token_grid
 from stages.noise import draw_noise
 from stages.packet import LatentPacket, Span
 
@@ -40,16 +39,16 @@ def pure_noise(
     negative_embeds: torch.Tensor | None,
 ) -> LatentPacket:
     """The packet that an image of `size` starts as, its latent of `channels` channels in the embeddings' dtype."""
-    width, height = (side // PIXELS_PER_TOKEN for side in parse_size(size))
+    rows, columns = token_grid(size)
     return LatentPacket(
         request_id=request_id,
         image_index=image_index,
         seed=seed,
-        grid=(height, width),
+        grid=(rows, columns),
         sigma=1.0,
         position=0,
         spans=(),
-        latent=draw_noise(seed, channels, 2 * height, 2 * width).to(prompt_embeds.dtype),
+        latent=draw_noise(seed, channels, 2 * rows, 2 * columns).to(prompt_embeds.dtype),
         prompt_embeds=prompt_embeds,
         negative_embeds=negative_embeds,
     )
@@ -62,8 +61,7 @@ class Encoder:
         self._pipeline = load_text_encoder(config, backend)
         self._backend = backend
         self._limit = config.max_prompt_tokens
-        transformer = QwenImageTransformer2DModel.load_config(config.source, subfolder="transformer")
-        self._latent_channels = transformer["in_channels"] // 4
+        self._latent_channels = config.read_transformer()["in_channels"] // 4
         self._lock = Lock()
         self._remembered = lru_cache(maxsize=remembered)(self._encode)
 

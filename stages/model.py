@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import torch
 import yaml
@@ -17,7 +17,7 @@ from diffusers import (
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from backends import Backend
+from backends import Backend, Quantization
 from stages.vae import convolve_images
 
 # Eight pixels to a latent, two latents to a token: fixed by Qwen-Image's architecture.
@@ -33,6 +33,15 @@ class AdapterSource(BaseModel):
     weight_name: str | None = None
 
 
+class Quantize(BaseModel):
+    """How the linear layers of the large parts are quantized, or None for not at all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text_encoder: Quantization | None = None
+    transformer: Quantization | None = None
+
+
 class ModelConfig(BaseModel):
     """A diffusers Qwen-Image pipeline and the LoRAs that make its other stages.
 
@@ -42,6 +51,7 @@ class ModelConfig(BaseModel):
         dtype: of the weights, or None for the backend's default.
         sizes: `WIDTHxHEIGHT` in pixels, the first one the default.
         adapters: LoRA by the name that plans use.
+        quantize: eight bits for the text encoder or the transformer.
         max_prompt_tokens: longest prompt, in tokens of the model's own tokenizer.
     """
 
@@ -52,6 +62,7 @@ class ModelConfig(BaseModel):
     dtype: str | None = None
     sizes: Annotated[tuple[str, ...], Field(min_length=1)]
     adapters: dict[str, AdapterSource] = {}
+    quantize: Quantize = Quantize()
     max_prompt_tokens: Annotated[int, Field(ge=1, le=1024)] = 1024
 
     @field_validator("dtype")
@@ -90,6 +101,10 @@ class ModelConfig(BaseModel):
         }
         return config.model_copy(update={"source": locate(config.source), "adapters": adapters})
 
+    def read_transformer(self) -> dict[str, Any]:
+        """The transformer's own config, with `num_layers` and `in_channels`."""
+        return QwenImageTransformer2DModel.load_config(self.source, subfolder="transformer")
+
     def dtype_on(self, backend: Backend) -> torch.dtype:
         """Of the weights: the config's, or else the backend's default."""
         return getattr(torch, self.dtype) if self.dtype else backend.default_dtype
@@ -103,16 +118,25 @@ def parse_size(size: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def token_grid(size: str) -> tuple[int, int]:
+    """Rows and columns of tokens of an image of `WIDTHxHEIGHT` pixels."""
+    width, height = parse_size(size)
+    return height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN
+
+
 def load_text_encoder(config: ModelConfig, backend: Backend) -> QwenImagePipeline:
     """A pipeline of tokenizer and text encoder alone, for its `encode_prompt`."""
     tokenizer = Qwen2Tokenizer.from_pretrained(config.source, subfolder="tokenizer")
     text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         config.source, subfolder="text_encoder", dtype=config.dtype_on(backend)
     )
+    text_encoder = backend.place(text_encoder)
+    if config.quantize.text_encoder:
+        backend.quantize(text_encoder.model.language_model.layers, config.quantize.text_encoder)
     return QwenImagePipeline(
         scheduler=None,
         vae=None,
-        text_encoder=backend.place(text_encoder),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=None,
     )

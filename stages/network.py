@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from torch.fx.experimental import _config as shapes_config
 from torch.nn.utils.rnn import pad_sequence
 
+from backends import Backend
 from stages.adapters import RowAdapters
-from stages.caches import Evaluation, StepCache
+from stages.caches import Entrance, Evaluation, StepCache
 
 
 def predict_velocity(
@@ -50,6 +52,7 @@ class Query:
         sigma: its noise level.
         embeds: (length, width), without padding.
         adapter, adapter_scale: a LoRA, or None for the base model alone, and its strength.
+        skip_blocks: indices of blocks to do without.
         cache: what may answer in the network's place, if anything.
     """
 
@@ -58,6 +61,7 @@ class Query:
     embeds: torch.Tensor
     adapter: str | None = None
     adapter_scale: float = 1.0
+    skip_blocks: frozenset[int] = frozenset()
     cache: StepCache | None = None
 
 
@@ -65,7 +69,7 @@ class Query:
 class Answer:
     """Of a query: the velocity (tokens, channels) in float32, and its cost, the share of a network evaluation.
 
-    That is 1 for one in full, one block's share where a cache answered after the first, 0 where it answered before.
+    That is the share of the blocks that it went through.
     """
 
     velocity: torch.Tensor
@@ -81,10 +85,41 @@ class Network:
         """
         self.transformer = transformer
         self._adapters = RowAdapters(transformer, fused)
+        self._compiled = False
 
     @property
     def adapters(self) -> list[str]:
         return self._adapters.names
+
+    @property
+    def blocks(self) -> int:
+        return len(self.transformer.transformer_blocks)
+
+    def compile(self, backend: Backend) -> None:
+        """Compile the repeated block.
+
+        From here on every pass has a mask and gates, needed or not: what they hold may then change from pass to pass
+        without another compilation.
+        """
+        for block in self.transformer.transformer_blocks:
+            backend.compile(block)
+        self._compiled = True
+
+    @torch.inference_mode()
+    def warm_up(self, grid: tuple[int, int]) -> None:
+        """Evaluate noise, in all the ways that are compiled apart from each other: several rows, and a single one."""
+        config = self.transformer.config
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(self.transformer.device)
+
+        latent = noise(grid[0] * grid[1], config.in_channels)
+        queries = [Query(latent, 1.0, noise(length, config.joint_attention_dim)) for length in (5, 7, 11)]
+        # Or dimensions that happen to be equal here, tokens and ranks say, would have to be so for ever.
+        with shapes_config.patch(use_duck_shape=False):
+            self._evaluate_in_parts(queries, grid)
+            self._evaluate_in_parts(queries[:1], grid)
 
     def evaluate(self, queries: Sequence[Query], grid: tuple[int, int]) -> list[Answer]:
         """Answers to queries of one grid (rows, columns of tokens), in one forward pass.
@@ -95,8 +130,8 @@ class Network:
         asked = [query for query, velocity in zip(queries, foreseen, strict=True) if velocity is None]
         computed: list[Answer] = []
         if asked:
-            evaluate = self._evaluate_in_parts if any(query.cache for query in asked) else self._evaluate_at_once
-            computed = evaluate(asked, grid)
+            in_parts = self._compiled or any(query.cache or query.skip_blocks for query in asked)
+            computed = self._evaluate_in_parts(asked, grid) if in_parts else self._evaluate_at_once(asked, grid)
         answers = iter(computed)
         return [next(answers) if velocity is None else Answer(velocity, 0.0) for velocity in foreseen]
 
@@ -106,30 +141,36 @@ class Network:
         return [Answer(velocity, 1.0) for velocity in predict_velocity(self.transformer, latents, sigmas, embeds, grid)]
 
     def _evaluate_in_parts(self, queries: Sequence[Query], grid: tuple[int, int]) -> list[Answer]:
-        """The first block for all, the others for those whose cache has no answer then."""
+        """The first block for all whose cache has no answer yet, the others for those that have none then either."""
         transformer = self.transformer
+        count = self.blocks
         entered = self._enter(queries, grid)
-        first, *others = transformer.transformer_blocks
-        begun = self._through([first], entered)
-        heads = begun.image - entered.image
+        image = entered.image.clone()
+        blocks = [
+            None if query.cache is None else query.cache.blocks(entrance)
+            for query, entrance in zip(queries, self._entrances(queries, entered, grid), strict=True)
+        ]
+        begin = _add(image, range(len(queries)), blocks)
+        begun = self._through(range(1), entered.rows(begin))
+        heads = begun.image - image[begin]
+        image[begin] = begun.image
         tails = [
-            None if query.cache is None else query.cache.tail(head) for query, head in zip(queries, heads, strict=True)
+            None if (cache := queries[row].cache) is None else cache.tail(head)
+            for row, head in zip(begin, heads, strict=True)
         ]
-        missed = [row for row, tail in enumerate(tails) if tail is None]
-        image = begun.image.clone()
-        if missed:
-            image[missed] = self._through(others, begun.rows(missed)).image
-        for row, tail in enumerate(tails):
-            if tail is not None:
-                image[row] += tail
+        go_on = _add(image, begin, tails)
+        after = image[go_on]
+        image[go_on] = self._through(range(1, count), begun.rows([begin.index(row) for row in go_on])).image
         velocities = transformer.proj_out(transformer.norm_out(image, entered.temb)).float()
-        for row in missed:
+
+        costs = [0.0] * len(queries)
+        for row in begin:
+            run = set(range(count if row in go_on else 1))
+            costs[row] = len(run - queries[row].skip_blocks) / count
+        for row, tail in zip(go_on, image[go_on] - after, strict=True):
             if (cache := queries[row].cache) is not None:
-                cache.learn(Evaluation(heads[row], image[row] - begun.image[row], velocities[row]))
-        share = 1 / len(transformer.transformer_blocks)
-        return [
-            Answer(velocity, 1.0 if tail is None else share) for velocity, tail in zip(velocities, tails, strict=True)
-        ]
+                cache.learn(Evaluation(heads[begin.index(row)], tail, velocities[row]))
+        return [Answer(velocity, cost) for velocity, cost in zip(velocities, costs, strict=True)]
 
     def _collate(
         self, queries: Sequence[Query]
@@ -149,23 +190,47 @@ class Network:
         latents, sigmas, embeds, gate = self._collate(queries)
         device, dtype = latents.device, transformer.dtype
         padded, mask = _pad(embeds, device, dtype)
+        if self._compiled:
+            mask = torch.ones(padded.shape[:2], dtype=torch.bool, device=device) if mask is None else mask
+            gate = torch.zeros(len(queries), self._adapters.ranks, device=device, dtype=dtype) if gate is None else gate
         image = transformer.img_in(latents.to(dtype))
         text = transformer.txt_in(transformer.txt_norm(padded))
         temb = transformer.time_text_embed(sigmas.to(device, dtype), image, None)
         rotary = transformer.pos_embed([[(1, *grid)]], max_txt_seq_len=padded.shape[1], device=device)
-        return _Tokens(image, text, mask, temb, rotary, gate)
+        skips = tuple(query.skip_blocks for query in queries)
+        return _Tokens(image, text, mask, temb, rotary, gate, skips)
 
-    def _through(self, blocks: Sequence[torch.nn.Module], tokens: _Tokens) -> _Tokens:
+    def _entrances(self, queries: Sequence[Query], entered: _Tokens, grid: tuple[int, int]) -> list[Entrance]:
+        block = self.transformer.transformer_blocks[0]
+        self._adapters.use(entered.gate)
+        shift, scale = block.img_mod(entered.temb)[:, None].chunk(6, dim=-1)[:2]
+        modulated = block.img_norm1(entered.image) * (1 + scale) + shift
+        return [Entrance(query.latent, grid, query.sigma, row) for query, row in zip(queries, modulated, strict=True)]
+
+    def _through(self, indices: Iterable[int], tokens: _Tokens) -> _Tokens:
+        """Tokens after these blocks; rows pass by those that they skip."""
+        for index in indices:
+            rows = [row for row, skipped in enumerate(tokens.skips) if index not in skipped]
+            if not rows:
+                continue
+            if len(rows) == len(tokens.image):
+                tokens = self._through_block(index, tokens)
+            else:
+                image, text = tokens.image.clone(), tokens.text.clone()
+                part = self._through_block(index, tokens.rows(rows))
+                image[rows], text[rows] = part.image, part.text
+                tokens = replace(tokens, image=image, text=text)
+        return tokens
+
+    def _through_block(self, index: int, tokens: _Tokens) -> _Tokens:
         self._adapters.use(tokens.gate)
-        image, text = tokens.image, tokens.text
-        for block in blocks:
-            text, image = block(
-                hidden_states=image,
-                encoder_hidden_states=text,
-                encoder_hidden_states_mask=tokens.mask,
-                temb=tokens.temb,
-                image_rotary_emb=tokens.rotary,
-            )
+        text, image = self.transformer.transformer_blocks[index](
+            hidden_states=tokens.image,
+            encoder_hidden_states=tokens.text,
+            encoder_hidden_states_mask=tokens.mask,
+            temb=tokens.temb,
+            image_rotary_emb=tokens.rotary,
+        )
         return replace(tokens, image=image, text=text)
 
 
@@ -180,6 +245,7 @@ class _Tokens:
         temb: (batch, width).
         rotary: of image and text, for every row alike.
         gate: (batch, ranks), or None without adapters.
+        skips: indices of blocks that a row does without.
     """
 
     image: torch.Tensor
@@ -188,12 +254,22 @@ class _Tokens:
     temb: torch.Tensor
     rotary: Any
     gate: torch.Tensor | None
+    skips: tuple[frozenset[int], ...]
 
     def rows(self, chosen: list[int]) -> _Tokens:
         if len(chosen) == len(self.image):
             return self
         mask, gate = (None if part is None else part[chosen] for part in (self.mask, self.gate))
-        return _Tokens(self.image[chosen], self.text[chosen], mask, self.temb[chosen], self.rotary, gate)
+        skips = tuple(self.skips[row] for row in chosen)
+        return _Tokens(self.image[chosen], self.text[chosen], mask, self.temb[chosen], self.rotary, gate, skips)
+
+
+def _add(image: torch.Tensor, rows: Sequence[int], contributions: Sequence[torch.Tensor | None]) -> list[int]:
+    """Add contributions (tokens, width) to these rows of `image`, in place; the rows that have none."""
+    for row, contribution in zip(rows, contributions, strict=True):
+        if contribution is not None:
+            image[row] += contribution
+    return [row for row, contribution in zip(rows, contributions, strict=True) if contribution is None]
 
 
 def _pad(

@@ -49,7 +49,62 @@ class TaylorSeerSpec(BaseModel):
     order: Annotated[int, Field(ge=0, le=4)] = 1
 
 
-CacheSpec = Annotated[FirstBlockSpec | TaylorSeerSpec, Field(discriminator="kind")]
+class TeaCacheSpec(BaseModel):
+    """TeaCache: the blocks keep their contribution while what enters the first one changes little.
+
+    Attributes:
+        threshold: largest change, summed over the steps since the last evaluation, at which they are skipped.
+        coefficients: of a polynomial, highest power first, from the relative change of what enters to that of what
+            leaves; fitted for a model, or 1, 0 to take the one for the other.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["teacache"] = "teacache"
+    threshold: Annotated[float, Field(gt=0.0, le=10.0)]
+    coefficients: Annotated[tuple[float, ...], Field(min_length=1, max_length=8)] = (1.0, 0.0)
+
+
+class MagCacheSpec(BaseModel):
+    """MagCache: the blocks keep their contribution while its magnitude is known to change little.
+
+    Attributes:
+        threshold: largest error of the magnitude, summed over the steps since the last evaluation.
+        ratios: magnitude of the contribution at a step over that of the step before, measured for a model by
+            `python -m bench ratios`; for other numbers of steps the nearest are taken.
+        most_skipped: steps in a row.
+        retention: share of the first steps, all of them evaluated.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["magcache"] = "magcache"
+    threshold: Annotated[float, Field(gt=0.0, le=10.0)]
+    ratios: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1, max_length=1000)]
+    most_skipped: Annotated[int, Field(ge=1, le=100)] = 3
+    retention: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+
+
+class SeaCacheSpec(BaseModel):
+    """SeaCache: the blocks keep their contribution while the latent's signal, without its noise, changes little.
+
+    Attributes:
+        threshold: largest change, summed over the steps since the last evaluation, at which they are skipped.
+        order: 1 to extrapolate the contribution by the last two, 0 to keep the last.
+        most_skipped: steps in a row.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["seacache"] = "seacache"
+    threshold: Annotated[float, Field(gt=0.0, le=10.0)]
+    order: Annotated[int, Field(ge=0, le=1)] = 1
+    most_skipped: Annotated[int, Field(ge=1, le=100)] = 2
+
+
+CacheSpec = Annotated[
+    FirstBlockSpec | TaylorSeerSpec | TeaCacheSpec | MagCacheSpec | SeaCacheSpec, Field(discriminator="kind")
+]
 
 
 class StageSpec(BaseModel):
@@ -65,6 +120,7 @@ class StageSpec(BaseModel):
         adapter: name of the LoRA, or None for the base model alone.
         adapter_scale: its weight.
         cache: reuse between steps, or None.
+        skip_blocks: indices of the transformer's blocks that this stage does without.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,6 +134,7 @@ class StageSpec(BaseModel):
     adapter: str | None = None
     adapter_scale: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     cache: CacheSpec | None = None
+    skip_blocks: frozenset[Annotated[int, Field(ge=0, lt=1000)]] = frozenset()
 
     @property
     def guided(self) -> bool:
@@ -90,7 +147,7 @@ class StageSpec(BaseModel):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations if no cache hits."""
+        """Network evaluations if no cache hits; those that skip blocks count in full."""
         return self.steps * self.evaluations
 
     @model_validator(mode="after")
@@ -99,6 +156,8 @@ class StageSpec(BaseModel):
             raise ValueError(f"sigma_end ({self.sigma_end}) must be below sigma_start ({self.sigma_start})")
         if self.guided and self.adapter is not None:
             raise ValueError(f"guidance_scale must be 1 with adapter {self.adapter!r}, which takes no guidance")
+        if isinstance(self.cache, FirstBlockSpec) and 0 in self.skip_blocks:
+            raise ValueError("skip_blocks must not have 0 with a first_block cache, which decides by that block")
         return self
 
 
@@ -150,6 +209,14 @@ class Plan(BaseModel):
             for stage in self.stages
         ]
         return Plan(name=self.name, stages=tuple(stages))
+
+    def check_blocks(self, count: int) -> None:
+        """Raises ValueError if a stage skips a block that a transformer of `count` lacks, or all that it has."""
+        for index, stage in enumerate(self.stages):
+            if unknown := [block for block in stage.skip_blocks if block >= count]:
+                raise ValueError(f"stages[{index}].skip_blocks must be below {count}, not {max(unknown)}")
+            if len(stage.skip_blocks) == count:
+                raise ValueError(f"stages[{index}].skip_blocks must leave one of {count} blocks")
 
     def with_adapters(self, available: Collection[str]) -> Plan:
         """The plan as a model with these adapters can run it; without a trained bridge a training-free one.

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from backends import Backend
 from stages.caches import make_cache
 from stages.denoise import Row, step
-from stages.model import ModelConfig, load_scheduler, load_transformer
+from stages.model import ModelConfig, load_scheduler, load_transformer, token_grid
 from stages.network import Network
 from stages.packet import LatentPacket, Span
 from stages.plan import Plan, StageSpec
@@ -67,10 +67,21 @@ class Denoiser:
 
     @classmethod
     def load(cls, config: ModelConfig, backend: Backend, fused: str | None = None) -> Self:
-        """Args:
-        fused: adapter to fuse into the weights, where one stage is all that runs here.
+        """The config's transformer, quantized as it says.
+
+        Args:
+            fused: adapter to fuse into the weights, where one stage is all that runs here.
         """
-        return cls(Network(load_transformer(config, backend), fused), load_scheduler(config), backend)
+        network = Network(load_transformer(config, backend), fused)
+        if config.quantize.transformer:
+            backend.quantize(network.transformer.transformer_blocks, config.quantize.transformer)
+        return cls(network, load_scheduler(config), backend)
+
+    def compile(self, sizes: Sequence[str]) -> None:
+        """Compile the transformer's blocks, and run them once on each of `sizes`, so that no request waits for it."""
+        self._network.compile(self._backend)
+        for size in sizes:
+            self._network.warm_up(token_grid(size))
 
     def begin(self, packet: LatentPacket, plan: Plan, *, preview: bool = False) -> Task:
         """Let a packet enter the stage of `plan`, number `packet.position`, that it waits for.
@@ -80,13 +91,14 @@ class Denoiser:
 
         Raises:
             ValueError: it arrives at another noise level than the stage starts from, or without the negative prompt
-                that a guided stage needs; or the stage's adapter is not here.
+                that a guided stage needs; or an adapter, or a block to skip, is not here.
         """
         stage = plan.stages[packet.position]
         if packet.sigma != stage.sigma_start:
             raise ValueError(f"packet at sigma {packet.sigma} cannot enter {stage.name} at {stage.sigma_start}")
         if stage.adapter not in (None, *self._network.adapters):
             raise ValueError(f"adapter must be one of {self._network.adapters}, not {stage.adapter!r}")
+        plan.check_blocks(self._network.blocks)
         device = self._backend.device
         negative = None
         if stage.guided:
@@ -104,8 +116,9 @@ class Denoiser:
             guidance_scale=stage.guidance_scale,
             adapter=stage.adapter,
             adapter_scale=stage.adapter_scale,
-            cache=make_cache(stage.cache) if stage.cache else None,
-            negative_cache=make_cache(stage.cache) if stage.cache and stage.guided else None,
+            skip_blocks=stage.skip_blocks,
+            cache=make_cache(stage.cache, stage.steps) if stage.cache else None,
+            negative_cache=make_cache(stage.cache, stage.steps) if stage.cache and stage.guided else None,
         )
         guided_after = any(later.guided for later in plan.stages[packet.position + 1 :])
         return Task(packet, stage, row, guided_after, preview, time.time())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -16,7 +17,8 @@ from stages.network import Network, predict_velocity
 from stages.noise import draw_noise
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
-from stages.plan import Plan, TaylorSeerSpec, presets
+from stages.plan import Plan, TaylorSeerSpec, TeaCacheSpec, presets
+from stages.sigmas import stage_sigmas
 
 PROMPTS = ["a red circle", "two small green squares left of a large blue triangle on a white background", " "]
 GRID = (4, 6)
@@ -84,7 +86,7 @@ def test_rows_together_equal_rows_alone(network: Network, embeds: list[torch.Ten
     assert len({len(embed) for embed in embeds}) == 3
     together, alone = varied_rows(embeds), varied_rows(embeds)
     if cached:  # one of four rows, and never at its first two steps: all go through the blocks, that one on its own way
-        together[0].cache = make_cache(TaylorSeerSpec(interval=2))
+        together[0].cache = make_cache(TaylorSeerSpec(interval=2), steps=2)
     for _ in range(2):
         step(network, together)
         for row in alone:
@@ -250,3 +252,76 @@ def test_packets_at_several_stages_are_each_taken_through_their_own(pipeline: Pi
         (alone,) = pipeline.denoiser.denoise([single], plan)
         assert (joint.sigma, joint.position) == (alone.sigma, alone.position)
         assert difference(joint.latent, alone.latent) < TOLERANCE * alone.latent.abs().max()
+
+
+def test_teacache_skips_while_what_enters_the_blocks_changes_little(
+    transformer: QwenImageTransformer2DModel, pipeline: Pipeline, packet: LatentPacket
+) -> None:
+    """Against the method's definition, written out over the whole model."""
+    steps, threshold, coefficients = 12, 0.2, (2.0, 0.5, 0.01)
+    cache = {"kind": "teacache", "threshold": threshold, "coefficients": coefficients}
+    stage = plan_of(steps).stages[0].model_copy(update={"cache": TeaCacheSpec(**cache)})
+    (done,) = pipeline.denoiser.denoise([packet], Plan(stages=[stage]))
+
+    seen: dict[str, torch.Tensor] = {}
+    blocks = transformer.transformer_blocks
+    handles = [
+        blocks[0].attn.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(modulated=kwargs["hidden_states"]), with_kwargs=True
+        ),
+        transformer.img_in.register_forward_hook(lambda module, args, output: seen.update(entered=output)),
+        blocks[-1].register_forward_hook(lambda module, args, output: seen.update(left=output[1])),
+        transformer.norm_out.register_forward_pre_hook(lambda module, args: seen.update(temb=args[1])),
+    ]
+    latent, sigmas = packet.latent[None], stage_sigmas(stage, pipeline.denoiser._scheduler, len(packet.latent))
+    before = added = None
+    change, evaluated = 0.0, 0
+    with torch.inference_mode():
+        for step_index in range(steps):
+            sigma, after = sigmas[step_index], sigmas[step_index + 1]
+            velocity = predict_velocity(transformer, latent, sigma[None], [packet.prompt_embeds], packet.grid)
+            modulated = seen["modulated"]
+            if before is not None:
+                relative = float((modulated - before).abs().mean() / before.abs().mean())
+                change += float(np.polyval(coefficients, relative))
+            if before is None or change >= threshold or step_index == steps - 1:
+                change, added, evaluated = 0.0, seen["left"] - seen["entered"], evaluated + 1
+            else:
+                left = transformer.norm_out(seen["entered"] + added, seen["temb"])
+                velocity = transformer.proj_out(left)
+            before = modulated
+            latent = latent + (after - sigma) * velocity
+    for handle in handles:
+        handle.remove()
+    assert 2 < evaluated < steps - 2
+    assert done.spans[-1].nfe == evaluated
+    assert difference(done.latent, latent[0]) < TOLERANCE * latent.abs().max()
+
+
+def test_skipped_blocks_are_left_out_row_by_row(
+    config: ModelConfig, backend: Backend, network: Network, embeds: list[torch.Tensor], blocks_run: list[int]
+) -> None:
+    skips = [frozenset[int](), frozenset({0, 3}), frozenset({5}), frozenset({3})]
+    count = network.blocks
+    rows = varied_rows(embeds)
+    queries = [
+        replace(row.query(row.prompt_embeds, None), skip_blocks=skip) for row, skip in zip(rows, skips, strict=True)
+    ]
+    with torch.inference_mode():
+        together = network.evaluate(queries, GRID)
+    assert sum(blocks_run) == sum(count - len(skip) for skip in skips)
+    assert [answer.cost for answer in together] == [(count - len(skip)) / count for skip in skips]
+    for query, answer in zip(queries, together, strict=True):
+        pruned = load_transformer(config, backend)
+        kept = [block for index, block in enumerate(pruned.transformer_blocks) if index not in query.skip_blocks]
+        pruned.transformer_blocks = torch.nn.ModuleList(kept)
+        with torch.inference_mode():
+            alone = predict_velocity(pruned, query.latent[None], torch.tensor([query.sigma]), [query.embeds], GRID)
+        assert difference(answer.velocity, alone[0]) < TOLERANCE * alone.abs().max()
+
+
+def test_a_plan_cannot_skip_what_is_not_there_or_all_there_is(pipeline: Pipeline, packet: LatentPacket) -> None:
+    for skip, complaint in (({2, 6}, "must be below 6, not 6"), (set(range(6)), "must leave one of 6 blocks")):
+        stage = plan_of(2).stages[0].model_copy(update={"skip_blocks": frozenset(skip)})
+        with pytest.raises(ValueError, match=rf"stages\[0\].skip_blocks {complaint}"):
+            pipeline.denoiser.denoise([packet], Plan(stages=[stage]))

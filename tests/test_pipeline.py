@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, QwenImagePipeline, TaylorSeerCacheConfig
+from diffusers import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    QwenImagePipeline,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+)
 from PIL import Image
 
 from backends import Backend
@@ -132,6 +140,30 @@ def test_adapters_of_one_plan_leave_no_trace_in_the_next(denoise_all: DenoiseAll
     assert difference(before, hybrid) > 1e-2
 
 
+MAGNITUDES = (1.0, 1.1, 0.97, 1.03, 0.9)
+
+
+def unpack(packed: torch.Tensor) -> list[torch.Tensor]:
+    """The (channels, 1, height, width) that SeaCache's hook asks for, of one 64x64 image in tokens."""
+    return list(QwenImagePipeline._unpack_latents(packed, 64, 64, 8))
+
+
+@contextmanager
+def steps_announced(pipeline: QwenImagePipeline) -> Iterator[None]:
+    """SeaCache's hook asks for the step and its sigma, which diffusers' Qwen-Image pipeline does not tell it."""
+    transformer, counts = pipeline.transformer, Counter[str]()
+    announce = transformer.cache_context
+
+    def cache_context(name: str) -> AbstractContextManager[None]:
+        sigmas = pipeline.scheduler.sigmas
+        step, counts[name] = counts[name], counts[name] + 1
+        return announce(name, step_index=step, sigma=sigmas[step], num_inference_steps=len(sigmas) - 1)
+
+    transformer.cache_context = cache_context
+    yield
+    del transformer.cache_context
+
+
 CACHES = {
     "first_block": ({"kind": "first_block", "threshold": 0.3}, FirstBlockCacheConfig(threshold=0.3)),
     "taylorseer": (
@@ -143,6 +175,14 @@ CACHES = {
             taylor_factors_dtype=torch.float32,
             use_lite_mode=True,
         ),
+    ),
+    "magcache": (
+        {"kind": "magcache", "threshold": 0.3, "ratios": MAGNITUDES, "most_skipped": 2},
+        MagCacheConfig(threshold=0.3, max_skip_steps=2, num_inference_steps=24, mag_ratios=list(MAGNITUDES)),
+    ),
+    "seacache": (
+        {"kind": "seacache", "threshold": 0.1},
+        SeaCacheConfig(threshold=0.1, raw_vision_callback=lambda module, args, kwargs: unpack(kwargs["hidden_states"])),
     ),
 }
 
@@ -156,14 +196,14 @@ def test_cached_plan_decides_and_computes_as_diffusers(
     plan = base_plan(steps=steps, cache=spec)
     (packet,) = denoise_all(plan, PROMPT, NEGATIVE, seeds=(5,), size=size)
     ours = sum(blocks_run)
-    assert 2 * steps <= ours <= 2 * steps * (blocks - 1) or kind == "taylorseer"
     assert ours < 1.8 * steps * blocks, "the cache hardly ever hits, so that this compares nothing"
     assert packet.spans[-1].nfe == pytest.approx(ours / blocks)
 
     blocks_run.clear()
     diffusers_base.transformer.enable_cache(hook)
     try:
-        latents = run_diffusers(diffusers_base, plan, (5,), size)
+        with steps_announced(diffusers_base):
+            latents = run_diffusers(diffusers_base, plan, (5,), size)
     finally:
         diffusers_base.transformer.disable_cache()
     assert sum(blocks_run) == ours
