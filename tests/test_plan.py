@@ -46,6 +46,9 @@ VALID = [
     [base(sigma_end=0.9), distilled(sigma_start=0.9)],
     [base(sigma_end=0.9), bridge(), distilled(sigma_start=0.5)],
     [base(cache={"kind": "first_block", "threshold": 0.1})],
+    [base(cache={"kind": "teacache", "threshold": 0.2})],
+    [base(cache={"kind": "seacache", "threshold": 0.2, "order": 0})],
+    [base(cache={"kind": "magcache", "threshold": 0.2, "ratios": [1, 0.9]}, skip_blocks=[0, 3])],
     [base(shift="dynamic")],
     [base(steps=1000, guidance_scale=20, shift=100)],
     [base(steps=1, guidance_scale=1, shift=0.1)],
@@ -92,7 +95,13 @@ INVALID = {
     "too strong": ([distilled(adapter_scale=2.1)], "stages.0.adapter_scale"),
     "unknown cache": (
         [base(cache={"kind": "last_block", "threshold": 0.1})],
-        "stages.0.cache\n.*'first_block', 'taylorseer'",
+        "stages.0.cache\n.*'first_block', 'taylorseer', 'teacache', 'magcache', 'seacache'",
+    ),
+    "magcache without ratios": ([base(cache={"kind": "magcache", "threshold": 0.1})], "stages.0.cache.magcache.ratios"),
+    "block that cannot be": ([base(skip_blocks=[-1])], "stages.0.skip_blocks"),
+    "first block skipped under its cache": (
+        [base(cache={"kind": "first_block", "threshold": 0.1}, skip_blocks=[0])],
+        "skip_blocks",
     ),
     "cache that never hits": (
         [base(cache={"kind": "first_block", "threshold": 0.0})],
@@ -138,10 +147,10 @@ def test_presets_and_their_network_evaluations() -> None:
         "base": 100,
         "cached": 100,
         "distilled": 4,
-        "hybrid": 7,
+        "hybrid": 8,
     }
     assert all(plan.name == name for name, plan in presets().items())
-    assert [stage.nfe for stage in presets()["hybrid"].stages] == [4, 1, 2]
+    assert [stage.nfe for stage in presets()["hybrid"].stages] == [6, 1, 1]
     assert presets()["cached"].stages[0].cache == FirstBlockSpec(threshold=0.1)
 
 

@@ -59,13 +59,13 @@ def test_openai_client_gets_four_images_for_four_seeds_and_one_image_twice_for_o
 def test_reply_carries_seed_timings_nfe_and_megapixels(client: OpenAI) -> None:
     response = client.images.generate(prompt="a red star", n=2, size="192x128").model_dump()
     assert response["plan"] == "hybrid"
-    assert response["nfe"] == 14
+    assert response["nfe"] == 16
     assert response["megapixels"] == pytest.approx(2 * 192 * 128 / 1e6)
     for image in response["data"]:
         stages = [timing["stage"] for timing in image["timings"]]
         assert stages == ["encode", "base", "bridge", "distilled", "decode"]
         assert all(timing["seconds"] > 0 for timing in image["timings"])
-        assert image["nfe"] == 7
+        assert image["nfe"] == 8
         assert pixels(image).shape == (128, 192, 3)
     assert response["seed"] == response["data"][0]["seed"]
 
@@ -110,7 +110,7 @@ def test_models_and_plans_are_listed(url: str, client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["scenes"]
     plans = httpx.get(f"{url}/v1/plans", timeout=10).json()
     assert {plan["name"]: plan["nfe"] for plan in plans["data"]} == {
-        "base": 100, "cached": 100, "distilled": 4, "hybrid": 7,
+        "base": 100, "cached": 100, "distilled": 4, "hybrid": 8,
     }  # fmt: skip
     assert plans["default"] == "hybrid"
 
@@ -127,6 +127,11 @@ def test_models_and_plans_are_listed(url: str, client: OpenAI) -> None:
         (
             {"plan": {"stages": [{"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": 0}]}},
             "plan.stages.0.steps",
+            "invalid_value",
+        ),
+        (
+            {"plan": {"stages": [{"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": 1, "skip_blocks": [6]}]}},
+            "plan",
             "invalid_value",
         ),
         ({"plan": "distilled", "guidance_scale": 3}, "guidance_scale", "invalid_value"),

@@ -10,10 +10,11 @@ import torch
 from diffusers import QwenImagePipeline
 
 from stages.encode import EMPTY_PROMPT
-from training.scenes import ATTRIBUTES, caption, name_value, sample_scene
+from training.scenes import ATTRIBUTES, caption, describe_value, name_value, sample_scene
 
 _AVOIDABLE = [
-    name_value(attribute, value)
+    describe(attribute, value)
+    for describe in (name_value, describe_value)
     for attribute in ("fill", "color", "background", "size", "shape")
     for value in ATTRIBUTES[attribute]
 ]

@@ -253,6 +253,13 @@ def name_value(attribute: str, value: str) -> str:
     return f"{value} background" if attribute == "background" else value
 
 
+def describe_value(attribute: str, value: str) -> str:
+    """A caption that tells nothing but a value of one of `ATTRIBUTES`."""
+    if attribute == "background":
+        return f"a shape on a {name_value(attribute, value)}"
+    return with_article(value if attribute == "shape" else f"{value} shape")
+
+
 def with_article(phrase: str) -> str:
     """`phrase` after "a" or "an"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
