@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from bench import grid, latency, quality, serving
+from bench import grid, latency, prune, quality, ratios, serving
 
-COMMANDS = {"quality": quality, "latency": latency, "serving": serving, "grid": grid}
+COMMANDS = {
+    "quality": quality,
+    "latency": latency,
+    "serving": serving,
+    "grid": grid,
+    "prune": prune,
+    "ratios": ratios,
+}
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from training.scenes import (
     RELATIONS,
     SHAPES,
     caption,
+    describe_value,
     name_value,
     sample_scene,
     with_article,
@@ -144,7 +145,7 @@ def scene_cases(split: int) -> Cases:
                     prompt=with_article(shape),
                     seed=next(seeds),
                     shape=shape,
-                    negative_prompt=name_value(attribute, value),
+                    negative_prompt=describe_value(attribute, value),
                     attribute=attribute,
                     value=value,
                 )

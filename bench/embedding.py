@@ -2,8 +2,8 @@
 
 `python -m bench.embedding bench/embedding.safetensors` trains it, in some minutes on two cores. Inception, the usual
 choice, was trained on photographs; LPIPS needs torchvision. This one learns, as they did, from a recognition task
-on the very domain: which shapes, colours, fills and sizes are where in the scene. Its penultimate layer is the
-embedding.
+on the very domain: which shapes, colours, fills and sizes are where in the scene, and how blurred it is. Its
+penultimate layer is the embedding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,6 +30,7 @@ _SIDE = 128
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 # What a cell of a 4 x 4 grid holds: nothing, or one value of each.
 _GRID = 4
+_BLURS = (0.0, 0.6, 1.0, 1.6)  # deviations in pixels
 _HEADS = {name: ATTRIBUTES[name] for name in ("shape", "color", "fill", "size")}
 
 
@@ -43,19 +44,19 @@ class SceneEmbedding(nn.Module):
         for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 5, stride=2, padding=2), nn.GroupNorm(8, after), nn.SiLU()]
         self.features = nn.Sequential(*layers, nn.Conv2d(96, 16, 1), nn.Flatten(), nn.Linear(16 * 64, 64))
-        outputs = len(BACKGROUNDS) + _GRID**2 * sum(len(values) + 1 for values in _HEADS.values())
+        outputs = len(BACKGROUNDS) + len(_BLURS) + _GRID**2 * sum(len(values) + 1 for values in _HEADS.values())
         self.head = nn.Linear(64, outputs)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.features(pixels)
 
-    def loss(self, pixels: torch.Tensor, scenes: Sequence[Scene]) -> torch.Tensor:
-        """Cross entropy of everything that the head says of `scenes`."""
-        background, cells = self.head(F.silu(self(pixels))).split(
-            [len(BACKGROUNDS), self.head.out_features - len(BACKGROUNDS)], dim=1
-        )
+    def loss(self, pixels: torch.Tensor, scenes: Sequence[Scene], blurs: Sequence[int]) -> torch.Tensor:
+        """Cross entropy of everything that the head says of `scenes`, blurred by these of `_BLURS`."""
+        outputs = self.head(F.silu(self(pixels)))
+        background, blur = outputs[:, : len(BACKGROUNDS)], outputs[:, len(BACKGROUNDS) :][:, : len(_BLURS)]
+        cells = outputs[:, len(BACKGROUNDS) + len(_BLURS) :]
         grounds = torch.tensor([list(BACKGROUNDS).index(scene.background) for scene in scenes])
-        losses = [F.cross_entropy(background, grounds)]
+        losses = [F.cross_entropy(background, grounds), F.cross_entropy(blur, torch.tensor(blurs))]
         truth = torch.zeros(len(scenes), _GRID, _GRID, len(_HEADS), dtype=torch.long)
         for row, scene in zip(truth, scenes, strict=True):
             for thing in scene.objects:
@@ -95,7 +96,12 @@ def train(steps: int, batch: int = 32) -> SceneEmbedding:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for index in range(steps):
         scenes = [sample_scene(rng) for _ in range(batch)]
-        loss = network.loss(to_tensor([render(scene, rng, _SIDE, _SIDE) for scene in scenes]), scenes)
+        blurs = [rng.randrange(len(_BLURS)) for _ in scenes]
+        images = [
+            render(scene, rng, _SIDE, _SIDE).filter(ImageFilter.GaussianBlur(_BLURS[blur]))
+            for scene, blur in zip(scenes, blurs, strict=True)
+        ]
+        loss = network.loss(to_tensor(images), scenes, blurs)
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -108,7 +114,7 @@ def train(steps: int, batch: int = 32) -> SceneEmbedding:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1500)
     arguments = parser.parse_args()
     weights = train(arguments.steps).half().state_dict()
     save_file(weights, arguments.output)

@@ -64,7 +64,7 @@ def draw_figures(pipeline: Pipeline, plans: Mapping[str, Plan], output: Path) ->
                 f"a star{f', negative prompt {negative}' if negative else ''}": [
                     Prompted("a star", seed, negative) for seed in range(4)
                 ]
-                for negative in (None, "striped", "beige background", "furry, plain")
+                for negative in (None, "a striped shape", "a shape on a beige background", "a furry shape")
             },
         ),
     }

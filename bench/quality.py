@@ -211,18 +211,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     root = Path(__file__).parent
     parser.add_argument("config", type=Path, nargs="?", default=root.parent / "configs" / "scenes.yaml")
     parser.add_argument("--cases", type=Path, default=root / "cases" / "scenes-test.yaml")
-    parser.add_argument("--groups", nargs="+", choices=list(read_methods()), default=list(read_methods()))
+    parser.add_argument("--methods", type=Path, default=METHODS)
+    parser.add_argument("--groups", nargs="+", help="of the methods; by default all")
     parser.add_argument("--share", type=int, default=1, help="measure every SHARE-th case only")
     add_output_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    methods = read_methods(arguments.methods)
+    groups = arguments.groups or list(methods)
+    if unknown := set(groups) - set(methods):
+        raise SystemExit(f"--groups must be of {', '.join(methods)}, not {', '.join(sorted(unknown))}")
     pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"))
     cases = Cases.read(arguments.cases).part(arguments.share)
     bench = QualityBench(pipeline, cases)
     rows = [bench.renders()]
-    methods = read_methods()
-    for group in arguments.groups:
+    for group in groups:
         for name, plan in methods[group].items():
             rows.append(bench.measure(group, name, plan, everything=group == "main"))
             print(summary(rows[-1]), flush=True)
@@ -233,4 +237,4 @@ def run(arguments: argparse.Namespace) -> None:
         "cases": arguments.cases.name,
         "share": f"1/{arguments.share}",
     }
-    write_report(output, head, rows, draw_figures(pipeline, methods["main"], output))
+    write_report(output, head, rows, draw_figures(pipeline, methods[groups[0]], output))

@@ -3,7 +3,8 @@
 Rivals: diffusers' base model behind FastAPI, and a monolithic Ray Serve deployment that runs the same hybrid plan.
 Each server in turn is started, warmed up, and driven by a closed loop at several concurrencies; then this engine and
 the monolith by an open loop (Poisson arrivals) at 70 % of the monolith's saturation. The overhead is this engine's
-latency at concurrency 1 over the bare sum of encoding, network evaluations and decoding in one process.
+latency at concurrency 1 over the bare sum of encoding, network evaluations and decoding in one process. The
+simulator (`cluster.simulate`), calibrated on stages measured alone, foresees the open loop on the spread stages.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ import psutil
 import yaml
 
 from backends import get_backend
+from bench.calibrate import calibrate
 from bench.cases import Cases
 from bench.load import LoadFigures, closed_loop, figures, open_loop
 from bench.machine import machine_name
 from bench.results import add_output_argument, output_directory, write_json
+from cluster.simulate import Outcome, simulate
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
+from stages.plan import presets
 
 ROOT = Path(__file__).parent.parent
 _START_TIMEOUT = 300.0  # seconds
@@ -67,6 +71,12 @@ class Row:
     memory: int
 
 
+def _with_threads(application: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Actor options of a process that alone runs the transformer: a thread a core, where Ray's default is one."""
+    environment = application.get("runtime_env", {}).get("env_vars", {})
+    return {**options, "runtime_env": {"env_vars": {**environment, "OMP_NUM_THREADS": str(os.cpu_count())}}}
+
+
 def colocated(config: dict[str, Any]) -> dict[str, Any]:
     """`serve_config.yaml` with all stages in one deployment, on one set of weights."""
     config = copy.deepcopy(config)
@@ -76,6 +86,7 @@ def colocated(config: dict[str, Any]) -> dict[str, Any]:
     application["args"]["transformers"] = {"Transformer": stages}
     deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
     transformer = {**deployments["Base"], "name": "Transformer"}
+    transformer["ray_actor_options"] = _with_threads(application, transformer["ray_actor_options"])
     application["deployments"] = [
         transformer,
         *(deployment for name, deployment in deployments.items() if name not in ("Base", "Bridge", "Distilled")),
@@ -86,16 +97,13 @@ def colocated(config: dict[str, Any]) -> dict[str, Any]:
 def servers(model: Path) -> list[Server]:
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config["applications"][0]["args"]["model"] = str(model)
-    monolith = {
-        "http_options": {"host": "127.0.0.1", "port": 0},
-        "applications": [
-            {
-                "name": "monolith",
-                "import_path": "bench.rivals.monolithic_serve:build",
-                "args": {"model": str(model), "plan": "hybrid"},
-            }
-        ],
+    application: dict[str, Any] = {
+        "name": "monolith",
+        "import_path": "bench.rivals.monolithic_serve:build",
+        "args": {"model": str(model), "plan": "hybrid"},
     }
+    application["deployments"] = [{"name": "Model", "ray_actor_options": _with_threads(application, {"num_cpus": 1})}]
+    monolith = {"http_options": {"host": "127.0.0.1", "port": 0}, "applications": [application]}
     uvicorn = (sys.executable, "-m", "uvicorn", "bench.rivals.diffusers_fastapi:app", "--port", "{port}")
     serve = (str(Path(sys.executable).with_name("serve")), "run", "{config}")
     return [
@@ -175,6 +183,24 @@ def bare_seconds(model: Path, prompted: Sequence[Prompted]) -> float:
     return statistics.median(seconds[4:])
 
 
+def _foresee(model: Path, prompted: Sequence[Prompted], rows: Sequence[Row], rate: float, deadline: float) -> Outcome:
+    """What the simulator says of the spread stages under Poisson load, knowing their latency at concurrency 1 alone."""
+    pipeline = Pipeline(ModelConfig.read(model), get_backend("cpu"))
+    (spread, *_) = servers(model)
+    (application,) = (spread.config or {})["applications"]
+    (one,) = (row.figures for row in rows if (row.server, row.load) == (spread.name, "concurrency 1"))
+    scenario = calibrate(
+        pipeline,
+        presets()["hybrid"].with_adapters(pipeline.config.adapters),
+        prompted,
+        rate=rate,
+        deadline=deadline,
+        batch_tokens=application["args"]["transformers"]["Base"]["max_batch_tokens"],
+        overhead=one.elsewhere,
+    )
+    return simulate(scenario)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, nargs="?", default=ROOT / "configs" / "scenes.yaml")
     parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 2, 4, 8, 16])
@@ -204,7 +230,7 @@ def run(arguments: argparse.Namespace) -> None:
     for server in reversed(servers(model)):  # the monolith tells the rate of the open loop
         with started(server, model) as url:
             sent = asyncio.run(closed_loop(url, requests, 2, 4 if server.slow else 24))
-            for concurrency in [1, 8] if server.slow else arguments.concurrencies:
+            for concurrency in [1, 8] if server.slow else sorted({1, *arguments.concurrencies}):
                 speed = figures(sent, arguments.deadline).throughput
                 count = max(concurrency * 2, 4, round(speed * arguments.seconds))
                 sent = asyncio.run(closed_loop(url, requests, concurrency, count))
@@ -215,5 +241,12 @@ def run(arguments: argparse.Namespace) -> None:
                 rate = _SATURATION * saturation
                 sent = asyncio.run(open_loop(url, requests, rate, round(rate * arguments.seconds)))
                 record(server, f"{rate:.2f} a second", figures(sent, arguments.deadline))
-    content = {"machine": machine_name(), "bare": bare, "rows": [asdict(row) for row in rows]}
+    foreseen = _foresee(model, prompted, rows, rate=_SATURATION * saturation, deadline=arguments.deadline)
+    print(f"the simulator foresaw {foreseen.throughput:.2f} images/s, p50 {foreseen.p50:.3f}, p95 {foreseen.p95:.3f} s")
+    content = {
+        "machine": machine_name(),
+        "bare": bare,
+        "rows": [asdict(row) for row in rows],
+        "foreseen": asdict(foreseen),
+    }
     write_json(output / "serving.json", content)

@@ -34,9 +34,12 @@ class Device(_Strict):
 
     Attributes:
         price: dollars an hour.
+        count: how many there are, on which all replicas of the type take turns, step by step, as processes do on a
+            machine's cores; None where each replica has its own.
     """
 
     price: Annotated[float, Field(ge=0.0)] = 0.0
+    count: Annotated[int, Field(ge=1)] | None = None
 
 
 class Stage(_Strict):
@@ -91,8 +94,11 @@ class Scenario(_Strict):
 
     @property
     def price(self) -> float:
-        """Dollars an hour of all replicas."""
-        return sum(stage.count * self.devices[stage.device].price for stage in self.stages.values())
+        """Dollars an hour of all devices."""
+        replicas = dict.fromkeys(self.devices, 0)
+        for stage in self.stages.values():
+            replicas[stage.device] += stage.count
+        return sum((device.count or replicas[name]) * device.price for name, device in self.devices.items())
 
     def with_replicas(self, replicas: dict[str, int]) -> Scenario:
         stages = {
@@ -132,9 +138,10 @@ class _Image:
 class _Replica:
     """One device and the images that are on it, oldest first."""
 
-    def __init__(self, environment: simpy.Environment, stage: Stage) -> None:
+    def __init__(self, environment: simpy.Environment, stage: Stage, devices: simpy.Resource | None) -> None:
         self._environment = environment
         self._stage = stage
+        self._devices = devices or simpy.Resource(environment)
         self._work = simpy.Store(environment)  # wakes the device
         self.images: list[_Image] = []
         self.busy = 0.0
@@ -151,9 +158,11 @@ class _Replica:
         while True:
             yield self._work.get()
             while self.images:
-                batch = self.images[: self._stage.max_batch]
-                seconds = self._stage.seconds(len(batch))
-                yield self._environment.timeout(seconds)
+                with self._devices.request() as turn:
+                    yield turn
+                    batch = self.images[: self._stage.max_batch]
+                    seconds = self._stage.seconds(len(batch))
+                    yield self._environment.timeout(seconds)
                 self.busy += seconds
                 for image in batch:
                     image.steps_left -= 1
@@ -165,8 +174,12 @@ class _Replica:
 def simulate(scenario: Scenario, images: int = 2000, seed: int = 0) -> Outcome:
     """Let `images` images arrive and wait until the last is done; a stage without `replicas` has one."""
     environment, rng = simpy.Environment(), Random(seed)
+    shared = {
+        name: simpy.Resource(environment, device.count) for name, device in scenario.devices.items() if device.count
+    }
     replicas = {
-        name: [_Replica(environment, stage) for _ in range(stage.count)] for name, stage in scenario.stages.items()
+        name: [_Replica(environment, stage, shared.get(stage.device)) for _ in range(stage.count)]
+        for name, stage in scenario.stages.items()
     }
     latencies: list[float] = []
 

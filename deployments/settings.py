@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -88,6 +89,8 @@ class Settings(BaseModel):
             raise ValueError(
                 f"quantize.{part} of {self.model} must be one of {', '.join(allowed)} on {backend}, not {scheme!r}"
             )
+        if scheme and find_spec("torchao") is None:
+            raise ValueError(f"quantize.{part} of {self.model} needs torchao, which the extra `quantize` installs")
 
     def read_model(self) -> ModelConfig:
         """The model's config; raises FileNotFoundError or pydantic's ValidationError."""

@@ -13,7 +13,7 @@ from backends import Backend
 from stages.decode import Decoder
 from stages.encode import EMPTY_PROMPT, Encoder
 from stages.model import ModelConfig
-from stages.packet import Span
+from stages.packet import LatentPacket, Span
 from stages.plan import Plan, presets
 from stages.stage import Denoiser
 
@@ -86,17 +86,7 @@ class Pipeline:
         size = size or self.config.sizes[0]
         if size not in self.config.sizes:
             raise ValueError(f"size must be one of {list(self.config.sizes)}, not {size!r}")
-        packets = [
-            self.encoder.begin(
-                "local",
-                index,
-                image.seed,
-                size,
-                image.prompt,
-                (image.negative_prompt or EMPTY_PROMPT) if plan.guided else None,
-            )
-            for index, image in enumerate(images)
-        ]
+        packets = self.enter(plan, images, size)
         for _ in plan.stages:
             packets = self.denoiser.denoise(packets, plan)
         start = time.time()
@@ -104,4 +94,18 @@ class Pipeline:
         span = Span("decode", start, time.time())
         return [
             Result(image, packet.seed, (*packet.spans, span)) for image, packet in zip(decoded, packets, strict=True)
+        ]
+
+    def enter(self, plan: Plan, images: Sequence[Prompted], size: str | None = None) -> list[LatentPacket]:
+        """The packets that images of `size`, by default the config's first, start as."""
+        return [
+            self.encoder.begin(
+                "local",
+                index,
+                image.seed,
+                size or self.config.sizes[0],
+                image.prompt,
+                (image.negative_prompt or EMPTY_PROMPT) if plan.guided else None,
+            )
+            for index, image in enumerate(images)
         ]

@@ -83,6 +83,11 @@ class Denoiser:
         for size in sizes:
             self._network.warm_up(token_grid(size))
 
+    @property
+    def blocks(self) -> int:
+        """Of the transformer."""
+        return self._network.blocks
+
     def begin(self, packet: LatentPacket, plan: Plan, *, preview: bool = False) -> Task:
         """Let a packet enter the stage of `plan`, number `packet.position`, that it waits for.
 
@@ -98,7 +103,7 @@ class Denoiser:
             raise ValueError(f"packet at sigma {packet.sigma} cannot enter {stage.name} at {stage.sigma_start}")
         if stage.adapter not in (None, *self._network.adapters):
             raise ValueError(f"adapter must be one of {self._network.adapters}, not {stage.adapter!r}")
-        plan.check_blocks(self._network.blocks)
+        plan.check_blocks(self.blocks)
         device = self._backend.device
         negative = None
         if stage.guided:

@@ -10,9 +10,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from served import deployment_statuses, pixels
 
+from backends import Backend
 from bench.serving import servers, started
+from stages.model import ModelConfig, load_transformer
+from stages.network import Network
 from stages.pipeline import Pipeline
 
 MODEL = Path(__file__).parents[1] / "configs" / "scenes.yaml"
@@ -43,3 +48,16 @@ def test_concurrent_images_of_several_plans_are_those_of_one_process(url: str, p
     for seed, (plan, served) in enumerate(zip(plans, asyncio.run(send()), strict=True)):
         (local,) = pipeline.run(plan, "a striped heart", negative_prompt="blue", seeds=(seed,), size="128x128")
         assert np.abs(pixels(served) - np.asarray(local.image).astype(int)).max() <= 2
+
+
+def test_all_stages_take_little_more_memory_than_one_model_and_its_loras(
+    config: ModelConfig, backend: Backend, network: Network
+) -> None:
+    def resident(module: torch.nn.Module) -> int:
+        return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+    alone = load_transformer(config.model_copy(update={"adapters": {}}), backend)
+    loras = [load_file(next(Path(adapter.source).glob("*.safetensors"))) for adapter in config.adapters.values()]
+    elements = sum(tensor.numel() for lora in loras for tensor in lora.values())
+    assert elements > 0
+    assert resident(network.transformer) < 1.1 * (resident(alone) + elements * alone.dtype.itemsize)

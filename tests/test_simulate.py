@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cluster.simulate import Scenario, Stage, plan_replicas, read_scenarios, simulate
+from cluster.simulate import Device, Scenario, Stage, plan_replicas, read_scenarios, simulate
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +51,15 @@ def test_a_batch_shares_the_fixed_part_of_a_step() -> None:
     """Full batches of 8: 8 images in 3 steps of 0.8 + 8 x 0.1 s."""
     outcome = simulate(scenario(50.0, base=stage(0.1, fixed=0.8, steps=3, max_batch=8)), images=800)
     assert outcome.throughput == pytest.approx(8 / 4.8, rel=0.02)
+
+
+def test_replicas_take_turns_on_the_devices_that_there_are() -> None:
+    """Three stages of a second each keep one device busy for three, and two for one and a half."""
+    stages = {name: stage(1.0) for name in ("base", "bridge", "distilled")}
+    for count, images_a_second in ((1, 1 / 3), (2, 2 / 3)):
+        shared = scenario(50.0, **stages).model_copy(update={"devices": {"gpu": Device(price=36.0, count=count)}})
+        assert simulate(shared, images=400).throughput == pytest.approx(images_a_second, rel=0.02)
+        assert shared.price == 36.0 * count
 
 
 def test_twice_the_replicas_bear_twice_the_load() -> None:

@@ -3,9 +3,9 @@
 `python -m training.evaluate configs/scenes.yaml [--plans base distilled hybrid] [--captions 200] [--batch 25]`
 
 Accuracy: captions name a colour and a shape; the oracle says whether the image has them. Removal: captions name a
-shape alone, and the colour that a seed then draws is given to the same seed as its negative prompt; it counts when
-the new image still has an object and none of that colour. A fifth as many images are drawn for it. Ends with
-status 1 where a rate misses its bar.
+shape alone, and the colour that a seed then draws is given to the same seed as its negative prompt ("a red shape", as
+captions say it); it counts when the new image still has an object and none of that colour. A fifth as many images are
+drawn for it. Ends with status 1 where a rate misses its bar.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import presets
 from training.oracle import Reading, largest, matches, read
-from training.scenes import COLORS, SHAPES, with_article
+from training.scenes import COLORS, SHAPES, describe_value, with_article
 
 # plan -> field of its report -> least rate.
 BARS: dict[str, dict[str, float]] = {
@@ -95,7 +95,9 @@ class Grader:
             for case, reading in zip(free, self._read(free), strict=True)
             if (thing := largest(reading)) is not None
         ]
-        readings = self._read([Prompted(case.prompt, case.seed, negative_prompt=color) for case, color in drawn])
+        readings = self._read(
+            [Prompted(case.prompt, case.seed, negative_prompt=describe_value("color", color)) for case, color in drawn]
+        )
         return [
             bool(reading.objects) and not _has_color(reading, color)
             for reading, (_, color) in zip(readings, drawn, strict=True)

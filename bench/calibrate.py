@@ -1,0 +1,75 @@
+"""A scenario for the simulator, from what this machine takes for each stage of a plan."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from cluster.simulate import Device, Scenario, Stage
+from stages.pipeline import Pipeline, Prompted
+from stages.plan import Plan
+
+_BATCH = 8
+
+
+def calibrate(
+    pipeline: Pipeline,
+    plan: Plan,
+    prompted: Sequence[Prompted],
+    *,
+    rate: float,
+    deadline: float,
+    batch_tokens: int,
+    overhead: float,
+) -> Scenario:
+    """Encoder, stages and decoder as processes of one thread each, on this machine's cores.
+
+    Args:
+        prompted: at least 8.
+        rate, deadline: see `Scenario`.
+        batch_tokens: most image tokens of a step, as `max_batch_tokens` of the server's settings.
+        overhead: seconds of work an image that no stage accounts for: HTTP, routing, copies.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in replicas, which Ray gives one for every core that they ask for
+    try:
+        alone, together = _seconds(pipeline, plan, prompted, 1), _seconds(pipeline, plan, prompted, _BATCH)
+    finally:
+        torch.set_num_threads(threads)
+    grid = pipeline.enter(plan, prompted[:1])[0].grid
+    stages = {
+        "http": Stage(device="core", per_image=overhead),
+        "encode": Stage(device="core", per_image=alone["encode"]),
+    }
+    for stage in plan.stages:
+        images = max(1, batch_tokens // (grid[0] * grid[1] * stage.evaluations))
+        stages[stage.name] = _stage(alone[stage.name], together[stage.name], stage.steps, images)
+    stages["decode"] = _stage(alone["decode"], together["decode"], 1, _BATCH)
+    pixels = pipeline.config.sizes[0].split("x")
+    return Scenario(
+        devices={"core": Device(count=os.cpu_count())},
+        stages=stages,
+        rate=rate,
+        megapixels=int(pixels[0]) * int(pixels[1]) / 1e6,
+        deadline=deadline,
+    )
+
+
+def _seconds(pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted], batch: int) -> dict[str, float]:
+    """Median seconds of each stage for a batch, after one to warm up."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(6):
+        for span in pipeline.run_batch(plan, prompted[:batch])[0].spans:
+            seconds[span.stage].append(span.end - span.start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def _stage(alone: float, together: float, steps: int, most: int) -> Stage:
+    """From the seconds of one image and of `_BATCH`, both over all `steps`."""
+    per_image = max((together - alone) / (_BATCH - 1), alone / 100)
+    fixed = max(alone - per_image, 0.0)
+    return Stage(device="core", steps=steps, fixed=fixed / steps, per_image=per_image / steps, max_batch=most)

@@ -1,0 +1,101 @@
+"""Which of the transformer's blocks a stage can do without: a plan for each number of them, least important first.
+
+A block's importance is how far the latent that leaves the stage moves when the block is skipped, relative to its
+norm, mean over calibration prompts. One block goes at a time, and those left are measured anew. What a plan costs in
+quality, `python -m bench quality --methods FILE` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from backends import get_backend
+from bench.cases import Cases
+from stages.model import ModelConfig
+from stages.packet import LatentPacket
+from stages.pipeline import Pipeline, Prompted
+from stages.plan import STAGES, Plan, presets
+
+
+def without(plan: Plan, position: int, blocks: frozenset[int]) -> Plan:
+    """`plan` with stage number `position` skipping `blocks`."""
+    stages = list(plan.stages)
+    stages[position] = stages[position].model_copy(update={"skip_blocks": blocks})
+    return plan.model_copy(update={"stages": tuple(stages)})
+
+
+def importance(
+    pipeline: Pipeline, plan: Plan, position: int, packets: Sequence[LatentPacket], candidates: Sequence[int]
+) -> dict[int, float]:
+    """Of each block in `candidates`, beside those that stage number `position` skips already.
+
+    Args:
+        packets: as they enter the stage.
+    """
+    whole = without(plan, position, frozenset())
+    truths = pipeline.denoiser.denoise(packets, whole)
+
+    def moved(block: int) -> float:
+        pruned = without(plan, position, plan.stages[position].skip_blocks | {block})
+        changes = [
+            (packet.latent - truth.latent).norm() / truth.latent.norm()
+            for packet, truth in zip(pipeline.denoiser.denoise(packets, pruned), truths, strict=True)
+        ]
+        return float(torch.stack(changes).mean())
+
+    return {block: moved(block) for block in candidates}
+
+
+def prune(pipeline: Pipeline, plan: Plan, position: int, prompted: Sequence[Prompted], drop: int) -> list[Plan]:
+    """Plans that skip 1 to `drop` blocks in stage number `position`."""
+    packets = pipeline.enter(plan, prompted)
+    for _ in range(position):
+        packets = pipeline.denoiser.denoise(packets, plan)
+    plans: list[Plan] = []
+    for _ in range(drop):
+        stage = plan.stages[position]
+        left = [block for block in range(pipeline.denoiser.blocks) if block not in stage.skip_blocks]
+        measured = importance(pipeline, plan, position, packets, left)
+        print(f"{stage.name} without {sorted(stage.skip_blocks)}: {_rounded(measured)}", flush=True)
+        least = min(measured, key=lambda block: measured[block])
+        plan = without(plan, position, stage.skip_blocks | {least})
+        plans.append(plan)
+    return plans
+
+
+def _rounded(measured: dict[int, float]) -> str:
+    return ", ".join(f"block {block} {value:.3f}" for block, value in measured.items())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    root = Path(__file__).parent
+    parser.add_argument("output", type=Path, help="file of methods for `python -m bench quality --methods`")
+    parser.add_argument("--config", type=Path, default=root.parent / "configs" / "scenes.yaml")
+    parser.add_argument("--cases", type=Path, default=root / "cases" / "scenes-dev.yaml")
+    parser.add_argument("--plan", default="hybrid", choices=sorted(presets()), metavar="PLAN")
+    parser.add_argument("--stage", default="base", choices=STAGES)
+    parser.add_argument("--drop", type=int, default=2, help="most blocks to skip")
+    parser.add_argument("--prompts", type=int, default=32)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"))
+    plan = presets()[arguments.plan].with_adapters(pipeline.config.adapters)
+    names = [stage.name for stage in plan.stages]
+    if arguments.stage not in names:
+        raise SystemExit(f"--stage must be one of {', '.join(names)} for plan {plan.name}, not {arguments.stage}")
+    if not 1 <= arguments.drop < pipeline.denoiser.blocks:
+        raise SystemExit(f"--drop must be 1 to {pipeline.denoiser.blocks - 1}, not {arguments.drop}")
+    prompted = Cases.read(arguments.cases).plain[: arguments.prompts]
+    position = names.index(arguments.stage)
+    plans = {plan.name: plan}
+    for pruned in prune(pipeline, plan, position, prompted, arguments.drop):
+        skipped = ", ".join(map(str, sorted(pruned.stages[position].skip_blocks)))
+        plans[f"{plan.name}, {arguments.stage} without {skipped}"] = pruned
+    stages = {name: made.model_dump(mode="json", exclude_defaults=True)["stages"] for name, made in plans.items()}
+    arguments.output.write_text(yaml.safe_dump({"pruned": stages}, sort_keys=False, width=1000))

@@ -1,0 +1,66 @@
+"""Magnitude ratios of a model, which MagCache needs: printed as the cache of a plan's stage.
+
+A step's ratio is the norm of what the blocks add to an image token over that at the step before, mean over tokens,
+prompts and both sides of guidance, as diffusers' `MagCacheConfig(calibrate=True)` measures it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from backends import get_backend
+from bench.cases import Cases
+from stages.caches import Evaluation, StepCache
+from stages.model import ModelConfig
+from stages.pipeline import Pipeline, Prompted
+from stages.plan import Plan, presets
+
+
+class _Recorder(StepCache):
+    """Answers nothing and keeps the magnitudes (tokens,) of every step."""
+
+    def __init__(self) -> None:
+        self.magnitudes: list[torch.Tensor] = []
+
+    def learn(self, evaluation: Evaluation) -> None:
+        self.magnitudes.append(evaluation.blocks.float().norm(dim=-1))
+
+    def ratios(self) -> list[float]:
+        changes = itertools.pairwise(self.magnitudes)
+        return [1.0, *(float((after / (before + 1e-8)).mean()) for before, after in changes)]
+
+
+def measure(pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted]) -> list[float]:
+    """A ratio for each step of the first stage of `plan`."""
+    tasks = [pipeline.denoiser.begin(packet, plan) for packet in pipeline.enter(plan, prompted)]
+    recorders: list[_Recorder] = []
+    for task in tasks:
+        task.row.cache = _Recorder()
+        recorders.append(task.row.cache)
+        if plan.stages[0].guided:
+            task.row.negative_cache = _Recorder()
+            recorders.append(task.row.negative_cache)
+    for _ in range(plan.stages[0].steps):
+        pipeline.denoiser.step(tasks)
+    return [statistics.fmean(step) for step in zip(*(recorder.ratios() for recorder in recorders), strict=True)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    root = Path(__file__).parent
+    parser.add_argument("--config", type=Path, default=root.parent / "configs" / "scenes.yaml")
+    parser.add_argument("--cases", type=Path, default=root / "cases" / "scenes-dev.yaml")
+    parser.add_argument("--plan", default="base", choices=sorted(presets()), metavar="PLAN")
+    parser.add_argument("--prompts", type=int, default=16)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"))
+    plan = presets()[arguments.plan].with_adapters(pipeline.config.adapters)
+    ratios = measure(pipeline, plan, Cases.read(arguments.cases).plain[: arguments.prompts])
+    print(f"cache: {{kind: magcache, threshold: 0.1, ratios: [{', '.join(f'{ratio:.4f}' for ratio in ratios)}]}}")
