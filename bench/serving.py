@@ -71,12 +71,6 @@ class Row:
     memory: int
 
 
-def _with_threads(application: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Actor options of a process that alone runs the transformer: a thread a core, where Ray's default is one."""
-    environment = application.get("runtime_env", {}).get("env_vars", {})
-    return {**options, "runtime_env": {"env_vars": {**environment, "OMP_NUM_THREADS": str(os.cpu_count())}}}
-
-
 def colocated(config: dict[str, Any]) -> dict[str, Any]:
     """`serve_config.yaml` with all stages in one deployment, on one set of weights."""
     config = copy.deepcopy(config)
@@ -86,7 +80,6 @@ def colocated(config: dict[str, Any]) -> dict[str, Any]:
     application["args"]["transformers"] = {"Transformer": stages}
     deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
     transformer = {**deployments["Base"], "name": "Transformer"}
-    transformer["ray_actor_options"] = _with_threads(application, transformer["ray_actor_options"])
     application["deployments"] = [
         transformer,
         *(deployment for name, deployment in deployments.items() if name not in ("Base", "Bridge", "Distilled")),
@@ -97,13 +90,18 @@ def colocated(config: dict[str, Any]) -> dict[str, Any]:
 def servers(model: Path) -> list[Server]:
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config["applications"][0]["args"]["model"] = str(model)
-    application: dict[str, Any] = {
-        "name": "monolith",
-        "import_path": "bench.rivals.monolithic_serve:build",
-        "args": {"model": str(model), "plan": "hybrid"},
+    monolith = {
+        "http_options": {"host": "127.0.0.1", "port": 0},
+        "applications": [
+            {
+                "name": "monolith",
+                "import_path": "bench.rivals.monolithic_serve:build",
+                "args": {"model": str(model), "plan": "hybrid"},
+                # It alone computes: a thread a core, where Ray's default is one.
+                "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(os.cpu_count())}},
+            }
+        ],
     }
-    application["deployments"] = [{"name": "Model", "ray_actor_options": _with_threads(application, {"num_cpus": 1})}]
-    monolith = {"http_options": {"host": "127.0.0.1", "port": 0}, "applications": [application]}
     uvicorn = (sys.executable, "-m", "uvicorn", "bench.rivals.diffusers_fastapi:app", "--port", "{port}")
     serve = (str(Path(sys.executable).with_name("serve")), "run", "{config}")
     return [

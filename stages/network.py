@@ -117,7 +117,7 @@ class Network:
         latent = noise(grid[0] * grid[1], config.in_channels)
         queries = [Query(latent, 1.0, noise(length, config.joint_attention_dim)) for length in (5, 7, 11)]
         # Or dimensions that happen to be equal here, tokens and ranks say, would have to be so for ever.
-        with shapes_config.patch(use_duck_shape=False):
+        with shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             self._evaluate_in_parts(queries, grid)
             self._evaluate_in_parts(queries[:1], grid)
 

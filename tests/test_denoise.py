@@ -94,8 +94,10 @@ def test_rows_together_equal_rows_alone(network: Network, embeds: list[torch.Ten
     for joint, single, start in zip(together, alone, varied_rows(embeds), strict=True):
         assert joint.index == single.index == 2
         assert joint.done
-        assert difference(joint.latent, single.latent) < TOLERANCE
-        assert difference(joint.denoised, single.denoised) < TOLERANCE
+        # Guidance adds up the errors of its two evaluations, by their weights.
+        bound = TOLERANCE * (2 * single.guidance_scale - 1)
+        assert difference(joint.latent, single.latent) < bound
+        assert difference(joint.denoised, single.denoised) < bound
         assert difference(joint.denoised, start.latent) > 1e-3
 
 

@@ -8,6 +8,7 @@ the same code in one process, so that the only difference is how it is served.
 
 import base64
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from fastapi import FastAPI
@@ -50,9 +51,11 @@ class Model:
     def __init__(self, model: str, plan: str) -> None:
         self._pipeline = Pipeline(ModelConfig.read(Path(model)), get_backend("cpu"))
         self._plan = plan
+        self._device = Lock()  # Serve calls a method that is not async from several threads
 
     def generate(self, prompt: str, negative_prompt: str | None, seed: int, size: str | None) -> bytes:
-        (result,) = self._pipeline.run(self._plan, prompt, negative_prompt=negative_prompt, seeds=[seed], size=size)
+        with self._device:
+            (result,) = self._pipeline.run(self._plan, prompt, negative_prompt=negative_prompt, seeds=[seed], size=size)
         return to_file(result.image, "png")
 
 
