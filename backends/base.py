@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -40,14 +41,20 @@ class Backend(ABC):
         """Move `module` to the device, for inference alone."""
         return module.to(self.device).eval().requires_grad_(False)
 
+    def check_quantization(self, scheme: Quantization) -> None:
+        """Raises ValueError if this device has no such arithmetic, or torchao is not installed."""
+        if scheme not in self.quantizations:
+            raise ValueError(f"must be one of {', '.join(self.quantizations)} on {self.name}, not {scheme!r}")
+        if find_spec("torchao") is None:
+            raise ValueError("needs torchao, which the extra `quantize` installs")
+
     def quantize(self, module: nn.Module, scheme: Quantization) -> None:
         """Quantize every linear layer in `module`, in place, by torchao.
 
         Raises:
-            ValueError: this device has no such arithmetic.
+            ValueError: see `check_quantization`.
         """
-        if scheme not in self.quantizations:
-            raise ValueError(f"quantization on {self.name} must be one of {self.quantizations}, not {scheme!r}")
+        self.check_quantization(scheme)
         from torchao import quantization  # takes seconds to import, which only those who use it should wait for
 
         configs = {

@@ -6,10 +6,12 @@ import os
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
 from cluster.simulate import Device, Scenario, Stage
+from stages.model import parse_size, token_grid
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
 
@@ -40,21 +42,21 @@ def calibrate(
         alone, together = _seconds(pipeline, plan, prompted, 1), _seconds(pipeline, plan, prompted, _BATCH)
     finally:
         torch.set_num_threads(threads)
-    grid = pipeline.enter(plan, prompted[:1])[0].grid
+    size = pipeline.config.sizes[0]
+    width, height = parse_size(size)
     stages = {
         "http": Stage(device="core", per_image=overhead),
         "encode": Stage(device="core", per_image=alone["encode"]),
     }
     for stage in plan.stages:
-        images = max(1, batch_tokens // (grid[0] * grid[1] * stage.evaluations))
+        images = max(1, batch_tokens // (prod(token_grid(size)) * stage.evaluations))
         stages[stage.name] = _stage(alone[stage.name], together[stage.name], stage.steps, images)
     stages["decode"] = _stage(alone["decode"], together["decode"], 1, _BATCH)
-    pixels = pipeline.config.sizes[0].split("x")
     return Scenario(
         devices={"core": Device(count=os.cpu_count())},
         stages=stages,
         rate=rate,
-        megapixels=int(pixels[0]) * int(pixels[1]) / 1e6,
+        megapixels=width * height / 1e6,
         deadline=deadline,
     )
 

@@ -173,18 +173,17 @@ def body(prompted: Prompted) -> dict[str, Any]:
     return made | ({"negative_prompt": prompted.negative_prompt} if prompted.negative_prompt else {})
 
 
-def bare_seconds(model: Path, prompted: Sequence[Prompted]) -> float:
+def bare_seconds(pipeline: Pipeline, prompted: Sequence[Prompted]) -> float:
     """Median seconds of an image's encoding, network evaluations and decoding in one process, by themselves."""
-    pipeline = Pipeline(ModelConfig.read(model), get_backend("cpu"))
     results = pipeline.run_in_batches("hybrid", prompted[:24], 1)
     seconds = [sum(span.end - span.start for span in result.spans) for result in results]
     return statistics.median(seconds[4:])
 
 
-def _foresee(model: Path, prompted: Sequence[Prompted], rows: Sequence[Row], rate: float, deadline: float) -> Outcome:
+def _foresee(
+    pipeline: Pipeline, spread: Server, prompted: Sequence[Prompted], rows: Sequence[Row], rate: float, deadline: float
+) -> Outcome:
     """What the simulator says of the spread stages under Poisson load, knowing their latency at concurrency 1 alone."""
-    pipeline = Pipeline(ModelConfig.read(model), get_backend("cpu"))
-    (spread, *_) = servers(model)
     (application,) = (spread.config or {})["applications"]
     (one,) = (row.figures for row in rows if (row.server, row.load) == (spread.name, "concurrency 1"))
     scenario = calibrate(
@@ -222,10 +221,12 @@ def run(arguments: argparse.Namespace) -> None:
             flush=True,
         )
 
-    bare = bare_seconds(model, prompted)
+    pipeline = Pipeline(ModelConfig.read(model), get_backend("cpu"))
+    bare = bare_seconds(pipeline, prompted)
     print(f"bare hybrid in one process: {bare:.3f} s")
     saturation = 0.0
-    for server in reversed(servers(model)):  # the monolith tells the rate of the open loop
+    compared = servers(model)
+    for server in reversed(compared):  # the monolith tells the rate of the open loop
         with started(server, model) as url:
             sent = asyncio.run(closed_loop(url, requests, 2, 4 if server.slow else 24))
             for concurrency in [1, 8] if server.slow else sorted({1, *arguments.concurrencies}):
@@ -239,7 +240,7 @@ def run(arguments: argparse.Namespace) -> None:
                 rate = _SATURATION * saturation
                 sent = asyncio.run(open_loop(url, requests, rate, round(rate * arguments.seconds)))
                 record(server, f"{rate:.2f} a second", figures(sent, arguments.deadline))
-    foreseen = _foresee(model, prompted, rows, rate=_SATURATION * saturation, deadline=arguments.deadline)
+    foreseen = _foresee(pipeline, compared[0], prompted, rows, _SATURATION * saturation, arguments.deadline)
     print(f"the simulator foresaw {foreseen.throughput:.2f} images/s, p50 {foreseen.p50:.3f}, p95 {foreseen.p95:.3f} s")
     content = {
         "machine": machine_name(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +66,8 @@ class Settings(BaseModel):
     def _runnable(self) -> Settings:
         if self.default_plan not in presets():
             raise ValueError(f"default_plan must be one of {sorted(presets())}, not {self.default_plan!r}")
-        adapters = self.read_model().adapters
+        model = self.read_model()
+        adapters = model.adapters
         presets()[self.default_plan].with_adapters(adapters)
         shared_out = sorted(stage for transformer in self.transformers.values() for stage in transformer.stages)
         if shared_out != sorted(STAGES):
@@ -77,20 +77,18 @@ class Settings(BaseModel):
                 raise ValueError(
                     f"transformers.{name}.fuse must be one of {sorted(adapters)}, not {transformer.fuse!r}"
                 )
-        quantize = self.read_model().quantize
-        self._check_quantization("text_encoder", quantize.text_encoder, self.encoder)
+        self._check_quantization("text_encoder", model.quantize.text_encoder, self.encoder)
         for transformer in self.transformers.values():
-            self._check_quantization("transformer", quantize.transformer, transformer.backend)
+            self._check_quantization("transformer", model.quantize.transformer, transformer.backend)
         return self
 
     def _check_quantization(self, part: str, scheme: Quantization | None, backend: str) -> None:
-        allowed = get_backend(backend).quantizations
-        if scheme not in (None, *allowed):
-            raise ValueError(
-                f"quantize.{part} of {self.model} must be one of {', '.join(allowed)} on {backend}, not {scheme!r}"
-            )
-        if scheme and find_spec("torchao") is None:
-            raise ValueError(f"quantize.{part} of {self.model} needs torchao, which the extra `quantize` installs")
+        if scheme is None:
+            return
+        try:
+            get_backend(backend).check_quantization(scheme)
+        except ValueError as error:
+            raise ValueError(f"quantize.{part} of {self.model} {error}") from error
 
     def read_model(self) -> ModelConfig:
         """The model's config; raises FileNotFoundError or pydantic's ValidationError."""

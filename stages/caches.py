@@ -6,6 +6,7 @@ different requests can share a pass and only those that must be computed are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import factorial
@@ -23,13 +24,13 @@ class Entrance:
         latent: (tokens, channels).
         grid: (rows, columns) of tokens.
         sigma: its noise level.
-        modulated: (tokens, width), the image tokens as the first block's attention sees them.
+        modulated: call it for the image tokens (tokens, width) as the first block's attention sees them.
     """
 
     latent: torch.Tensor
     grid: tuple[int, int]
     sigma: float
-    modulated: torch.Tensor
+    modulated: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,9 @@ class TeaCache(StepCache):
 
     def blocks(self, entrance: Entrance) -> torch.Tensor | None:
         self._step += 1
-        before, self._entered = self._entered, entrance.modulated
+        before, self._entered = self._entered, entrance.modulated()
         if before is not None and self._step < self._last_step:
-            change = _change(entrance.modulated, before)
+            change = _change(self._entered, before)
             self._change += sum(c * change**power for power, c in enumerate(reversed(self._spec.coefficients)))
             if self._change < self._spec.threshold:
                 return self._blocks

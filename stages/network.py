@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -146,16 +147,23 @@ class Network:
         count = self.blocks
         entered = self._enter(queries, grid)
         image = entered.image.clone()
+
+        @cache
+        def modulated() -> torch.Tensor:
+            return self._modulate(entered)
+
+        def entrance(row: int) -> Entrance:
+            return Entrance(queries[row].latent, grid, queries[row].sigma, lambda: modulated()[row])
+
         blocks = [
-            None if query.cache is None else query.cache.blocks(entrance)
-            for query, entrance in zip(queries, self._entrances(queries, entered, grid), strict=True)
+            None if query.cache is None else query.cache.blocks(entrance(row)) for row, query in enumerate(queries)
         ]
         begin = _add(image, range(len(queries)), blocks)
         begun = self._through(range(1), entered.rows(begin))
         heads = begun.image - image[begin]
         image[begin] = begun.image
         tails = [
-            None if (cache := queries[row].cache) is None else cache.tail(head)
+            None if (known := queries[row].cache) is None else known.tail(head)
             for row, head in zip(begin, heads, strict=True)
         ]
         go_on = _add(image, begin, tails)
@@ -168,8 +176,8 @@ class Network:
             run = set(range(count if row in go_on else 1))
             costs[row] = len(run - queries[row].skip_blocks) / count
         for row, tail in zip(go_on, image[go_on] - after, strict=True):
-            if (cache := queries[row].cache) is not None:
-                cache.learn(Evaluation(heads[begin.index(row)], tail, velocities[row]))
+            if (known := queries[row].cache) is not None:
+                known.learn(Evaluation(heads[begin.index(row)], tail, velocities[row]))
         return [Answer(velocity, cost) for velocity, cost in zip(velocities, costs, strict=True)]
 
     def _collate(
@@ -200,12 +208,12 @@ class Network:
         skips = tuple(query.skip_blocks for query in queries)
         return _Tokens(image, text, mask, temb, rotary, gate, skips)
 
-    def _entrances(self, queries: Sequence[Query], entered: _Tokens, grid: tuple[int, int]) -> list[Entrance]:
+    def _modulate(self, entered: _Tokens) -> torch.Tensor:
+        """Image tokens (batch, tokens, width) as the first block's attention sees them."""
         block = self.transformer.transformer_blocks[0]
         self._adapters.use(entered.gate)
         shift, scale = block.img_mod(entered.temb)[:, None].chunk(6, dim=-1)[:2]
-        modulated = block.img_norm1(entered.image) * (1 + scale) + shift
-        return [Entrance(query.latent, grid, query.sigma, row) for query, row in zip(queries, modulated, strict=True)]
+        return block.img_norm1(entered.image) * (1 + scale) + shift
 
     def _through(self, indices: Iterable[int], tokens: _Tokens) -> _Tokens:
         """Tokens after these blocks; rows pass by those that they skip."""

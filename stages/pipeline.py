@@ -83,9 +83,6 @@ class Pipeline:
             ValueError: the plan needs an adapter that the model lacks, or the size is not one of the model's.
         """
         plan = (presets()[plan] if isinstance(plan, str) else plan).with_adapters(self.config.adapters)
-        size = size or self.config.sizes[0]
-        if size not in self.config.sizes:
-            raise ValueError(f"size must be one of {list(self.config.sizes)}, not {size!r}")
         packets = self.enter(plan, images, size)
         for _ in plan.stages:
             packets = self.denoiser.denoise(packets, plan)
@@ -97,13 +94,16 @@ class Pipeline:
         ]
 
     def enter(self, plan: Plan, images: Sequence[Prompted], size: str | None = None) -> list[LatentPacket]:
-        """The packets that images of `size`, by default the config's first, start as."""
+        """The packets that images start as; see `run_batch`."""
+        size = size or self.config.sizes[0]
+        if size not in self.config.sizes:
+            raise ValueError(f"size must be one of {list(self.config.sizes)}, not {size!r}")
         return [
             self.encoder.begin(
                 "local",
                 index,
                 image.seed,
-                size or self.config.sizes[0],
+                size,
                 image.prompt,
                 (image.negative_prompt or EMPTY_PROMPT) if plan.guided else None,
             )

@@ -19,20 +19,22 @@ UNTRAINED_BRIDGE_SCALE = 0.5
 Sigma = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class FirstBlockSpec(BaseModel):
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FirstBlockSpec(_Strict):
     """First-Block Cache: the blocks after the first keep their contribution while the first one's changes little.
 
     Attributes:
         threshold: largest relative change of the first block's residual at which the others are skipped.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["first_block"] = "first_block"
     threshold: Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
-class TaylorSeerSpec(BaseModel):
+class TaylorSeerSpec(_Strict):
     """TaylorSeer: one evaluation in `interval` steps, the velocity between them extrapolated.
 
     Attributes:
@@ -41,15 +43,13 @@ class TaylorSeerSpec(BaseModel):
         order: of the extrapolation.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["taylorseer"] = "taylorseer"
     interval: Annotated[int, Field(ge=2, le=50)]
     warmup: Annotated[int, Field(ge=1, le=100)] = 3
     order: Annotated[int, Field(ge=0, le=4)] = 1
 
 
-class TeaCacheSpec(BaseModel):
+class TeaCacheSpec(_Strict):
     """TeaCache: the blocks keep their contribution while what enters the first one changes little.
 
     Attributes:
@@ -58,14 +58,12 @@ class TeaCacheSpec(BaseModel):
             leaves; fitted for a model, or 1, 0 to take the one for the other.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["teacache"] = "teacache"
     threshold: Annotated[float, Field(gt=0.0, le=10.0)]
     coefficients: Annotated[tuple[float, ...], Field(min_length=1, max_length=8)] = (1.0, 0.0)
 
 
-class MagCacheSpec(BaseModel):
+class MagCacheSpec(_Strict):
     """MagCache: the blocks keep their contribution while its magnitude is known to change little.
 
     Attributes:
@@ -76,8 +74,6 @@ class MagCacheSpec(BaseModel):
         retention: share of the first steps, all of them evaluated.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["magcache"] = "magcache"
     threshold: Annotated[float, Field(gt=0.0, le=10.0)]
     ratios: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1, max_length=1000)]
@@ -85,7 +81,7 @@ class MagCacheSpec(BaseModel):
     retention: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
 
 
-class SeaCacheSpec(BaseModel):
+class SeaCacheSpec(_Strict):
     """SeaCache: the blocks keep their contribution while the latent's signal, without its noise, changes little.
 
     Attributes:
@@ -93,8 +89,6 @@ class SeaCacheSpec(BaseModel):
         order: 1 to extrapolate the contribution by the last two, 0 to keep the last.
         most_skipped: steps in a row.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["seacache"] = "seacache"
     threshold: Annotated[float, Field(gt=0.0, le=10.0)]
@@ -107,7 +101,7 @@ CacheSpec = Annotated[
 ]
 
 
-class StageSpec(BaseModel):
+class StageSpec(_Strict):
     """One stage's share of a trajectory.
 
     Attributes:
@@ -122,8 +116,6 @@ class StageSpec(BaseModel):
         cache: reuse between steps, or None.
         skip_blocks: indices of the transformer's blocks that this stage does without.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: StageName
     sigma_start: Sigma
@@ -161,10 +153,8 @@ class StageSpec(BaseModel):
         return self
 
 
-class Plan(BaseModel):
+class Plan(_Strict):
     """Stages that lead from pure noise to a clean latent; pydantic's ValidationError where they do not."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = "inline"
     stages: Annotated[tuple[StageSpec, ...], Field(min_length=1, max_length=len(STAGES))]

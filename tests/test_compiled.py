@@ -51,13 +51,17 @@ def relative_error(answers: list[Answer], truths: list[Answer]) -> float:
     )
 
 
+def make_network(config: ModelConfig, backend: Backend, blocks: int) -> Network:
+    """The first blocks alone, which are what compiling takes time for."""
+    transformer = load_transformer(config, backend)
+    transformer.transformer_blocks = transformer.transformer_blocks[:blocks]
+    return Network(transformer)
+
+
 @pytest.fixture(scope="module")
 def compiled(config: ModelConfig, backend: Backend) -> Iterator[Network]:
-    """Its first two blocks alone, which is what compiling takes time for."""
     torch._dynamo.reset()
-    transformer = load_transformer(config, backend)
-    transformer.transformer_blocks = transformer.transformer_blocks[:2]
-    network = Network(transformer)
+    network = make_network(config, backend, blocks=2)
     network.compile(backend)
     network.warm_up((8, 8))
     yield network
@@ -66,9 +70,7 @@ def compiled(config: ModelConfig, backend: Backend) -> Iterator[Network]:
 
 @pytest.fixture(scope="module")
 def plain(config: ModelConfig, backend: Backend) -> Network:
-    transformer = load_transformer(config, backend)
-    transformer.transformer_blocks = transformer.transformer_blocks[:2]
-    return Network(transformer)
+    return make_network(config, backend, blocks=2)
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (8, 12), (4, 4)])
@@ -96,9 +98,7 @@ def test_a_second_start_finds_what_the_first_compiled(
     def start() -> tuple[Network, int, int]:
         torch._dynamo.reset()
         counters.clear()
-        transformer = load_transformer(config, backend)
-        transformer.transformer_blocks = transformer.transformer_blocks[:1]
-        network = Network(transformer)
+        network = make_network(config, backend, blocks=1)
         network.compile(backend)
         evaluate(network, make_queries(pipeline, (4, 4), [None] * 2), (4, 4))
         return network, counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
 from backends import Backend
 from stages.caches import make_cache
@@ -257,7 +257,10 @@ def test_packets_at_several_stages_are_each_taken_through_their_own(pipeline: Pi
 
 
 def test_teacache_skips_while_what_enters_the_blocks_changes_little(
-    transformer: QwenImageTransformer2DModel, pipeline: Pipeline, packet: LatentPacket
+    transformer: QwenImageTransformer2DModel,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    pipeline: Pipeline,
+    packet: LatentPacket,
 ) -> None:
     """Against the method's definition, written out over the whole model."""
     steps, threshold, coefficients = 12, 0.2, (2.0, 0.5, 0.01)
@@ -275,7 +278,7 @@ def test_teacache_skips_while_what_enters_the_blocks_changes_little(
         blocks[-1].register_forward_hook(lambda module, args, output: seen.update(left=output[1])),
         transformer.norm_out.register_forward_pre_hook(lambda module, args: seen.update(temb=args[1])),
     ]
-    latent, sigmas = packet.latent[None], stage_sigmas(stage, pipeline.denoiser._scheduler, len(packet.latent))
+    latent, sigmas = packet.latent[None], stage_sigmas(stage, scheduler, len(packet.latent))
     before = added = None
     change, evaluated = 0.0, 0
     with torch.inference_mode():
