@@ -20,10 +20,11 @@ def build(settings: Settings) -> Application:
     """
     model = settings.read_model()
     encoder = serve.deployment(TextEncoder).bind(model, settings.encoder)
-    stages: dict[str, Application] = {}
+    transformers: dict[str, Application] = {}
+    stages: dict[str, str] = {}
     for name, transformer in settings.transformers.items():
-        deployment = serve.deployment(Denoise, name=name).bind(model, transformer)
-        stages |= dict.fromkeys(transformer.stages, deployment)
+        transformers[name] = serve.deployment(Denoise, name=name).bind(model, transformer)
+        stages |= dict.fromkeys(transformer.stages, name)
     decoder = serve.deployment(VAEDecoder).bind(model, settings.decoder)
-    router = serve.deployment(Router).bind(encoder, stages, decoder)
+    router = serve.deployment(Router).bind(encoder, transformers, stages, decoder)
     return serve.deployment(Ingress).bind(settings, router)

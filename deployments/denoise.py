@@ -33,23 +33,28 @@ class Denoise:
         if not self._device.is_alive():
             raise RuntimeError("the thread that uses the device has died")
 
-    async def denoise(self, packet: bytes, plan: Plan, preview: bool, deadline: float) -> bytes:
-        """Take a packet through the stage of `plan` that it waits for; see `stages.stage.Denoiser.begin`.
+    async def denoise(self, packet: bytes, plan: Plan, stages: int, preview: bool, deadline: float) -> bytes:
+        """Take a packet through the next stages of `plan`; see `stages.stage.Denoiser.begin`.
 
         A caller that cancels stops the work before its next step.
 
         Args:
+            stages: how many.
+            preview: after the last of them.
             deadline: seconds since the epoch; who has less time goes first.
         """
-        arrived = LatentPacket.from_bytes(packet)
-        try:
-            done = await asyncio.wrap_future(self._batcher.submit(arrived, plan, preview=preview, deadline=deadline))
-        except asyncio.CancelledError:
-            logger.info("cancelled by the caller")
-            raise
-        span = done.spans[-1]
-        logger.info(
-            f"{span.stage}: image {done.image_index} of {done.request_id}, sigma {arrived.sigma:g} to {done.sigma:g}, "
-            f"{span.nfe:g} evaluations, {1000 * (span.end - span.start):.0f} ms"
-        )
-        return done.to_bytes()
+        current = LatentPacket.from_bytes(packet)
+        for left in reversed(range(stages)):
+            submitted = self._batcher.submit(current, plan, preview=preview and not left, deadline=deadline)
+            try:
+                done = await asyncio.wrap_future(submitted)
+            except asyncio.CancelledError:
+                logger.info("cancelled by the caller")
+                raise
+            span = done.spans[-1]
+            logger.info(
+                f"{span.stage}: image {done.image_index} of {done.request_id}, sigma {current.sigma:g} to "
+                f"{done.sigma:g}, {span.nfe:g} evaluations, {1000 * (span.end - span.start):.0f} ms"
+            )
+            current = done
+        return current.to_bytes()

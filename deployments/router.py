@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
-import ray
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.metrics import Counter, Histogram
 
@@ -45,26 +45,52 @@ class Partial:
     image: DecodedImage
 
 
-async def _settle(response: DeploymentResponse, deadline: float) -> ray.ObjectRef:
-    """Wait until a stage is done and return the reference to what it made.
+@dataclass(frozen=True)
+class Leg:
+    """Consecutive stages of a plan that one call runs; `preview` if the image that the last foresees will be sent."""
 
-    To wait here, not in the stage that comes next, shows a failure where it happened (ray issue 61594), and
-    brings a copy to this node, where it outlives the replica that made it.
-    """
+    transformer: str
+    stages: int
+    preview: bool
+
+
+def split(plan: Plan, transformers: Mapping[str, str], partial_images: int) -> list[Leg]:
+    """As few legs as the stages' transformers, by stage, and partial images after the first stages allow."""
+    legs: list[Leg] = []
+    for position, stage in enumerate(plan.stages):
+        transformer = transformers[stage.name]
+        preview = position < min(partial_images, len(plan.stages) - 1)
+        if legs and legs[-1].transformer == transformer and not legs[-1].preview:
+            legs[-1] = Leg(transformer, legs[-1].stages + 1, preview)
+        else:
+            legs.append(Leg(transformer, 1, preview))
+    return legs
+
+
+async def _within(deadline: float, response: DeploymentResponse) -> Any:
+    """What a call returns, here before the next one starts: so a failure shows where it happened (ray issue 61594)."""
     async with asyncio.timeout(deadline - time.time()):
-        reference = await response._to_object_ref()
-        await reference
-    return reference
+        return await response
 
 
 class Router:
     """Sends images through their plans' stages, many at once, each as soon as the one before it is done.
 
-    Packets go from stage to stage by reference; the router looks into none.
+    Packets pass through as bytes, so that what one replica made outlives it; the router looks into none.
     """
 
-    def __init__(self, encoder: DeploymentHandle, stages: dict[str, DeploymentHandle], decoder: DeploymentHandle):
+    def __init__(
+        self,
+        encoder: DeploymentHandle,
+        transformers: dict[str, DeploymentHandle],
+        stages: dict[str, str],
+        decoder: DeploymentHandle,
+    ) -> None:
+        """Args:
+        stages: which of `transformers` runs a stage.
+        """
         self._encoder = encoder
+        self._transformers = transformers
         self._stages = stages
         self._decoder = decoder
         self._images = Counter("images", description="Images by plan and outcome.", tag_keys=("plan", "outcome"))
@@ -80,16 +106,16 @@ class Router:
             BackPressureError: a stage's queue is full.
             PromptTooLong: found by the text encoder.
         """
-        outcome = "failed"
+        outcome, legs = "failed", split(route.plan, self._stages, route.partial_images)
         response = self._encoder.encode.remote(route.image)
         try:
-            for position, stage in enumerate(route.plan.stages):
-                packet = await _settle(response, route.deadline)
-                preview = position < min(route.partial_images, len(route.plan.stages) - 1)
-                response = self._stages[stage.name].denoise.remote(packet, route.plan, preview, route.deadline)
-                if 0 < position <= route.partial_images:
-                    yield Partial(position - 1, await self._decode(packet, route, preview=True))
-            packet = await _settle(response, route.deadline)
+            packet = await _within(route.deadline, response)
+            for order, leg in enumerate(legs):
+                denoise = self._transformers[leg.transformer].denoise
+                response = denoise.remote(packet, route.plan, leg.stages, leg.preview, route.deadline)
+                if order and legs[order - 1].preview:
+                    yield Partial(order - 1, await self._decode(packet, route, preview=True))
+                packet = await _within(route.deadline, response)
             image = await self._decode(packet, route, preview=False)
             outcome = "done"
         except (asyncio.CancelledError, GeneratorExit):
@@ -102,6 +128,6 @@ class Router:
             self._seconds.observe(span.end - span.start, tags={"stage": span.stage})
         yield image
 
-    async def _decode(self, packet: ray.ObjectRef, route: Route, preview: bool) -> DecodedImage:
-        async with asyncio.timeout(route.deadline - time.time()):
-            return await self._decoder.decode.remote(packet, route.format, route.quality, preview)
+    async def _decode(self, packet: bytes, route: Route, preview: bool) -> DecodedImage:
+        response = self._decoder.decode.remote(packet, route.format, route.quality, preview)
+        return cast(DecodedImage, await _within(route.deadline, response))

@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from openai import OpenAI
 from safetensors.torch import load_file
 from served import deployment_statuses, pixels
 
@@ -48,6 +49,12 @@ def test_concurrent_images_of_several_plans_are_those_of_one_process(url: str, p
     for seed, (plan, served) in enumerate(zip(plans, asyncio.run(send()), strict=True)):
         (local,) = pipeline.run(plan, "a striped heart", negative_prompt="blue", seeds=(seed,), size="128x128")
         assert np.abs(pixels(served) - np.asarray(local.image).astype(int)).max() <= 2
+
+
+def test_partial_images_come_between_stages_of_one_deployment(url: str) -> None:
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
+    events = list(client.images.generate(prompt="a ring", stream=True, partial_images=2))
+    assert [event.type.rpartition(".")[2] for event in events] == ["partial_image", "partial_image", "completed"]
 
 
 def test_all_stages_take_little_more_memory_than_one_model_and_its_loras(
