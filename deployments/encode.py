@@ -13,7 +13,7 @@ from stages.model import ModelConfig
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image of a request; `negative_prompt` is None where no stage is guided."""
+    """One image of a request; `negative_prompt` is None where no stage needs one."""
 
     request_id: str
     image_index: int

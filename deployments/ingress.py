@@ -140,7 +140,7 @@ class Ingress:
             )
         request_id = _get_serve_request_context().request_id
         deadline = time.time() + self._settings.request_timeout_s
-        negative = (body.negative_prompt or EMPTY_PROMPT) if plan.guided else None
+        negative = (body.negative_prompt or EMPTY_PROMPT) if plan.needs_negative else None
         logger.info(f"{body.n} of {size} by plan {plan.name}, seed {seed}, user {body.user}")
         return (
             plan,

@@ -74,6 +74,15 @@ def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch
     return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 
 
+def join_negative(prompt: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """Text for an adapter that avoids a negative prompt without a second evaluation: (length + length', width).
+
+    The negative prompt's embeddings (length', width) follow the prompt's (length, width) with their sign reversed,
+    by which such an adapter (`training.bridge`) tells them apart.
+    """
+    return torch.cat([prompt, -negative])
+
+
 @torch.inference_mode()
 def step(network: Network, rows: Sequence[Row]) -> None:
     """Advance every row by one Euler step of its own, in place: x' = x + (sigma' - sigma) v.

@@ -90,7 +90,7 @@ class Encoder:
         """The packet of pure noise that an image of `size` starts as.
 
         Args:
-            negative_prompt: None if no stage of the plan is guided.
+            negative_prompt: None if no stage of the plan needs one.
 
         Raises:
             PromptTooLong: one of the prompts is.

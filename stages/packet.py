@@ -57,7 +57,7 @@ class LatentPacket:
         spans: what was done so far, for timings and traces.
         latent: (rows * columns, channels).
         prompt_embeds: (length, width), without padding.
-        negative_embeds: (length, width), or None where no stage to come is guided.
+        negative_embeds: (length, width), or None where no stage to come needs it.
         preview: (rows * columns, channels), the clean latent as the last step foresaw it, if asked for.
     """
 

@@ -24,7 +24,7 @@ class Prompted:
 
     Attributes:
         seed: 0 to `MAX_SEED`.
-        negative_prompt: what to steer away from; plans without guidance do not look at it.
+        negative_prompt: what to steer away from; some plans do not look at it.
     """
 
     prompt: str
@@ -105,7 +105,7 @@ class Pipeline:
                 image.seed,
                 size,
                 image.prompt,
-                (image.negative_prompt or EMPTY_PROMPT) if plan.guided else None,
+                (image.negative_prompt or EMPTY_PROMPT) if plan.needs_negative else None,
             )
             for index, image in enumerate(images)
         ]

@@ -113,6 +113,7 @@ class StageSpec(_Strict):
             or a constant, exp(mu) of diffusers' exponential shift (3 for Qwen-Image-Lightning).
         adapter: name of the LoRA, or None for the base model alone.
         adapter_scale: its weight.
+        reads_negative: whether the negative prompt follows the prompt, negated; see `stages.denoise.join_negative`.
         cache: reuse between steps, or None.
         skip_blocks: indices of the transformer's blocks that this stage does without.
     """
@@ -125,12 +126,18 @@ class StageSpec(_Strict):
     shift: Literal["dynamic"] | Annotated[float, Field(ge=0.1, le=100.0)] = "dynamic"
     adapter: str | None = None
     adapter_scale: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    reads_negative: bool = False
     cache: CacheSpec | None = None
     skip_blocks: frozenset[Annotated[int, Field(ge=0, lt=1000)]] = frozenset()
 
     @property
     def guided(self) -> bool:
         return self.guidance_scale > 1.0
+
+    @property
+    def needs_negative(self) -> bool:
+        """Whether it makes use of a negative prompt."""
+        return self.guided or self.reads_negative
 
     @property
     def evaluations(self) -> int:
@@ -148,6 +155,8 @@ class StageSpec(_Strict):
             raise ValueError(f"sigma_end ({self.sigma_end}) must be below sigma_start ({self.sigma_start})")
         if self.guided and self.adapter is not None:
             raise ValueError(f"guidance_scale must be 1 with adapter {self.adapter!r}, which takes no guidance")
+        if self.reads_negative and self.adapter is None:
+            raise ValueError("reads_negative needs an adapter that learned it")
         if isinstance(self.cache, FirstBlockSpec) and 0 in self.skip_blocks:
             raise ValueError("skip_blocks must not have 0 with a first_block cache, which decides by that block")
         return self
@@ -183,8 +192,13 @@ class Plan(_Strict):
 
     @property
     def guided(self) -> bool:
-        """Whether any stage looks at the negative prompt."""
+        """Whether a guidance scale makes a difference to any stage."""
         return any(stage.guided for stage in self.stages)
+
+    @property
+    def needs_negative(self) -> bool:
+        """Whether any stage makes use of a negative prompt."""
+        return any(stage.needs_negative for stage in self.stages)
 
     def with_guidance(self, scale: float) -> Plan:
         """The same plan at another guidance scale, 1 for none.
@@ -222,7 +236,8 @@ class Plan(_Strict):
                         f"stages[{index}].adapter must be one of {sorted(available)}, not {stage.adapter!r}"
                     )
                 scale = UNTRAINED_BRIDGE_SCALE * stage.adapter_scale
-                stage = stage.model_copy(update={"adapter": "distilled", "adapter_scale": scale})
+                stand_in = {"adapter": "distilled", "adapter_scale": scale, "reads_negative": False}
+                stage = stage.model_copy(update=stand_in)
             stages.append(stage)
         return self.model_copy(update={"stages": tuple(stages)})
 

@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from backends import Backend
 from stages.caches import make_cache
-from stages.denoise import Row, step
+from stages.denoise import Row, join_negative, step
 from stages.model import ModelConfig, load_scheduler, load_transformer, token_grid
 from stages.network import Network
 from stages.packet import LatentPacket, Span
@@ -96,7 +96,7 @@ class Denoiser:
 
         Raises:
             ValueError: it arrives at another noise level than the stage starts from, or without the negative prompt
-                that a guided stage needs; or an adapter, or a block to skip, is not here.
+                that the stage needs; or an adapter, or a block to skip, is not here.
         """
         stage = plan.stages[packet.position]
         if packet.sigma != stage.sigma_start:
@@ -105,19 +105,21 @@ class Denoiser:
             raise ValueError(f"adapter must be one of {self._network.adapters}, not {stage.adapter!r}")
         plan.check_blocks(self.blocks)
         device = self._backend.device
-        negative = None
-        if stage.guided:
+        prompt, negative = packet.prompt_embeds.to(device), None
+        if stage.needs_negative:
             if packet.negative_embeds is None:
                 raise ValueError(
-                    f"image {packet.image_index} of {packet.request_id} has no negative prompt to be guided by"
+                    f"image {packet.image_index} of {packet.request_id} has no negative prompt for {stage.name}"
                 )
             negative = packet.negative_embeds.to(device)
+        if stage.reads_negative and negative is not None:
+            prompt = join_negative(prompt, negative)
         row = Row(
             latent=packet.latent.to(device, torch.float32),
             sigmas=stage_sigmas(stage, self._scheduler, tokens=len(packet.latent)),
             grid=packet.grid,
-            prompt_embeds=packet.prompt_embeds.to(device),
-            negative_embeds=negative,
+            prompt_embeds=prompt,
+            negative_embeds=negative if stage.guided else None,
             guidance_scale=stage.guidance_scale,
             adapter=stage.adapter,
             adapter_scale=stage.adapter_scale,
@@ -125,8 +127,8 @@ class Denoiser:
             cache=make_cache(stage.cache, stage.steps) if stage.cache else None,
             negative_cache=make_cache(stage.cache, stage.steps) if stage.cache and stage.guided else None,
         )
-        guided_after = any(later.guided for later in plan.stages[packet.position + 1 :])
-        return Task(packet, stage, row, guided_after, preview, time.time())
+        needed_after = any(later.needs_negative for later in plan.stages[packet.position + 1 :])
+        return Task(packet, stage, row, needed_after, preview, time.time())
 
     def step(self, tasks: Sequence[Task]) -> None:
         """Take tasks of one grid, of any plans and stages, one denoising step further in one forward pass."""

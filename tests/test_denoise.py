@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DMod
 
 from backends import Backend
 from stages.caches import make_cache
-from stages.denoise import Row, guide, step
+from stages.denoise import Row, guide, join_negative, step
 from stages.model import ModelConfig, load_transformer
 from stages.network import Network, predict_velocity
 from stages.noise import draw_noise
@@ -225,6 +225,51 @@ def test_negative_prompt_stays_as_long_as_a_later_stage_is_guided(pipeline: Pipe
     (after,) = pipeline.denoiser.denoise([between], plan)
     assert after.negative_embeds is None
     assert after.spans[-1].nfe == 2
+
+
+READS_NEGATIVE = Plan(
+    stages=[
+        {"name": "base", "sigma_start": 1.0, "sigma_end": 0.9, "steps": 1},
+        {
+            "name": "bridge",
+            "sigma_start": 0.9,
+            "sigma_end": 0.0,
+            "steps": 1,
+            "adapter": "bridge",
+            "reads_negative": True,
+        },
+    ]
+)
+
+
+def test_a_stage_that_reads_the_negative_prompt_evaluates_once_with_both(
+    pipeline: Pipeline, network: Network, packet: LatentPacket
+) -> None:
+    (between,) = pipeline.denoiser.denoise([packet], READS_NEGATIVE)
+    (after,) = pipeline.denoiser.denoise([between], READS_NEGATIVE)
+    assert (after.spans[-1].nfe, after.negative_embeds) == (1, None)
+
+    text = join_negative(packet.prompt_embeds, packet.negative_embeds)
+    torch.testing.assert_close(text[len(packet.prompt_embeds) :], -packet.negative_embeds)
+    sigmas = torch.tensor([0.9, 0.0])
+    row = Row(between.latent, sigmas, packet.grid, text, adapter="bridge")
+    step(network, [row])
+    assert difference(after.latent, row.latent) < TOLERANCE
+    deaf = Row(between.latent, sigmas, packet.grid, packet.prompt_embeds, adapter="bridge")
+    step(network, [deaf])
+    assert difference(after.latent, deaf.latent) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("plan", "stage"), [(plan_of(1, guidance_scale=4.0), "base"), (READS_NEGATIVE, "bridge")], ids=["guided", "reads"]
+)
+def test_a_packet_without_the_negative_prompt_that_its_stage_needs_is_refused(
+    pipeline: Pipeline, packet: LatentPacket, plan: Plan, stage: str
+) -> None:
+    position = [spec.name for spec in plan.stages].index(stage)
+    lacking = replace(packet, negative_embeds=None, position=position, sigma=plan.stages[position].sigma_start)
+    with pytest.raises(ValueError, match=f"image 0 of test has no negative prompt for {stage}"):
+        pipeline.denoiser.denoise([lacking], plan)
 
 
 @pytest.mark.parametrize("position", [0, 1])

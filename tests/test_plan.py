@@ -156,6 +156,22 @@ def test_presets_and_their_network_evaluations() -> None:
 
 def test_which_presets_are_guided() -> None:
     assert {name for name, plan in presets().items() if plan.guided} == {"base", "cached", "hybrid"}
+    assert {name for name, plan in presets().items() if plan.needs_negative} == {"base", "cached", "hybrid"}
+
+
+def test_a_stage_may_read_the_negative_prompt_instead_of_being_guided_by_it() -> None:
+    plan = Plan(stages=[base(sigma_end=0.9, guidance_scale=1.0), bridge(sigma_end=0.0, reads_negative=True)])
+    assert (plan.guided, plan.needs_negative) == (False, True)
+    assert [stage.needs_negative for stage in plan.stages] == [False, True]
+    assert plan.nfe == 11
+    with pytest.raises(ValidationError, match="reads_negative needs an adapter that learned it"):
+        StageSpec(**base(guidance_scale=1.0, reads_negative=True))
+
+
+def test_the_stand_in_for_a_bridge_that_reads_the_negative_prompt_does_not() -> None:
+    plan = Plan(stages=[base(sigma_end=0.9), bridge(sigma_end=0.0, reads_negative=True)])
+    assert not plan.with_adapters({"distilled"}).stages[1].reads_negative
+    assert plan.with_adapters({"bridge"}) == plan
 
 
 def test_with_guidance_changes_guided_stages_alone() -> None:

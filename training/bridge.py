@@ -6,7 +6,8 @@ A hybrid plan's base stage takes few, large steps and so ends beside the model's
 trajectories say where it should be: from the same noise and prompt, the bridge's input is what the coarse base
 stage leaves at sigma_a and its target is the point of the fine trajectory at sigma_b. Pairs come from one noise,
 so that the seed's composition, and with it the base model's diversity and guidance, is what is learned. Some of the
-trajectories avoid a negative prompt: what the base stage has taken away, the bridge learns to leave away, unseen.
+trajectories avoid a negative prompt: a bridge that reads it (`StageSpec.reads_negative`) goes on avoiding it, where
+guidance would take a second evaluation; one that does not learns at least to leave away what base has taken away.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from stages.sigmas import stage_sigmas
 from training.adapters import active, add_lora, save_lora
 from training.loop import Schedule, load_pipeline, one_cycle, parse_arguments, read_config, train
 from training.prompts import Prompts
-from training.sampling import conditional, guided, integrate, sample_grid
+from training.sampling import integrate, of_stage, sample_grid
 from training.trajectories import Trajectories
 
 
@@ -54,7 +55,7 @@ def main() -> None:
         embeds = prompts.embed([taught.prompts[row] for row in rows])
         with accelerator.autocast(), active(transformer, None):
             negatives = prompts.embed([taught.negative_prompts[row] for row in rows])
-            velocity = guided(transformer, embeds, negatives, taught.grid, base.guidance_scale)
+            velocity = of_stage(transformer, base, embeds, negatives, taught.grid)
             noise = taught.latents[rows, 0].float().to(accelerator.device)
             return integrate(velocity, noise, stage_sigmas(base, pipeline.scheduler, tokens))[-1].bfloat16().cpu()
 
@@ -65,9 +66,10 @@ def main() -> None:
         rng = Random(f"{schedule.seed} {index}")
         rows = [rng.randrange(len(every)) for _ in range(schedule.batch_size)]
         embeds = prompts.embed([taught.prompts[row] for row in rows])
+        negatives = prompts.embed([taught.negative_prompts[row] for row in rows])
         target = taught.latents[rows, target_level].float().to(accelerator.device)
         with accelerator.autocast(), active(transformer, "bridge"):
-            velocity = conditional(transformer, embeds, taught.grid)
+            velocity = of_stage(transformer, bridge, embeds, negatives, taught.grid)
             reached = integrate(velocity, starts[rows].float().to(accelerator.device), sigmas)[-1]
         # In units of velocity, whatever the length of the bridge.
         loss = F.mse_loss(reached, target) / (bridge.sigma_start - bridge.sigma_end) ** 2

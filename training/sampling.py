@@ -10,7 +10,7 @@ import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
 from stages.decode import decode_latents
-from stages.denoise import guide
+from stages.denoise import guide, join_negative
 from stages.encode import EMPTY_PROMPT
 from stages.model import PIXELS_PER_TOKEN
 from stages.network import predict_velocity
@@ -50,6 +50,21 @@ def guided(
     return velocity
 
 
+def of_stage(
+    transformer: QwenImageTransformer2DModel,
+    stage: StageSpec,
+    embeds: list[torch.Tensor],
+    negatives: list[torch.Tensor],
+    grid: tuple[int, int],
+) -> Velocity:
+    """What `stage` integrates, once its adapter is active."""
+    if stage.guided:
+        return guided(transformer, embeds, negatives, grid, stage.guidance_scale)
+    if stage.reads_negative:
+        embeds = [join_negative(*pair) for pair in zip(embeds, negatives, strict=True)]
+    return conditional(transformer, embeds, grid)
+
+
 def integrate(velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor) -> list[torch.Tensor]:
     """Euler's method along `sigmas` (steps + 1,): the latents at each of them, the first included."""
     trail = [latents]
@@ -84,10 +99,7 @@ def sample_grid(
     latents = torch.stack(noises * len(PROMPTS)).to(transformer.device)
     for stage in stages:
         sigmas = stage_sigmas(stage, pipeline.scheduler, tokens=latents.shape[1])
-        if stage.guided:
-            velocity = guided(transformer, embeds, negatives, grid_shape, stage.guidance_scale)
-        else:
-            velocity = conditional(transformer, embeds, grid_shape)
+        velocity = of_stage(transformer, stage, embeds, negatives, grid_shape)
         with active(transformer, stage.adapter):
             latents = integrate(velocity, latents, sigmas)[-1]
     images = decode_latents(pipeline.vae, latents, grid_shape)
