@@ -19,6 +19,7 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from training.data import SceneLatents, SizeShare
 from training.loop import Schedule, one_cycle, read_config, train
 from training.scenes import caption, examples, sample_scene
 
@@ -39,6 +40,16 @@ def test_captions_leave_attributes_unsaid_and_some_are_empty() -> None:
     named = sum(scene.objects[0].color in text for scene, text in zip(scenes, captions, strict=True)) / len(captions)
     assert 0.10 <= empty <= 0.15
     assert 0.5 <= named <= 0.7
+
+
+def test_kept_latents_are_those_of_the_scenes_that_they_are_captioned_as(tmp_path: Path) -> None:
+    vae = AutoencoderKLQwenImage.from_pretrained(CHECKPOINT / "vae")
+    size = SizeShare(width=64, height=64, count=3, share=1.0)
+    first, other, again = (SceneLatents(vae, size, tmp_path, seed) for seed in (0, 1, 0))
+    assert torch.equal(first.latents, again.latents)
+    assert first.scenes == again.scenes
+    assert first.scenes != other.scenes
+    assert (first.latents - other.latents).abs().max() > 0.1
 
 
 class _Stop(Exception):

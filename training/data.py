@@ -89,7 +89,8 @@ class SceneLatents:
         self.size = size
         self.patch = vae.spatial_compression_ratio * 2
         self.scenes = [sample_scene(rng) for _ in range(size.count)]
-        path = directory / f"latents-{size.width}x{size.height}.safetensors"
+        # Another seed or count is other scenes: their captions must not meet these latents.
+        path = directory / f"latents-{size.width}x{size.height}-{size.count}-seed-{seed}.safetensors"
         if not path.exists():
             directory.mkdir(parents=True, exist_ok=True)
             save_file({"latents": self._encode(vae, rng)}, path)
