@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 
 import torch
@@ -15,7 +16,19 @@ from stages.model import parse_size, token_grid
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
 
+REPLICA_THREADS = 1  # Ray gives a replica one for every core that it asks for, and no fewer
 _BATCH = 8
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def calibrate(
@@ -36,12 +49,8 @@ def calibrate(
         batch_tokens: most image tokens of a step, as `max_batch_tokens` of the server's settings.
         overhead: seconds of work an image that no stage accounts for: HTTP, routing, copies.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in replicas, which Ray gives one for every core that they ask for
-    try:
+    with threads(REPLICA_THREADS):
         alone, together = _seconds(pipeline, plan, prompted, 1), _seconds(pipeline, plan, prompted, _BATCH)
-    finally:
-        torch.set_num_threads(threads)
     size = pipeline.config.sizes[0]
     width, height = parse_size(size)
     stages = {

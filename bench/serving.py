@@ -3,7 +3,8 @@
 Rivals: diffusers' base model behind FastAPI, and a monolithic Ray Serve deployment that runs the same hybrid plan.
 Each server in turn is started, warmed up, and driven by a closed loop at several concurrencies; then this engine and
 the monolith by an open loop (Poisson arrivals) at 70 % of the monolith's saturation. The overhead is this engine's
-latency at concurrency 1 over the bare sum of encoding, network evaluations and decoding in one process. The
+latency at concurrency 1 over the bare sum of encoding, network evaluations and decoding in one process, with as many
+threads as a replica has; the same sum with a thread a core is reported beside it. The
 simulator (`cluster.simulate`), calibrated on stages measured alone, foresees the open loop on the spread stages.
 """
 
@@ -30,7 +31,7 @@ import psutil
 import yaml
 
 from backends import get_backend
-from bench.calibrate import calibrate
+from bench.calibrate import REPLICA_THREADS, calibrate, threads
 from bench.cases import Cases
 from bench.load import LoadFigures, closed_loop, figures, open_loop
 from bench.machine import machine_name
@@ -173,9 +174,10 @@ def body(prompted: Prompted) -> dict[str, Any]:
     return made | ({"negative_prompt": prompted.negative_prompt} if prompted.negative_prompt else {})
 
 
-def bare_seconds(pipeline: Pipeline, prompted: Sequence[Prompted]) -> float:
+def bare_seconds(pipeline: Pipeline, prompted: Sequence[Prompted], thread_count: int) -> float:
     """Median seconds of an image's encoding, network evaluations and decoding in one process, by themselves."""
-    results = pipeline.run_in_batches("hybrid", prompted[:24], 1)
+    with threads(thread_count):
+        results = list(pipeline.run_in_batches("hybrid", prompted[:24], 1))
     seconds = [sum(span.end - span.start for span in result.spans) for result in results]
     return statistics.median(seconds[4:])
 
@@ -222,8 +224,9 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
     pipeline = Pipeline(ModelConfig.read(model), get_backend("cpu"))
-    bare = bare_seconds(pipeline, prompted)
-    print(f"bare hybrid in one process: {bare:.3f} s")
+    bare = bare_seconds(pipeline, prompted, REPLICA_THREADS)
+    bare_all_cores = bare_seconds(pipeline, prompted, os.cpu_count() or 1)
+    print(f"bare hybrid in one process: {bare:.3f} s, with a thread a core {bare_all_cores:.3f} s")
     saturation = 0.0
     compared = servers(model)
     for server in reversed(compared):  # the monolith tells the rate of the open loop
@@ -245,6 +248,10 @@ def run(arguments: argparse.Namespace) -> None:
     content = {
         "machine": machine_name(),
         "bare": bare,
+        "bare_all_cores": bare_all_cores,
+        "overhead": {
+            row.server: row.figures.p50 / bare for row in rows if row.load == "concurrency 1" and row.figures.stages
+        },
         "rows": [asdict(row) for row in rows],
         "foreseen": asdict(foreseen),
     }

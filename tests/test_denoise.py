@@ -210,7 +210,7 @@ def test_packets_record_what_was_done_to_them(pipeline: Pipeline, packet: Latent
     spans = history[-1].spans
     assert [(span.stage, span.nfe) for span in spans] == [("encode", 0), ("base", 6), ("bridge", 1), ("distilled", 1)]
     assert all(span.start <= span.end for span in spans)
-    assert [after.negative_embeds is None for after in history] == [False, True, True, True]
+    assert [after.negative_embeds is None for after in history] == [False, False, True, True]
     assert (history[-1].request_id, history[-1].seed, history[-1].grid) == ("test", 7, (4, 4))
 
 

@@ -206,7 +206,8 @@ def test_without_a_trained_bridge_the_distilled_adapter_at_half_strength_stands_
     before = presets()["hybrid"]
     after = before.with_adapters({"distilled"})
     assert (after.stages[1].adapter, after.stages[1].adapter_scale) == ("distilled", 0.5)
-    restored = after.stages[1].model_copy(update={"adapter": "bridge", "adapter_scale": 1.0})
+    own = {"adapter": "bridge", "adapter_scale": 1.0, "reads_negative": True}
+    restored = after.stages[1].model_copy(update=own)
     assert (after.stages[0], restored, after.stages[2]) == before.stages
 
 
