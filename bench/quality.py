@@ -25,7 +25,6 @@ from bench.grid import draw_figures
 from bench.machine import machine_name
 from bench.report import Measured, summary, write_report
 from bench.results import add_output_argument, output_directory
-from stages.encode import Encoder
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, presets
@@ -223,9 +222,8 @@ def run(arguments: argparse.Namespace) -> None:
     groups = arguments.groups or list(methods)
     if unknown := set(groups) - set(methods):
         raise SystemExit(f"--groups must be of {', '.join(methods)}, not {', '.join(sorted(unknown))}")
-    model, backend = ModelConfig.read(arguments.config), get_backend("cpu")
-    pipeline = Pipeline(model, backend)
-    pipeline.encoder = Encoder(model, backend, remembered=0)  # or prompts drawn before would cost nothing
+    # Or prompts drawn before would cost nothing to encode.
+    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"), remembered=0)
     cases = Cases.read(arguments.cases).part(arguments.share)
     bench = QualityBench(pipeline, cases)
     rows = [bench.renders()]

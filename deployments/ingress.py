@@ -25,7 +25,7 @@ from deployments.encode import ImageRequest
 from deployments.images_api import APIError, ImagesRequest, images_response, stream_event
 from deployments.router import Partial, Route
 from deployments.settings import Settings
-from stages.encode import EMPTY_PROMPT, PromptTooLong
+from stages.encode import PromptTooLong, negative_for
 from stages.noise import MAX_SEED
 from stages.plan import Plan, presets
 
@@ -140,7 +140,7 @@ class Ingress:
             )
         request_id = _get_serve_request_context().request_id
         deadline = time.time() + self._settings.request_timeout_s
-        negative = (body.negative_prompt or EMPTY_PROMPT) if plan.needs_negative else None
+        negative = negative_for(plan, body.negative_prompt)
         logger.info(f"{body.n} of {size} by plan {plan.name}, seed {seed}, user {body.user}")
         return (
             plan,

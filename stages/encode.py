@@ -13,9 +13,17 @@ from backends import Backend
 from stages.model import ModelConfig, load_text_encoder, token_grid
 from stages.noise import draw_noise
 from stages.packet import LatentPacket, Span
+from stages.plan import Plan
 
 # What diffusers' users pass for "no negative prompt in particular".
 EMPTY_PROMPT = " "
+
+REMEMBERED = 256  # prompts, by an encoder
+
+
+def negative_for(plan: Plan, negative_prompt: str | None) -> str | None:
+    """What to encode of a request's negative prompt, which it may lack: None if no stage of `plan` needs one."""
+    return (negative_prompt or EMPTY_PROMPT) if plan.needs_negative else None
 
 
 class PromptTooLong(ValueError):
@@ -57,7 +65,7 @@ def pure_noise(
 class Encoder:
     """The text encoder on a device, with the embeddings of the last `remembered` prompts."""
 
-    def __init__(self, config: ModelConfig, backend: Backend, remembered: int = 256) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, remembered: int = REMEMBERED) -> None:
         self._pipeline = load_text_encoder(config, backend)
         self._backend = backend
         self._limit = config.max_prompt_tokens
@@ -90,7 +98,7 @@ class Encoder:
         """The packet of pure noise that an image of `size` starts as.
 
         Args:
-            negative_prompt: None if no stage of the plan needs one.
+            negative_prompt: see `negative_for`.
 
         Raises:
             PromptTooLong: one of the prompts is.

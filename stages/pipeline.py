@@ -11,7 +11,7 @@ from PIL import Image
 
 from backends import Backend
 from stages.decode import Decoder
-from stages.encode import EMPTY_PROMPT, Encoder
+from stages.encode import REMEMBERED, Encoder, negative_for
 from stages.model import ModelConfig
 from stages.packet import LatentPacket, Span
 from stages.plan import Plan, presets
@@ -48,9 +48,12 @@ class Result:
 class Pipeline:
     """Encoder, denoiser and decoder side by side on one device."""
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, remembered: int = REMEMBERED) -> None:
+        """Args:
+        remembered: prompts whose embeddings the encoder keeps.
+        """
         self.config = config
-        self.encoder = Encoder(config, backend)
+        self.encoder = Encoder(config, backend, remembered)
         self.denoiser = Denoiser.load(config, backend)
         self.decoder = Decoder(config, backend)
 
@@ -105,7 +108,7 @@ class Pipeline:
                 image.seed,
                 size,
                 image.prompt,
-                (image.negative_prompt or EMPTY_PROMPT) if plan.needs_negative else None,
+                negative_for(plan, image.negative_prompt),
             )
             for index, image in enumerate(images)
         ]

@@ -112,14 +112,14 @@ class Denoiser:
                     f"image {packet.image_index} of {packet.request_id} has no negative prompt for {stage.name}"
                 )
             negative = packet.negative_embeds.to(device)
-        if stage.reads_negative and negative is not None:
-            prompt = join_negative(prompt, negative)
+            if stage.reads_negative:  # and so is not guided
+                prompt, negative = join_negative(prompt, negative), None
         row = Row(
             latent=packet.latent.to(device, torch.float32),
             sigmas=stage_sigmas(stage, self._scheduler, tokens=len(packet.latent)),
             grid=packet.grid,
             prompt_embeds=prompt,
-            negative_embeds=negative if stage.guided else None,
+            negative_embeds=negative,
             guidance_scale=stage.guidance_scale,
             adapter=stage.adapter,
             adapter_scale=stage.adapter_scale,
