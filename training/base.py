@@ -61,7 +61,8 @@ def main() -> None:
     set_seed(schedule.seed)
     accelerator = Accelerator(mixed_precision="bf16")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
-    batches = SceneBatches(pipeline.vae, [SizeShare(**size) for size in config["sizes"]], arguments.run, schedule.seed)
+    sizes = [SizeShare(**size) for size in config["sizes"]]
+    batches = SceneBatches(pipeline.vae, sizes, arguments.run, config["scenes_seed"])
 
     model = torch.nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder.model})
     head = ObjectHead(pipeline.transformer, config["head_depth"])
