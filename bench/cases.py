@@ -91,6 +91,11 @@ class Cases(BaseModel):
         """Raises pydantic.ValidationError, which names the key that is wrong."""
         return cls(**yaml.safe_load(path.read_text()))
 
+    @property
+    def of_scenes(self) -> bool:
+        """Whether the oracle and the renderer know what images should show."""
+        return bool(self.accuracy)
+
     def part(self, share: int) -> Cases:
         """Every `share`-th case of each kind, for a quick look; open cases also lose seeds, down to 16."""
         kept = {name: getattr(self, name)[::share] for name in type(self).model_fields}

@@ -8,11 +8,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 import httpx
 import numpy as np
+
+from cluster.simulate import poisson_arrivals
 
 _TIMEOUT = 600.0  # seconds; a request that takes longer counts as failed
 
@@ -120,15 +121,14 @@ async def closed_loop(url: str, bodies: Sequence[dict[str, Any]], concurrency: i
 
 async def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, count: int, seed: int = 0) -> list[Sent]:
     """`count` requests that arrive as a Poisson process of `rate` a second, whether or not answers come."""
-    rng = Random(seed)
     async with _client(url) as client:
 
         async def one(body: dict[str, Any], due: float) -> Sent:
             await asyncio.sleep(due - time.monotonic())
             return await _send(client, body, due)
 
-        due, requests = time.monotonic(), []
-        for body in itertools.islice(itertools.cycle(bodies), count):
-            due += rng.expovariate(rate)
-            requests.append(one(body, due))
+        start, arrivals = time.monotonic(), poisson_arrivals(rate, count, seed)
+        requests = [
+            one(body, start + arrival) for body, arrival in zip(itertools.cycle(bodies), arrivals, strict=False)
+        ]
         return list(await asyncio.gather(*requests))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -25,8 +25,9 @@ from bench.grid import draw_figures
 from bench.machine import machine_name
 from bench.report import Measured, summary, write_report
 from bench.results import add_output_argument, output_directory
+from bench.scorers import Scorer, clip_scorer, hpsv2_scorer, image_reward_scorer
 from stages.model import ModelConfig
-from stages.pipeline import Pipeline, Prompted
+from stages.pipeline import Pipeline, Prompted, Result
 from stages.plan import Plan, presets
 from training.evaluate import share
 from training.oracle import Reading, holds, largest, matches, read
@@ -52,13 +53,25 @@ def read_methods(path: Path = METHODS) -> dict[str, dict[str, Plan]]:
 class QualityBench:
     """Measures plans of one model on one split."""
 
-    def __init__(self, pipeline: Pipeline, cases: Cases, batch: int = 32, references: int = _REFERENCES) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        cases: Cases,
+        batch: int = 32,
+        references: int = _REFERENCES,
+        scorers: Mapping[str, Scorer] | None = None,
+    ) -> None:
+        """Args:
+        references: how many renders to compare images with.
+        scorers: of images by their prompts, by fields of `Measured`.
+        """
         self._pipeline = pipeline
         self._cases = cases
         self._batch = batch
+        self._scorers = scorers or {}
         rng = Random("references")
         self._references = embed([_render(sample_scene(rng), rng) for _ in range(references)])
-        self._base_seconds: float | None = None
+        self._base_seconds: tuple[float, float] | None = None
 
     def renders(self) -> Measured:
         """The renderer's own row: what a perfect model would reach, by the same counts of images."""
@@ -77,9 +90,13 @@ class QualityBench:
     def measure(self, group: str, name: str, plan: Plan, *, everything: bool) -> Measured:
         """A plan's row; without `everything` on fewer cases, and without diversity, texture and negative prompts."""
         cases = self._cases if everything else self._cases.part(_SWEEP_SHARE)
-        figures = self._distances(self._draw(plan, cases.plain)) | self._accuracy(plan, cases.accuracy)
-        figures |= self._cost(plan)
-        texture = None
+        figures, texture = self._cost(plan), None
+        images = self._draw(plan, cases.plain)
+        prompts = [case.prompt for case in cases.plain]
+        figures |= {name: scorer(images, prompts) for name, scorer in self._scorers.items()}
+        if not cases.of_scenes:
+            return Measured(group, name, saturation=metrics.saturation(images), **figures)
+        figures |= self._distances(images) | self._accuracy(plan, cases.accuracy)
         if everything:
             figures |= self._diversity(plan)
             texture = _texture(self._draw(plan, self._cases.texture))
@@ -140,26 +157,35 @@ class QualityBench:
             "shape_negated": shape_negated,
         }
 
-    def _cost(self, plan: Plan, repeats: int = 5) -> dict[str, float]:
-        """One image at a time, after one to warm up."""
-        prompted = self._cases.plain[:repeats]
+    def _cost(self, plan: Plan, repeats: int = 5, batch: int = 8) -> dict[str, float]:
+        """Of one image at a time, and of denoising in batches, where fixed costs of a pass are shared out."""
+        prompted = self._cases.plain[: max(repeats, batch)]
         self._pipeline.run_batch(plan, prompted[:1])
-        results = list(self._pipeline.run_in_batches(plan, prompted, 1))
-
-        def median(of: Callable[[str], bool]) -> float:
-            return statistics.median(
-                sum(span.end - span.start for span in result.spans if of(span.stage)) for result in results
-            )
-
-        denoise = median(lambda stage: stage not in ("encode", "decode"))
-        self._base_seconds = self._base_seconds or denoise
+        alone = list(self._pipeline.run_in_batches(plan, prompted[:repeats], 1))
+        denoise = _median(alone, _denoises)
+        batches = [self._pipeline.run_batch(plan, prompted[:batch])[0] for _ in range(3)]
+        batched = _median(batches, _denoises) / len(prompted[:batch])
+        self._base_seconds = self._base_seconds or (denoise, batched)
         return {
-            "nfe": statistics.fmean(result.nfe for result in results),
-            "encode": median(lambda stage: stage == "encode"),
+            "nfe": statistics.fmean(result.nfe for result in alone),
+            "encode": _median(alone, lambda stage: stage == "encode"),
             "denoise": denoise,
-            "decode": median(lambda stage: stage == "decode"),
-            "speed_up": self._base_seconds / denoise,
+            "denoise_batched": batched,
+            "decode": _median(alone, lambda stage: stage == "decode"),
+            "speed_up": self._base_seconds[0] / denoise,
+            "speed_up_batched": self._base_seconds[1] / batched,
         }
+
+
+def _denoises(stage: str) -> bool:
+    return stage not in ("encode", "decode")
+
+
+def _median(results: Sequence[Result], of: Callable[[str], bool]) -> float:
+    """Seconds of a result's stages `of` a kind, added up."""
+    return statistics.median(
+        sum(span.end - span.start for span in result.spans if of(span.stage)) for result in results
+    )
 
 
 def _render(scene: Scene, rng: Random) -> Image.Image:
@@ -214,6 +240,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", type=Path, default=METHODS)
     parser.add_argument("--groups", nargs="+", help="of the methods; by default all")
     parser.add_argument("--share", type=int, default=1, help="measure every SHARE-th case only")
+    parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--batch", type=int, default=32, help="images drawn at a time")
+    parser.add_argument("--clip", help="directory or repo id of a CLIP model, for the CLIP score")
+    parser.add_argument("--image-reward", action="store_true", help="score by ImageReward, which must be installed")
+    parser.add_argument("--hpsv2", action="store_true", help="score by HPSv2, which must be installed")
     add_output_argument(parser)
 
 
@@ -222,11 +253,19 @@ def run(arguments: argparse.Namespace) -> None:
     groups = arguments.groups or list(methods)
     if unknown := set(groups) - set(methods):
         raise SystemExit(f"--groups must be of {', '.join(methods)}, not {', '.join(sorted(unknown))}")
+    backend = get_backend(arguments.backend)
     # Or prompts drawn before would cost nothing to encode.
-    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"), remembered=0)
+    pipeline = Pipeline(ModelConfig.read(arguments.config), backend, remembered=0)
     cases = Cases.read(arguments.cases).part(arguments.share)
-    bench = QualityBench(pipeline, cases)
-    rows = [bench.renders()]
+    scorers: dict[str, Scorer] = {}
+    if arguments.clip:
+        scorers["clip"] = clip_scorer(arguments.clip, backend.device)
+    if arguments.image_reward:
+        scorers["image_reward"] = image_reward_scorer()
+    if arguments.hpsv2:
+        scorers["hpsv2"] = hpsv2_scorer()
+    bench = QualityBench(pipeline, cases, arguments.batch, scorers=scorers)
+    rows = [bench.renders()] if cases.of_scenes else []
     for group in groups:
         for name, plan in methods[group].items():
             rows.append(bench.measure(group, name, plan, everything=group == "main"))

@@ -18,8 +18,9 @@ class Measured:
 
     Attributes:
         group, name: of the method.
-        frechet, kernel: distances to held-out renders.
         saturation: mean of HSV's.
+        frechet, kernel: distances to held-out renders.
+        clip, image_reward, hpsv2: mean scores by the prompts; see `bench.scorers`.
         single, relation: accuracy on one object and on two with their relation.
         entropy: of the attributes that a prompt leaves open, over the renderer's; mean over prompts and attributes.
         spread: mean distance of two images of one prompt, in the embedding.
@@ -29,14 +30,18 @@ class Measured:
         shape, shape_negated: how often the prompt's own shape appears without and with it.
         nfe: network evaluations of an image; what a cache skipped is not counted.
         encode, denoise, decode: seconds of one image alone.
-        speed_up: of denoising over the first method's.
+        denoise_batched: seconds an image of a batch of 8.
+        speed_up, speed_up_batched: of `denoise` and `denoise_batched` over the first method's.
     """
 
     group: str
     name: str
-    frechet: float
-    kernel: float
     saturation: float
+    frechet: float | None = None
+    kernel: float | None = None
+    clip: float | None = None
+    image_reward: float | None = None
+    hpsv2: float | None = None
     single: float | None = None
     relation: float | None = None
     entropy: float | None = None
@@ -50,8 +55,10 @@ class Measured:
     nfe: float | None = None
     encode: float | None = None
     denoise: float | None = None
+    denoise_batched: float | None = None
     decode: float | None = None
     speed_up: float | None = None
+    speed_up_batched: float | None = None
 
 
 # Heading -> field of a row and how it is written.
@@ -61,6 +68,8 @@ _COLUMNS = {
     "denoise, s": ("denoise", "{:.3f}"),
     "decode, s": ("decode", "{:.3f}"),
     "speed-up": ("speed_up", "{:.1f}x"),
+    "of 8, s": ("denoise_batched", "{:.4f}"),
+    "speed-up of 8": ("speed_up_batched", "{:.1f}x"),
     "one object": ("single", "{:.1%}"),
     "relation": ("relation", "{:.1%}"),
     "entropy": ("entropy", "{:.1%}"),
@@ -68,13 +77,17 @@ _COLUMNS = {
     "Fréchet": ("frechet", "{:.2f}"),
     "kernel": ("kernel", "{:.3f}"),
     "saturation": ("saturation", "{:.3f}"),
+    "CLIP score": ("clip", "{:.2f}"),
+    "ImageReward": ("image_reward", "{:.3f}"),
+    "HPSv2": ("hpsv2", "{:.3f}"),
     "texture": ("texture", "{:.2e}"),
     "removal": ("removal", "{:.1%}"),
     "shape": ("shape", "{:.1%}"),
     "shape, negated": ("shape_negated", "{:.1%}"),
 }
 _LEGEND = (
-    "One image at a time, in seconds; the speed-up is of denoising, over base. One object, relation: the oracle's "
+    "One image at a time, in seconds; of 8: denoising in batches of 8, in seconds an image; the speed-ups are of "
+    "denoising, over base. One object, relation: the oracle's "
     "accuracy on one object's shape and colour and on two objects with a relation. Entropy: of what the prompt leaves "
     "open, over the renderer's; spread: mean distance of two images of a prompt. Fréchet and kernel: distances to "
     "held-out renders. Saturation: HSV's mean. Texture: power of furry fills in the top octave. Removal: of the "

@@ -44,6 +44,7 @@ from stages.plan import presets
 ROOT = Path(__file__).parent.parent
 _START_TIMEOUT = 300.0  # seconds
 _SATURATION = 0.7  # of the monolith's throughput, for the open loop
+_OPEN_LOOP = 3  # times as long as a closed one: its tail is what counts
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,10 @@ def _bares(pipeline: Pipeline, prompted: Sequence[Prompted]) -> tuple[float, flo
 def _foresee(
     pipeline: Pipeline, spread: Server, prompted: Sequence[Prompted], rows: Sequence[Row], rate: float, deadline: float
 ) -> Outcome:
-    """What the simulator says of the spread stages under Poisson load, knowing their latency at concurrency 1 alone."""
+    """What the simulator says of the spread stages' open loop, at its arrivals, from their latency at concurrency 1."""
     (application,) = (spread.config or {})["applications"]
     (one,) = (row.figures for row in rows if (row.server, row.load) == (spread.name, "concurrency 1"))
+    (under_load,) = (row.figures for row in rows if row.server == spread.name and row.load.endswith("a second"))
     scenario = calibrate(
         pipeline,
         presets()["hybrid"].with_adapters(pipeline.config.adapters),
@@ -203,13 +205,18 @@ def _foresee(
         batch_tokens=application["args"]["transformers"]["Base"]["max_batch_tokens"],
         overhead=one.elsewhere,
     )
-    return simulate(scenario)
+    return simulate(scenario, under_load.requests)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, nargs="?", default=ROOT / "configs" / "scenes.yaml")
     parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each load, about")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=30.0,
+        help=f"of each closed loop, about; the open one takes {_OPEN_LOOP} times as long",
+    )
     parser.add_argument("--deadline", type=float, default=2.0, help="seconds, for goodput")
     add_output_argument(parser)
 
@@ -245,7 +252,7 @@ def run(arguments: argparse.Namespace) -> None:
                 saturation = max(row.figures.throughput for row in rows if row.server == server.name)
             if not server.slow:
                 rate = _SATURATION * saturation
-                sent = asyncio.run(open_loop(url, requests, rate, round(rate * arguments.seconds)))
+                sent = asyncio.run(open_loop(url, requests, rate, round(rate * arguments.seconds * _OPEN_LOOP)))
                 record(server, f"{rate:.2f} a second", figures(sent, arguments.deadline))
     # Before and after, and the lower: a shared machine has slow minutes, which would flatter the server.
     bare, bare_all_cores = map(min, before, _bares(pipeline, prompted))

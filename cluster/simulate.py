@@ -13,6 +13,7 @@ import argparse
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -171,9 +172,15 @@ class _Replica:
                         image.done.succeed()
 
 
+def poisson_arrivals(rate: float, count: int, seed: int = 0) -> list[float]:
+    """Times of `count` events of a Poisson process of `rate` a second, from its start at 0."""
+    rng = Random(seed)
+    return list(accumulate(rng.expovariate(rate) for _ in range(count)))
+
+
 def simulate(scenario: Scenario, images: int = 2000, seed: int = 0) -> Outcome:
-    """Let `images` images arrive and wait until the last is done; a stage without `replicas` has one."""
-    environment, rng = simpy.Environment(), Random(seed)
+    """Let `images` images arrive (`poisson_arrivals`) and wait for the last; a stage without `replicas` has one."""
+    environment = simpy.Environment()
     shared = {
         name: simpy.Resource(environment, device.count) for name, device in scenario.devices.items() if device.count
     }
@@ -191,9 +198,9 @@ def simulate(scenario: Scenario, images: int = 2000, seed: int = 0) -> Outcome:
         latencies.append(environment.now - image.arrived)
 
     def arrivals() -> Generator[simpy.Event, None, None]:
-        for _ in range(images):
-            yield environment.timeout(rng.expovariate(scenario.rate))
-            environment.process(one(_Image(environment.now)))
+        for arrival in poisson_arrivals(scenario.rate, images, seed):
+            yield environment.timeout(max(0.0, arrival - environment.now))
+            environment.process(one(_Image(arrival)))
 
     environment.process(arrivals())
     environment.run()

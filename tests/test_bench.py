@@ -15,9 +15,12 @@ import torch
 import yaml
 from diffusers import MagCacheConfig, QwenImagePipeline
 from PIL import Image, ImageFilter
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from backends import Backend
 from bench import metrics
+from bench.__main__ import main
 from bench.cases import Cases, scene_cases
 from bench.embedding import embed
 from bench.latency import RandomModel, measure
@@ -26,6 +29,7 @@ from bench.prune import importance, prune, without
 from bench.quality import QualityBench, read_methods
 from bench.ratios import measure as measure_ratios
 from bench.report import Measured, write_report
+from bench.scorers import clip_scorer
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, presets
@@ -198,6 +202,51 @@ def test_report_has_every_method_and_figure(rows: dict[str, Measured], tmp_path:
         assert f"| {name} |" in table
     stored = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert [Measured(**row) for row in stored] == list(rows.values())
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CLIP of the public one's classes, with random weights."""
+    directory = tmp_path_factory.mktemp("clip")
+    letters = [letter + end for end in ("", "</w>") for letter in "abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {token: index for index, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
+    layer = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**layer, "vocab_size": len(vocabulary), "bos_token_id": 0, "eos_token_id": 1},
+        vision_config={**layer, "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(directory)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, CLIPTokenizer(vocabulary, [])).save_pretrained(directory)
+    return directory
+
+
+def test_clip_score_is_a_hundred_times_the_cosine(clip: Path) -> None:
+    images, prompts = renders(scenes(4, 0)), ["a red star", "a blue ring", "a moon", "a star"]
+    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    with torch.inference_mode():
+        made = model(**processor(text=prompts, images=images, return_tensors="pt", padding=True))
+    # CLIP's logits are cosines at its temperature.
+    cosines = made.logits_per_image.diagonal() / model.logit_scale.exp()
+    assert cosines.max() > 0
+    expected = 100 * cosines.clamp(min=0).mean().item()
+    assert clip_scorer(str(clip), torch.device("cpu"))(images, prompts) == pytest.approx(expected, rel=1e-4)
+
+
+def test_model_that_no_oracle_reads_is_scored_by_its_prompts(
+    monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline, clip: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cases.yaml").write_text("plain: [{prompt: a red star, seed: 1}, {prompt: a moon, seed: 2}]")
+    (tmp_path / "methods.yaml").write_text("main: {distilled: distilled}")
+    arguments = ["--cases", tmp_path / "cases.yaml", "--methods", tmp_path / "methods.yaml", "--clip", clip]
+    monkeypatch.setattr("sys.argv", ["bench", "quality", *map(str, arguments), "--output", str(tmp_path)])
+    main()
+    (row,) = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert row["clip"] > 0
+    assert row["nfe"] == 4
+    assert [row[name] for name in ("frechet", "single", "entropy", "hpsv2")] == [None] * 4
 
 
 def test_latency_of_a_model_without_its_weights(config: ModelConfig, backend: Backend) -> None:

@@ -6,7 +6,8 @@ First the student regresses the teacher's trajectories. Then distribution matchi
 2024, arXiv 2405.14867) sharpens it: its samples are pushed along the difference of two scores, the teacher's (the
 base model under guidance) and that of a critic, trained all along on the student's own samples. As in trajectory
 distribution matching (Luo et al. 2025, arXiv 2503.06674) the student walks its own few steps, so that it trains
-on the latents that it will meet. Student and critic are two LoRAs on the one set of base weights.
+on the latents that it will meet; or, as after the base stage of a hybrid plan, it takes over from the teacher's
+trajectory. Student and critic are two LoRAs on the one set of base weights.
 """
 
 from __future__ import annotations
@@ -86,23 +87,28 @@ def main() -> None:
 
     def match(rng: Random, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """One update of the student and one of the critic, on the same samples."""
+        takes_over = rng.random() < config["take_over"]
         width, height = rng.choice(config["sizes"])
-        grid = (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+        grid = taught.grid if takes_over else (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
         tokens = grid[0] * grid[1]
         count = max(1, schedule.batch_size * config["tokens"] // tokens)
-        embeds = prompts.embed(prompts.draw(rng, count))
+        rows = rng.choices(plain, k=count)
+        embeds = prompts.embed([taught.prompts[row] for row in rows] if takes_over else prompts.draw(rng, count))
 
         def noise() -> torch.Tensor:
             drawn = torch.randn(count, tokens, transformer.config.in_channels, generator=generator)
             return drawn.to(accelerator.device)
 
-        # The student's own way to one of its steps, and the clean latent that it foresees there.
+        # The way to one of the student's steps, its own or the teacher's, and the clean latent that it foresees there.
         sigmas = plan_sigmas(rng.choice(config["steps"]), tokens)
         index = rng.randrange(len(sigmas) - 1)
         with accelerator.autocast(), active(transformer, "distilled"):
             walk = conditional(transformer, embeds, grid)
-            with torch.no_grad():
-                latents = integrate(walk, noise(), sigmas[: index + 1])[-1]
+            if takes_over:
+                latents = taught.latents[rows, taught.level(float(sigmas[index]))].float().to(accelerator.device)
+            else:
+                with torch.no_grad():
+                    latents = integrate(walk, noise(), sigmas[: index + 1])[-1]
             clean = latents - sigmas[index] * walk(latents, sigmas[index].expand(count))
 
         def diffuse() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
