@@ -3,8 +3,9 @@
 Rivals: diffusers' base model behind FastAPI, and a monolithic Ray Serve deployment that runs the same hybrid plan.
 Each server in turn is started, warmed up, and driven by a closed loop at several concurrencies; then this engine and
 the monolith by an open loop (Poisson arrivals) at 70 % of the monolith's saturation. The overhead is this engine's
-latency at concurrency 1 over the bare sum of encoding, network evaluations and decoding in one process, with as many
-threads as a replica has; the same sum with a thread a core is reported beside it. The
+latency at concurrency 1 over the bare sum of encoding, network evaluations and decoding in one process, with the
+adapters as the server holds them and as many threads as a replica has; the same sum with a thread a core is reported
+beside it. What does not grow with the work weighs most on a small image, so that a large one is measured as well. The
 simulator (`cluster.simulate`), calibrated on stages measured alone, foresees the open loop on the spread stages.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
+import itertools
 import os
 import socket
 import statistics
@@ -20,9 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,13 @@ from bench.load import LoadFigures, closed_loop, figures, open_loop
 from bench.machine import machine_name
 from bench.results import add_output_argument, output_directory, write_json
 from cluster.simulate import Outcome, simulate
-from stages.model import ModelConfig
+from stages.model import ModelConfig, parse_size
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import presets
+from stages.stage import Denoiser
 
 ROOT = Path(__file__).parent.parent
+SPREAD, COLOCATED = "three stages, spread", "three stages, co-located"
 _START_TIMEOUT = 300.0  # seconds
 _SATURATION = 0.7  # of the monolith's throughput, for the open loop
 _OPEN_LOOP = 3  # times as long as a closed one: its tail is what counts
@@ -71,6 +76,23 @@ class Row:
     load: str
     figures: LoadFigures
     memory: int
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Of a server at concurrency 1.
+
+    Attributes:
+        threads: of the bare sum; a replica has one.
+        bare, latency: seconds, and their `ratio`.
+    """
+
+    server: str
+    size: str
+    threads: int
+    bare: float
+    latency: float
+    ratio: float
 
 
 def colocated(config: dict[str, Any]) -> dict[str, Any]:
@@ -107,8 +129,8 @@ def servers(model: Path) -> list[Server]:
     uvicorn = (sys.executable, "-m", "uvicorn", "bench.rivals.diffusers_fastapi:app", "--port", "{port}")
     serve = (str(Path(sys.executable).with_name("serve")), "run", "{config}")
     return [
-        Server("three stages, spread", serve, config),
-        Server("three stages, co-located", serve, colocated(config)),
+        Server(SPREAD, serve, config),
+        Server(COLOCATED, serve, colocated(config)),
         Server("monolithic Ray Serve", serve, monolith),
         Server("diffusers behind FastAPI, base", uvicorn, slow=True),
     ]
@@ -175,30 +197,72 @@ def body(prompted: Prompted) -> dict[str, Any]:
     return made | ({"negative_prompt": prompted.negative_prompt} if prompted.negative_prompt else {})
 
 
-def bare_seconds(pipeline: Pipeline, prompted: Sequence[Prompted], thread_count: int) -> float:
-    """Median seconds of an image's encoding, network evaluations and decoding in one process, by themselves."""
-    with threads(thread_count):
-        results = list(pipeline.run_in_batches("hybrid", prompted[:24], 1))
-    seconds = [sum(span.end - span.start for span in result.spans) for result in results]
-    return statistics.median(seconds[4:])
+def vary(requests: Sequence[dict[str, Any]], sizes: Sequence[str]) -> list[dict[str, Any]]:
+    """Two of three by the hybrid plan, one by the distilled, without its negative prompt; sizes in turn."""
+    varied = []
+    for index, (request, size) in enumerate(zip(requests, itertools.cycle(sizes), strict=False)):
+        plan = "distilled" if index % 3 == 2 else "hybrid"
+        kept = {key: value for key, value in request.items() if plan == "hybrid" or key != "negative_prompt"}
+        varied.append({**kept, "plan": plan, "size": size})
+    return varied
 
 
-def _bares(pipeline: Pipeline, prompted: Sequence[Prompted]) -> tuple[float, float]:
-    """`bare_seconds` with a replica's threads and with a thread a core."""
-    alone, every = (bare_seconds(pipeline, prompted, count) for count in (REPLICA_THREADS, os.cpu_count() or 1))
-    return alone, every
+class Bare:
+    """The hybrid plan in one process, without a server."""
+
+    def __init__(self, config: ModelConfig, prompted: Sequence[Prompted]) -> None:
+        """Args:
+        prompted: at least 10.
+        """
+        backend = get_backend("cpu")
+        self.pipeline = Pipeline(config, backend)
+        self.plan = presets()["hybrid"].with_adapters(config.adapters)
+        self._prompted = prompted[:10]
+        together = self.pipeline.denoiser
+        adapters = [stage.adapter for stage in self.plan.stages]
+        self._denoisers = {
+            SPREAD: {adapter: Denoiser.load(config, backend, adapter) for adapter in adapters},
+            COLOCATED: dict.fromkeys(adapters, together),
+        }
+
+    def seconds(self) -> dict[tuple[str, str, int], float]:
+        """Median seconds of an image, by server, size and threads."""
+        made = {}
+        for server, denoisers in self._denoisers.items():
+            for size in self.sizes:
+                for count in (REPLICA_THREADS, os.cpu_count() or 1):
+                    with threads(count):
+                        made[server, size, count] = self._median(denoisers, size)
+        return made
+
+    @property
+    def sizes(self) -> tuple[str, str]:
+        """The model's first and its largest."""
+        return self.pipeline.config.sizes[0], max(self.pipeline.config.sizes, key=lambda size: prod(parse_size(size)))
+
+    def _median(self, denoisers: Mapping[str | None, Denoiser], size: str) -> float:
+        seconds = []
+        for prompted in self._prompted:
+            (packet,) = self.pipeline.enter(self.plan, [prompted], size)
+            for stage in self.plan.stages:
+                (packet,) = denoisers[stage.adapter].denoise([packet], self.plan)
+            start = time.perf_counter()
+            self.pipeline.decoder.decode(packet.latent[None], packet.grid)
+            decoded = time.perf_counter() - start
+            seconds.append(sum(span.end - span.start for span in packet.spans) + decoded)
+        return statistics.median(seconds[2:])
 
 
 def _foresee(
-    pipeline: Pipeline, spread: Server, prompted: Sequence[Prompted], rows: Sequence[Row], rate: float, deadline: float
+    bare: Bare, spread: Server, prompted: Sequence[Prompted], rows: Sequence[Row], rate: float, deadline: float
 ) -> Outcome:
     """What the simulator says of the spread stages' open loop, at its arrivals, from their latency at concurrency 1."""
     (application,) = (spread.config or {})["applications"]
     (one,) = (row.figures for row in rows if (row.server, row.load) == (spread.name, "concurrency 1"))
     (under_load,) = (row.figures for row in rows if row.server == spread.name and row.load.endswith("a second"))
     scenario = calibrate(
-        pipeline,
-        presets()["hybrid"].with_adapters(pipeline.config.adapters),
+        bare.pipeline,
+        bare.plan,
         prompted,
         rate=rate,
         deadline=deadline,
@@ -236,18 +300,27 @@ def run(arguments: argparse.Namespace) -> None:
             flush=True,
         )
 
-    pipeline = Pipeline(ModelConfig.read(model), get_backend("cpu"))
-    before = _bares(pipeline, prompted)
+    bare = Bare(ModelConfig.read(model), prompted)
+    before = bare.seconds()
     saturation = 0.0
     compared = servers(model)
     for server in reversed(compared):  # the monolith tells the rate of the open loop
+        ours = server.name in (SPREAD, COLOCATED)
         with started(server, model) as url:
-            sent = asyncio.run(closed_loop(url, requests, 2, 4 if server.slow else 24))
+
+            def closed(bodies: Sequence[dict[str, Any]], concurrency: int, count: int, url: str = url) -> LoadFigures:
+                return figures(asyncio.run(closed_loop(url, bodies, concurrency, count)), arguments.deadline)
+
+            made = closed(requests, 2, 4 if server.slow else 24)
             for concurrency in [1, 8] if server.slow else sorted({1, *arguments.concurrencies}):
-                speed = figures(sent, arguments.deadline).throughput
-                count = max(concurrency * 2, 4, round(speed * arguments.seconds))
-                sent = asyncio.run(closed_loop(url, requests, concurrency, count))
-                record(server, f"concurrency {concurrency}", figures(sent, arguments.deadline))
+                count = max(concurrency * 2, 4, round(made.throughput * arguments.seconds))
+                made = closed(requests, concurrency, count)
+                record(server, f"concurrency {concurrency}", made)
+            if ours:
+                made = closed([{**request, "size": bare.sizes[1]} for request in requests], 1, 10)
+                record(server, f"concurrency 1, {bare.sizes[1]}", made)
+                varied = vary(requests, bare.pipeline.config.sizes)
+                record(server, "concurrency 8, mixed plans and sizes", closed(varied, 8, 4 * len(varied)))
             if server.name == "monolithic Ray Serve":
                 saturation = max(row.figures.throughput for row in rows if row.server == server.name)
             if not server.slow:
@@ -255,17 +328,18 @@ def run(arguments: argparse.Namespace) -> None:
                 sent = asyncio.run(open_loop(url, requests, rate, round(rate * arguments.seconds * _OPEN_LOOP)))
                 record(server, f"{rate:.2f} a second", figures(sent, arguments.deadline))
     # Before and after, and the lower: a shared machine has slow minutes, which would flatter the server.
-    bare, bare_all_cores = map(min, before, _bares(pipeline, prompted))
-    print(f"bare hybrid in one process: {bare:.3f} s, with a thread a core {bare_all_cores:.3f} s")
-    foreseen = _foresee(pipeline, compared[0], prompted, rows, _SATURATION * saturation, arguments.deadline)
+    floors = {key: min(seconds, before[key]) for key, seconds in bare.seconds().items()}
+    overheads = []
+    for (name, size, count), floor in floors.items():
+        load = "concurrency 1" if size == bare.sizes[0] else f"concurrency 1, {size}"
+        (latency,) = (row.figures.p50 for row in rows if (row.server, row.load) == (name, load))
+        overheads.append(Overhead(name, size, count, floor, latency, latency / floor))
+        print(f"{name}, {size}: {latency:.3f} s over {floor:.3f} s bare on {count} threads: {latency / floor:.2f}x")
+    foreseen = _foresee(bare, compared[0], prompted, rows, _SATURATION * saturation, arguments.deadline)
     print(f"the simulator foresaw {foreseen.throughput:.2f} images/s, p50 {foreseen.p50:.3f}, p95 {foreseen.p95:.3f} s")
     content = {
         "machine": machine_name(),
-        "bare": bare,
-        "bare_all_cores": bare_all_cores,
-        "overhead": {
-            row.server: row.figures.p50 / bare for row in rows if row.load == "concurrency 1" and row.figures.stages
-        },
+        "overheads": [asdict(overhead) for overhead in overheads],
         "rows": [asdict(row) for row in rows],
         "foreseen": asdict(foreseen),
     }

@@ -8,6 +8,8 @@ stage leaves at sigma_a and its target is the point of the fine trajectory at si
 so that the seed's composition, and with it the base model's diversity and guidance, is what is learned. Some of the
 trajectories avoid a negative prompt: a bridge that reads it (`StageSpec.reads_negative`) goes on avoiding it, where
 guidance would take a second evaluation; one that does not learns at least to leave away what base has taken away.
+Then distribution matching (`training.matching`) makes the clean latent that it foresees one that the base model finds
+likely, guided by both prompts, as it does the student's: so that the student goes on from what it knows.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from accelerate.utils import set_seed
 from stages.plan import presets
 from stages.sigmas import stage_sigmas
 from training.adapters import active, add_lora, save_lora
-from training.loop import Schedule, load_pipeline, one_cycle, parse_arguments, read_config, train
+from training.loop import Schedule, advance, load_pipeline, one_cycle, parse_arguments, read_config, train
+from training.matching import CRITIC, Matching, Samples
 from training.prompts import Prompts
-from training.sampling import integrate, of_stage, sample_grid
+from training.sampling import integrate, of_stage, read_by, sample_grid
 from training.trajectories import Trajectories
 
 
@@ -39,8 +42,13 @@ def main() -> None:
     pipeline.load_lora_weights(arguments.distilled, adapter_name="distilled")
     transformer = pipeline.transformer.requires_grad_(False)
     parameters = add_lora(transformer, "bridge", config["rank"])
+    critic = add_lora(transformer, CRITIC, config["rank"])
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    transformer, optimizer, scheduler = accelerator.prepare(transformer, optimizer, one_cycle(optimizer, schedule))
+    critic_optimizer = torch.optim.AdamW(critic, lr=config["critic_learning_rate"], betas=(0.0, 0.99), weight_decay=0.0)
+    transformer, optimizer, critic_optimizer, scheduler = accelerator.prepare(
+        transformer, optimizer, critic_optimizer, one_cycle(optimizer, schedule)
+    )
+    matching = Matching(accelerator, transformer, critic, critic_optimizer, **config["matching"])
     prompts = Prompts(pipeline)
     taught = Trajectories.load(arguments.trajectories)
     plan = presets()[config["plan"]]
@@ -62,23 +70,41 @@ def main() -> None:
     every = list(range(len(taught.prompts)))
     starts = torch.cat([coarse(every[first : first + 64]) for first in range(0, len(every), 64)])
 
-    def step(index: int) -> dict[str, torch.Tensor]:
-        rng = Random(f"{schedule.seed} {index}")
-        rows = [rng.randrange(len(every)) for _ in range(schedule.batch_size)]
-        embeds = prompts.embed([taught.prompts[row] for row in rows])
-        negatives = prompts.embed([taught.negative_prompts[row] for row in rows])
+    def regress(rows: list[int], embeds: list[torch.Tensor], negatives: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Reach the teacher's trajectory where the bridge ends."""
         target = taught.latents[rows, target_level].float().to(accelerator.device)
         with accelerator.autocast(), active(transformer, "bridge"):
             velocity = of_stage(transformer, bridge, embeds, negatives, taught.grid)
             reached = integrate(velocity, starts[rows].float().to(accelerator.device), sigmas)[-1]
         # In units of velocity, whatever the length of the bridge.
         loss = F.mse_loss(reached, target) / (bridge.sigma_start - bridge.sigma_end) ** 2
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        advance(accelerator, loss, parameters, optimizer)
+        return {"regression": loss.detach()}
+
+    def match(
+        rows: list[int], embeds: list[torch.Tensor], negatives: list[torch.Tensor], generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Make what the bridge's last step foresees likely."""
+        with accelerator.autocast(), active(transformer, "bridge"):
+            velocity = of_stage(transformer, bridge, embeds, negatives, taught.grid)
+            with torch.no_grad():
+                latents = integrate(velocity, starts[rows].float().to(accelerator.device), sigmas[:-1])[-1]
+            clean = latents - sigmas[-2] * velocity(latents, sigmas[-2].expand(len(rows)))
+        samples = Samples(clean, embeds, negatives, read_by(bridge, embeds, negatives), taught.grid)
+        return matching.update("bridge", parameters, optimizer, samples, generator)
+
+    def step(index: int) -> dict[str, torch.Tensor]:
+        rng = Random(f"{schedule.seed} {index}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        rows = [rng.randrange(len(every)) for _ in range(schedule.batch_size)]
+        embeds = prompts.embed([taught.prompts[row] for row in rows])
+        negatives = prompts.embed([taught.negative_prompts[row] for row in rows])
+        if index < config["regression_steps"]:
+            losses = regress(rows, embeds, negatives)
+        else:
+            losses = match(rows, embeds, negatives, generator)
         scheduler.step()
-        optimizer.zero_grad()
-        return {"loss": loss.detach()}
+        return losses
 
     def sample(path: Path) -> None:
         unwrapped = accelerator.unwrap_model(transformer)

@@ -2,12 +2,10 @@
 
 `python -m training.distilled training/scenes.yaml PIPELINE_DIRECTORY TRAJECTORY_DIRECTORY RUN_DIRECTORY`
 
-First the student regresses the teacher's trajectories. Then distribution matching distillation (DMD2, Yin et al.
-2024, arXiv 2405.14867) sharpens it: its samples are pushed along the difference of two scores, the teacher's (the
-base model under guidance) and that of a critic, trained all along on the student's own samples. As in trajectory
-distribution matching (Luo et al. 2025, arXiv 2503.06674) the student walks its own few steps, so that it trains
-on the latents that it will meet; or, as after the base stage of a hybrid plan, it takes over from the teacher's
-trajectory. Student and critic are two LoRAs on the one set of base weights.
+First the student regresses the teacher's trajectories; then distribution matching (`training.matching`) sharpens it.
+As in trajectory distribution matching (Luo et al. 2025, arXiv 2503.06674) the student walks its own few steps, so that
+it trains on the latents that it will meet; or, as after the base stage of a hybrid plan, it takes over from the
+teacher's trajectory. Student and critic are two LoRAs on the one set of base weights.
 """
 
 from __future__ import annotations
@@ -26,10 +24,10 @@ from stages.model import PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
 from training.adapters import active, add_lora, save_lora
-from training.base import draw_sigmas
-from training.loop import Schedule, load_pipeline, one_cycle, parse_arguments, read_config, train
+from training.loop import Schedule, advance, load_pipeline, one_cycle, parse_arguments, read_config, train
+from training.matching import CRITIC, Matching, Samples
 from training.prompts import Prompts
-from training.sampling import conditional, guided, integrate, sample_grid
+from training.sampling import conditional, integrate, sample_grid
 from training.trajectories import Trajectories
 
 
@@ -42,12 +40,13 @@ def main() -> None:
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     transformer = pipeline.transformer.requires_grad_(False)
     student = add_lora(transformer, "distilled", config["rank"])
-    critic = add_lora(transformer, "critic", config["rank"])
+    critic = add_lora(transformer, CRITIC, config["rank"])
     student_optimizer = torch.optim.AdamW(student, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     critic_optimizer = torch.optim.AdamW(critic, lr=config["critic_learning_rate"], betas=(0.0, 0.99), weight_decay=0.0)
     transformer, student_optimizer, critic_optimizer, scheduler = accelerator.prepare(
         transformer, student_optimizer, critic_optimizer, one_cycle(student_optimizer, schedule)
     )
+    matching = Matching(accelerator, transformer, critic, critic_optimizer, **config["matching"])
     prompts = Prompts.read(pipeline, config)
     (negative,) = prompts.embed([EMPTY_PROMPT])
     taught = Trajectories.load(arguments.trajectories)
@@ -65,12 +64,6 @@ def main() -> None:
     ]
     strides = [pair for passed in levels for pair in itertools.pairwise(passed)]
 
-    def advance(loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
     def regress(rng: Random) -> dict[str, torch.Tensor]:
         """Follow the teacher over one step of one of the plans."""
         rows = torch.tensor(rng.choices(plain, k=schedule.batch_size))  # the student will see no negative prompts
@@ -82,7 +75,7 @@ def main() -> None:
         with accelerator.autocast(), active(transformer, "distilled"):
             velocity = conditional(transformer, embeds, taught.grid)(start.to(accelerator.device), sigma)
         loss = F.mse_loss(velocity, target)
-        advance(loss, student, student_optimizer)
+        advance(accelerator, loss, student, student_optimizer)
         return {"regression": loss.detach()}
 
     def match(rng: Random, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -94,10 +87,7 @@ def main() -> None:
         count = max(1, schedule.batch_size * config["tokens"] // tokens)
         rows = rng.choices(plain, k=count)
         embeds = prompts.embed([taught.prompts[row] for row in rows] if takes_over else prompts.draw(rng, count))
-
-        def noise() -> torch.Tensor:
-            drawn = torch.randn(count, tokens, transformer.config.in_channels, generator=generator)
-            return drawn.to(accelerator.device)
+        noise = torch.randn(count, tokens, transformer.config.in_channels, generator=generator)
 
         # The way to one of the student's steps, its own or the teacher's, and the clean latent that it foresees there.
         sigmas = plan_sigmas(rng.choice(config["steps"]), tokens)
@@ -108,36 +98,11 @@ def main() -> None:
                 latents = taught.latents[rows, taught.level(float(sigmas[index]))].float().to(accelerator.device)
             else:
                 with torch.no_grad():
-                    latents = integrate(walk, noise(), sigmas[: index + 1])[-1]
+                    latents = integrate(walk, noise.to(accelerator.device), sigmas[: index + 1])[-1]
             clean = latents - sigmas[index] * walk(latents, sigmas[index].expand(count))
 
-        def diffuse() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            sigma = draw_sigmas(count, config["sigma_mean"], config["sigma_deviation"], generator)
-            added = noise()
-            return torch.lerp(clean.detach(), added, sigma.to(added)[:, None, None]), sigma, added
-
-        # Equation 1 of DMD: the gradient is the critic's velocity against the teacher's, at a common noise level.
-        noisy, sigma, _ = diffuse()
-        with torch.no_grad(), accelerator.autocast():
-            with active(transformer, None):
-                real = guided(transformer, embeds, [negative] * count, grid, config["guidance_scale"])(noisy, sigma)
-            with active(transformer, "critic"):
-                fake = conditional(transformer, embeds, grid)(noisy, sigma)
-        level = sigma.to(noisy)[:, None, None]
-        real_clean, fake_clean = noisy - level * real, noisy - level * fake
-        scale = (clean.detach() - real_clean).abs().mean((1, 2), keepdim=True)
-        gradient = (fake_clean - real_clean) / scale
-        matching = 0.5 * F.mse_loss(clean, clean.detach() - gradient)
-        with active(transformer, "distilled"):
-            advance(matching, student, student_optimizer)
-
-        for _ in range(config["critic_updates"]):
-            noisy, sigma, added = diffuse()
-            with accelerator.autocast(), active(transformer, "critic"):
-                velocity = conditional(transformer, embeds, grid)(noisy, sigma)
-            critic_loss = F.mse_loss(velocity, added - clean.detach())
-            advance(critic_loss, critic, critic_optimizer)
-        return {"matching": matching.detach(), "critic": critic_loss.detach()}
+        samples = Samples(clean, embeds, [negative] * count, embeds, grid)
+        return matching.update("distilled", student, student_optimizer, samples, generator)
 
     def step(index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{schedule.seed} {index}")

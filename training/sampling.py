@@ -50,6 +50,13 @@ def guided(
     return velocity
 
 
+def read_by(stage: StageSpec, embeds: list[torch.Tensor], negatives: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The text of one evaluation of `stage`'s adapter."""
+    if not stage.reads_negative:
+        return embeds
+    return [join_negative(*pair) for pair in zip(embeds, negatives, strict=True)]
+
+
 def of_stage(
     transformer: QwenImageTransformer2DModel,
     stage: StageSpec,
@@ -60,9 +67,7 @@ def of_stage(
     """What `stage` integrates, once its adapter is active."""
     if stage.guided:
         return guided(transformer, embeds, negatives, grid, stage.guidance_scale)
-    if stage.reads_negative:
-        embeds = [join_negative(*pair) for pair in zip(embeds, negatives, strict=True)]
-    return conditional(transformer, embeds, grid)
+    return conditional(transformer, read_by(stage, embeds, negatives), grid)
 
 
 def integrate(velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor) -> list[torch.Tensor]:
