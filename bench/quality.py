@@ -26,6 +26,7 @@ from bench.machine import machine_name
 from bench.report import Measured, summary, write_report
 from bench.results import add_output_argument, output_directory
 from bench.scorers import Scorer, clip_scorer, hpsv2_scorer, image_reward_scorer
+from bench.spread import SpreadPipeline
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted, Result
 from stages.plan import Plan, presets
@@ -34,7 +35,8 @@ from training.oracle import Reading, holds, largest, matches, read
 from training.scenes import ATTRIBUTES, COLORS, SIZES, Scene, render, sample_scene
 
 METHODS = Path(__file__).parent / "methods.yaml"
-_SWEEP_SHARE = 3  # methods outside the group `main` draw every third case, and have distances of their own scale
+_FULL = ("main", "bridge")  # groups that are measured in everything
+_SWEEP_SHARE = 3  # the others draw every third case, and have distances of their own scale
 _REFERENCES = 2000  # held-out renders that images are compared with
 
 
@@ -241,6 +243,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", nargs="+", help="of the methods; by default all")
     parser.add_argument("--share", type=int, default=1, help="measure every SHARE-th case only")
     parser.add_argument("--backend", default="cpu")
+    parser.add_argument(
+        "--colocated", action="store_true", help="one set of weights with adapters by row, not a copy for each adapter"
+    )
     parser.add_argument("--batch", type=int, default=32, help="images drawn at a time")
     parser.add_argument("--clip", help="directory or repo id of a CLIP model, for the CLIP score")
     parser.add_argument("--image-reward", action="store_true", help="score by ImageReward, which must be installed")
@@ -255,7 +260,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"--groups must be of {', '.join(methods)}, not {', '.join(sorted(unknown))}")
     backend = get_backend(arguments.backend)
     # Or prompts drawn before would cost nothing to encode.
-    pipeline = Pipeline(ModelConfig.read(arguments.config), backend, remembered=0)
+    make = Pipeline if arguments.colocated else SpreadPipeline
+    pipeline = make(ModelConfig.read(arguments.config), backend, remembered=0)
     cases = Cases.read(arguments.cases).part(arguments.share)
     scorers: dict[str, Scorer] = {}
     if arguments.clip:
@@ -268,7 +274,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = [bench.renders()] if cases.of_scenes else []
     for group in groups:
         for name, plan in methods[group].items():
-            rows.append(bench.measure(group, name, plan, everything=group == "main"))
+            rows.append(bench.measure(group, name, plan, everything=group in _FULL))
             print(summary(rows[-1]), flush=True)
     output = output_directory(arguments)
     head = {

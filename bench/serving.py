@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
@@ -39,11 +39,11 @@ from bench.cases import Cases
 from bench.load import LoadFigures, closed_loop, figures, open_loop
 from bench.machine import machine_name
 from bench.results import add_output_argument, output_directory, write_json
+from bench.spread import SpreadPipeline
 from cluster.simulate import Outcome, simulate
 from stages.model import ModelConfig, parse_size
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import presets
-from stages.stage import Denoiser
 
 ROOT = Path(__file__).parent.parent
 SPREAD, COLOCATED = "three stages, spread", "three stages, co-located"
@@ -218,21 +218,16 @@ class Bare:
         self.pipeline = Pipeline(config, backend)
         self.plan = presets()["hybrid"].with_adapters(config.adapters)
         self._prompted = prompted[:10]
-        together = self.pipeline.denoiser
-        adapters = [stage.adapter for stage in self.plan.stages]
-        self._denoisers = {
-            SPREAD: {adapter: Denoiser.load(config, backend, adapter) for adapter in adapters},
-            COLOCATED: dict.fromkeys(adapters, together),
-        }
+        self._pipelines = {SPREAD: SpreadPipeline(config, backend), COLOCATED: self.pipeline}
 
     def seconds(self) -> dict[tuple[str, str, int], float]:
         """Median seconds of an image, by server, size and threads."""
         made = {}
-        for server, denoisers in self._denoisers.items():
+        for server, pipeline in self._pipelines.items():
             for size in self.sizes:
                 for count in (REPLICA_THREADS, os.cpu_count() or 1):
                     with threads(count):
-                        made[server, size, count] = self._median(denoisers, size)
+                        made[server, size, count] = self._median(pipeline, size)
         return made
 
     @property
@@ -240,16 +235,9 @@ class Bare:
         """The model's first and its largest."""
         return self.pipeline.config.sizes[0], max(self.pipeline.config.sizes, key=lambda size: prod(parse_size(size)))
 
-    def _median(self, denoisers: Mapping[str | None, Denoiser], size: str) -> float:
-        seconds = []
-        for prompted in self._prompted:
-            (packet,) = self.pipeline.enter(self.plan, [prompted], size)
-            for stage in self.plan.stages:
-                (packet,) = denoisers[stage.adapter].denoise([packet], self.plan)
-            start = time.perf_counter()
-            self.pipeline.decoder.decode(packet.latent[None], packet.grid)
-            decoded = time.perf_counter() - start
-            seconds.append(sum(span.end - span.start for span in packet.spans) + decoded)
+    def _median(self, pipeline: Pipeline, size: str) -> float:
+        results = [pipeline.run_batch(self.plan, [prompted], size)[0] for prompted in self._prompted]
+        seconds = [sum(span.end - span.start for span in result.spans) for result in results]
         return statistics.median(seconds[2:])
 
 

@@ -88,13 +88,17 @@ class Pipeline:
         plan = (presets()[plan] if isinstance(plan, str) else plan).with_adapters(self.config.adapters)
         packets = self.enter(plan, images, size)
         for _ in plan.stages:
-            packets = self.denoiser.denoise(packets, plan)
+            packets = self.denoise(packets, plan)
         start = time.time()
         decoded = self.decoder.decode(torch.stack([packet.latent for packet in packets]), packets[0].grid)
         span = Span("decode", start, time.time())
         return [
             Result(image, packet.seed, (*packet.spans, span)) for image, packet in zip(decoded, packets, strict=True)
         ]
+
+    def denoise(self, packets: Sequence[LatentPacket], plan: Plan) -> list[LatentPacket]:
+        """Packets of one grid after the stage of `plan` that they wait for."""
+        return self.denoiser.denoise(packets, plan)
 
     def enter(self, plan: Plan, images: Sequence[Prompted], size: str | None = None) -> list[LatentPacket]:
         """The packets that images start as; see `run_batch`."""
