@@ -31,7 +31,7 @@ class Measured:
         nfe: network evaluations of an image; what a cache skipped is not counted.
         encode, denoise, decode: seconds of one image alone.
         denoise_batched: seconds an image of a batch of 8.
-        speed_up, speed_up_batched: of `denoise` and `denoise_batched` over the first method's.
+        speed_up, speed_up_batched: of `denoise` and `denoise_batched` over base's.
     """
 
     group: str
