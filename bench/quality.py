@@ -175,7 +175,7 @@ class QualityBench:
         }
 
     def _time(self, plan: Plan, repeats: int = 5, batch: int = 8) -> tuple[list[Result], float, float]:
-        """Images made one at a time, seconds of denoising one, and an image of a batch, which shares out fixed costs."""
+        """Images made one at a time, seconds of denoising one, and seconds an image of denoising a batch."""
         prompted = self._cases.plain[: max(repeats, batch)]
         self._pipeline.run_batch(plan, prompted[:1])
         alone = list(self._pipeline.run_in_batches(plan, prompted[:repeats], 1))

@@ -5,8 +5,9 @@ Each server in turn is started, warmed up, and driven by a closed loop at severa
 the monolith by an open loop (Poisson arrivals) at 70 % of the monolith's saturation. The overhead is this engine's
 latency at concurrency 1 over the bare sum of encoding, network evaluations and decoding in one process, with the
 adapters as the server holds them and as many threads as a replica has; the same sum with a thread a core is reported
-beside it. What does not grow with the work weighs most on a small image, so that a large one is measured as well. The
-simulator (`cluster.simulate`), calibrated on stages measured alone, foresees the open loop on the spread stages.
+beside it. Requests and bare images take turns, since a shared machine has slow minutes. What does not grow with the
+work weighs most on a small image, so that a large one is measured as well. The simulator (`cluster.simulate`),
+calibrated on stages measured alone, foresees the open loop on the spread stages.
 """
 
 from __future__ import annotations
@@ -80,19 +81,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Overhead:
-    """Of a server at concurrency 1.
+    """Of a server at concurrency 1, in seconds.
 
     Attributes:
-        threads: of the bare sum; a replica has one.
-        bare, latency: seconds, and their `ratio`.
+        bare, bare_all_cores: the same work in one process, with a replica's one thread and with a thread a core.
     """
 
     server: str
     size: str
-    threads: int
-    bare: float
     latency: float
-    ratio: float
+    bare: float
+    bare_all_cores: float
+
+    @property
+    def ratio(self) -> float:
+        return self.latency / self.bare
 
 
 def colocated(config: dict[str, Any]) -> dict[str, Any]:
@@ -210,35 +213,34 @@ def vary(requests: Sequence[dict[str, Any]], sizes: Sequence[str]) -> list[dict[
 class Bare:
     """The hybrid plan in one process, without a server."""
 
-    def __init__(self, config: ModelConfig, prompted: Sequence[Prompted]) -> None:
-        """Args:
-        prompted: at least 10.
-        """
+    def __init__(self, config: ModelConfig) -> None:
         backend = get_backend("cpu")
         self.pipeline = Pipeline(config, backend)
         self.plan = presets()["hybrid"].with_adapters(config.adapters)
-        self._prompted = prompted[:10]
         self._pipelines = {SPREAD: SpreadPipeline(config, backend), COLOCATED: self.pipeline}
 
-    def seconds(self) -> dict[tuple[str, str, int], float]:
-        """Median seconds of an image, by server, size and threads."""
-        made = {}
-        for server, pipeline in self._pipelines.items():
-            for size in self.sizes:
-                for count in (REPLICA_THREADS, os.cpu_count() or 1):
-                    with threads(count):
-                        made[server, size, count] = self._median(pipeline, size)
-        return made
+    def overheads(self, server: str, url: str, prompted: Sequence[Prompted]) -> Iterator[Overhead]:
+        """Of a running server, on the model's first size and on its largest.
 
-    @property
-    def sizes(self) -> tuple[str, str]:
-        """The model's first and its largest."""
-        return self.pipeline.config.sizes[0], max(self.pipeline.config.sizes, key=lambda size: prod(parse_size(size)))
+        Args:
+            prompted: drawn by either; the first two, to warm up, do not count.
+        """
+        sizes = self.pipeline.config.sizes
+        for size in (sizes[0], max(sizes, key=lambda size: prod(parse_size(size)))):
+            latencies, bare, every_core = [], [], []
+            for one in prompted:
+                (sent,) = asyncio.run(closed_loop(url, [{**body(one), "size": size}], 1, 1))
+                if sent.error:
+                    raise RuntimeError(f"{server}: {sent.error}")
+                latencies.append(sent.latency)
+                bare.append(self._seconds(server, one, size, REPLICA_THREADS))
+                every_core.append(self._seconds(server, one, size, os.cpu_count() or 1))
+            yield Overhead(server, size, *(statistics.median(times[2:]) for times in (latencies, bare, every_core)))
 
-    def _median(self, pipeline: Pipeline, size: str) -> float:
-        results = [pipeline.run_batch(self.plan, [prompted], size)[0] for prompted in self._prompted]
-        seconds = [sum(span.end - span.start for span in result.spans) for result in results]
-        return statistics.median(seconds[2:])
+    def _seconds(self, server: str, prompted: Prompted, size: str, thread_count: int) -> float:
+        with threads(thread_count):
+            (result,) = self._pipelines[server].run_batch(self.plan, [prompted], size)
+        return sum(span.end - span.start for span in result.spans)
 
 
 def _foresee(
@@ -288,8 +290,8 @@ def run(arguments: argparse.Namespace) -> None:
             flush=True,
         )
 
-    bare = Bare(ModelConfig.read(model), prompted)
-    before = bare.seconds()
+    bare = Bare(ModelConfig.read(model))
+    overheads: list[Overhead] = []
     saturation = 0.0
     compared = servers(model)
     for server in reversed(compared):  # the monolith tells the rate of the open loop
@@ -305,8 +307,9 @@ def run(arguments: argparse.Namespace) -> None:
                 made = closed(requests, concurrency, count)
                 record(server, f"concurrency {concurrency}", made)
             if ours:
-                made = closed([{**request, "size": bare.sizes[1]} for request in requests], 1, 10)
-                record(server, f"concurrency 1, {bare.sizes[1]}", made)
+                for overhead in bare.overheads(server.name, url, prompted[:18]):
+                    overheads.append(overhead)
+                    print(f"{overhead}, {overhead.ratio:.2f}x", flush=True)
                 varied = vary(requests, bare.pipeline.config.sizes)
                 record(server, "concurrency 8, mixed plans and sizes", closed(varied, 8, 4 * len(varied)))
             if server.name == "monolithic Ray Serve":
@@ -315,19 +318,11 @@ def run(arguments: argparse.Namespace) -> None:
                 rate = _SATURATION * saturation
                 sent = asyncio.run(open_loop(url, requests, rate, round(rate * arguments.seconds * _OPEN_LOOP)))
                 record(server, f"{rate:.2f} a second", figures(sent, arguments.deadline))
-    # Before and after, and the lower: a shared machine has slow minutes, which would flatter the server.
-    floors = {key: min(seconds, before[key]) for key, seconds in bare.seconds().items()}
-    overheads = []
-    for (name, size, count), floor in floors.items():
-        load = "concurrency 1" if size == bare.sizes[0] else f"concurrency 1, {size}"
-        (latency,) = (row.figures.p50 for row in rows if (row.server, row.load) == (name, load))
-        overheads.append(Overhead(name, size, count, floor, latency, latency / floor))
-        print(f"{name}, {size}: {latency:.3f} s over {floor:.3f} s bare on {count} threads: {latency / floor:.2f}x")
     foreseen = _foresee(bare, compared[0], prompted, rows, _SATURATION * saturation, arguments.deadline)
     print(f"the simulator foresaw {foreseen.throughput:.2f} images/s, p50 {foreseen.p50:.3f}, p95 {foreseen.p95:.3f} s")
     content = {
         "machine": machine_name(),
-        "overheads": [asdict(overhead) for overhead in overheads],
+        "overheads": [{**asdict(overhead), "ratio": overhead.ratio} for overhead in overheads],
         "rows": [asdict(row) for row in rows],
         "foreseen": asdict(foreseen),
     }
