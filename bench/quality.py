@@ -10,6 +10,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
@@ -71,9 +72,14 @@ class QualityBench:
         self._cases = cases
         self._batch = batch
         self._scorers = scorers or {}
-        rng = Random("references")
-        self._references = embed([_render(sample_scene(rng), rng) for _ in range(references)])
+        self._reference_count = references
         self._base_seconds: tuple[float, float] | None = None
+
+    @cached_property
+    def _references(self) -> metrics.Floats:
+        """Embeddings of renders, which only scenes are compared with."""
+        rng = Random("references")
+        return embed([_render(sample_scene(rng), rng) for _ in range(self._reference_count)])
 
     def renders(self) -> Measured:
         """The renderer's own row: what a perfect model would reach, by the same counts of images."""

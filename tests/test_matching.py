@@ -61,7 +61,7 @@ def test_gradient_leads_from_the_critics_clean_latent_to_the_guided_teachers(
     sigma = torch.sigmoid(torch.randn(2, generator=generator))
     level = sigma[:, None, None]
     noisy = (1 - level) * clean + level * torch.randn(clean.shape, generator=generator)
-    embeds, negatives = list(samples.embeds), list(samples.negatives)
+    embeds, negatives = samples.embeds, samples.negatives
     with torch.no_grad(), active(teacher.transformer, None):
         real = noisy - level * guided(teacher.transformer, embeds, negatives, GRID, 4.0)(noisy, sigma)
         fake = noisy - level * conditional(teacher.transformer, embeds, GRID)(noisy, sigma)

@@ -35,9 +35,9 @@ class Samples:
     """
 
     clean: torch.Tensor
-    embeds: Sequence[torch.Tensor]
-    negatives: Sequence[torch.Tensor]
-    read: Sequence[torch.Tensor]
+    embeds: list[torch.Tensor]
+    negatives: list[torch.Tensor]
+    read: list[torch.Tensor]
     grid: tuple[int, int]
 
 
@@ -83,10 +83,10 @@ class Matching:
         noisy, sigma, _ = self._diffuse(samples, generator)
         with torch.no_grad(), self.accelerator.autocast():
             with active(self.transformer, None):
-                embeds, negatives = list(samples.embeds), list(samples.negatives)
-                real = guided(self.transformer, embeds, negatives, samples.grid, self.guidance_scale)(noisy, sigma)
+                teacher = guided(self.transformer, samples.embeds, samples.negatives, samples.grid, self.guidance_scale)
+                real = teacher(noisy, sigma)
             with active(self.transformer, CRITIC):
-                fake = conditional(self.transformer, list(samples.read), samples.grid)(noisy, sigma)
+                fake = conditional(self.transformer, samples.read, samples.grid)(noisy, sigma)
         level = sigma.to(noisy)[:, None, None]
         real_clean, fake_clean = noisy - level * real, noisy - level * fake
         clean = samples.clean.detach()
@@ -97,7 +97,7 @@ class Matching:
         """Flow matching on the samples, under the critic's LoRA."""
         noisy, sigma, noise = self._diffuse(samples, generator)
         with self.accelerator.autocast(), active(self.transformer, CRITIC):
-            velocity = conditional(self.transformer, list(samples.read), samples.grid)(noisy, sigma)
+            velocity = conditional(self.transformer, samples.read, samples.grid)(noisy, sigma)
         return F.mse_loss(velocity, noise - samples.clean.detach())
 
     def _diffuse(self, samples: Samples, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
