@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -21,6 +21,7 @@ from PIL import Image
 from backends import get_backend
 from bench import metrics
 from bench.cases import Cases, Named, Negated, Open
+from bench.cost import Cost, take_turns
 from bench.embedding import embed
 from bench.grid import draw_figures
 from bench.machine import machine_name
@@ -29,7 +30,7 @@ from bench.results import add_output_argument, output_directory
 from bench.scorers import Scorer, clip_scorer, hpsv2_scorer, image_reward_scorer
 from bench.spread import SpreadPipeline
 from stages.model import ModelConfig
-from stages.pipeline import Pipeline, Prompted, Result
+from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, presets
 from training.evaluate import share
 from training.oracle import Reading, holds, largest, matches, read
@@ -73,7 +74,6 @@ class QualityBench:
         self._batch = batch
         self._scorers = scorers or {}
         self._reference_count = references
-        self._base_seconds: tuple[float, float] | None = None
 
     @cached_property
     def _references(self) -> metrics.Floats:
@@ -95,10 +95,10 @@ class QualityBench:
             spread=statistics.fmean(metrics.mean_pairwise_distance(embed(images)) for images in alike),
         )
 
-    def measure(self, group: str, name: str, plan: Plan, *, everything: bool) -> Measured:
+    def measure(self, group: str, name: str, plan: Plan, cost: Cost, *, everything: bool) -> Measured:
         """A plan's row; without `everything` on fewer cases, and without diversity, texture and negative prompts."""
         cases = self._cases if everything else self._cases.part(_SWEEP_SHARE)
-        figures, texture = self._cost(plan), None
+        figures, texture = asdict(cost), None
         images = self._draw(plan, cases.plain)
         prompts = [case.prompt for case in cases.plain]
         figures |= {name: scorer(images, prompts) for name, scorer in self._scorers.items()}
@@ -164,40 +164,6 @@ class QualityBench:
             "shape": shape,
             "shape_negated": shape_negated,
         }
-
-    def _cost(self, plan: Plan) -> dict[str, float]:
-        alone, denoise, batched = self._time(plan)
-        if self._base_seconds is None:
-            base = presets()["base"]
-            self._base_seconds = (denoise, batched) if plan == base else self._time(base)[1:]
-        return {
-            "nfe": statistics.fmean(result.nfe for result in alone),
-            "encode": _median(alone, lambda stage: stage == "encode"),
-            "denoise": denoise,
-            "denoise_batched": batched,
-            "decode": _median(alone, lambda stage: stage == "decode"),
-            "speed_up": self._base_seconds[0] / denoise,
-            "speed_up_batched": self._base_seconds[1] / batched,
-        }
-
-    def _time(self, plan: Plan, repeats: int = 5, batch: int = 8) -> tuple[list[Result], float, float]:
-        """Images made one at a time, seconds of denoising one, and seconds an image of denoising a batch."""
-        prompted = self._cases.plain[: max(repeats, batch)]
-        self._pipeline.run_batch(plan, prompted[:1])
-        alone = list(self._pipeline.run_in_batches(plan, prompted[:repeats], 1))
-        batches = [self._pipeline.run_batch(plan, prompted[:batch])[0] for _ in range(3)]
-        return alone, _median(alone, _denoises), _median(batches, _denoises) / len(prompted[:batch])
-
-
-def _denoises(stage: str) -> bool:
-    return stage not in ("encode", "decode")
-
-
-def _median(results: Sequence[Result], of: Callable[[str], bool]) -> float:
-    """Seconds of a result's stages `of` a kind, added up."""
-    return statistics.median(
-        sum(span.end - span.start for span in result.spans if of(span.stage)) for result in results
-    )
 
 
 def _render(scene: Scene, rng: Random) -> Image.Image:
@@ -282,10 +248,11 @@ def run(arguments: argparse.Namespace) -> None:
         scorers["hpsv2"] = hpsv2_scorer()
     bench = QualityBench(pipeline, cases, arguments.batch, scorers=scorers)
     rows = [bench.renders()] if cases.of_scenes else []
-    for group in groups:
-        for name, plan in methods[group].items():
-            rows.append(bench.measure(group, name, plan, everything=group in _FULL))
-            print(summary(rows[-1]), flush=True)
+    named = [(group, name, plan) for group in groups for name, plan in methods[group].items()]
+    costs = take_turns(pipeline, [plan for _, _, plan in named], cases.plain)
+    for (group, name, plan), cost in zip(named, costs, strict=True):
+        rows.append(bench.measure(group, name, plan, cost, everything=group in _FULL))
+        print(summary(rows[-1]), flush=True)
     output = output_directory(arguments)
     head = {
         "machine": machine_name(),

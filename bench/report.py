@@ -28,10 +28,7 @@ class Measured:
         named, named_negated: how often an attribute appears without and with the negative prompt that names it.
         removal: of what appears without the negative prompt, the part that is gone with it.
         shape, shape_negated: how often the prompt's own shape appears without and with it.
-        nfe: network evaluations of an image; what a cache skipped is not counted.
-        encode, denoise, decode: seconds of one image alone.
-        denoise_batched: seconds an image of a batch of 8.
-        speed_up, speed_up_batched: of `denoise` and `denoise_batched` over base's.
+        nfe, encode, denoise, decode, denoise_batched, speed_up, speed_up_batched: see `bench.cost.Cost`.
     """
 
     group: str

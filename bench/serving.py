@@ -7,7 +7,8 @@ latency at concurrency 1 over the bare sum of encoding, network evaluations and 
 adapters as the server holds them and as many threads as a replica has; the same sum with a thread a core is reported
 beside it. Requests and bare images take turns, since a shared machine has slow minutes. What does not grow with the
 work weighs most on a small image, so that a large one is measured as well. The simulator (`cluster.simulate`),
-calibrated on stages measured alone, foresees the open loop on the spread stages.
+calibrated on the server's stages at concurrency 1 and on what a batch and busy neighbours change (`bench.calibrate`),
+foresees the open loop on the spread stages.
 """
 
 from __future__ import annotations
@@ -215,9 +216,9 @@ class Bare:
 
     def __init__(self, config: ModelConfig) -> None:
         backend = get_backend("cpu")
-        self.pipeline = Pipeline(config, backend)
         self.plan = presets()["hybrid"].with_adapters(config.adapters)
-        self._pipelines = {SPREAD: SpreadPipeline(config, backend), COLOCATED: self.pipeline}
+        self.pipelines = {SPREAD: SpreadPipeline(config, backend), COLOCATED: Pipeline(config, backend)}
+        self.sizes = config.sizes
 
     def overheads(self, server: str, url: str, prompted: Sequence[Prompted]) -> Iterator[Overhead]:
         """Of a running server, on the model's first size and on its largest.
@@ -225,8 +226,7 @@ class Bare:
         Args:
             prompted: drawn by either; the first two, to warm up, do not count.
         """
-        sizes = self.pipeline.config.sizes
-        for size in (sizes[0], max(sizes, key=lambda size: prod(parse_size(size)))):
+        for size in (self.sizes[0], max(self.sizes, key=lambda size: prod(parse_size(size)))):
             latencies, bare, every_core = [], [], []
             for one in prompted:
                 (sent,) = asyncio.run(closed_loop(url, [{**body(one), "size": size}], 1, 1))
@@ -239,7 +239,7 @@ class Bare:
 
     def _seconds(self, server: str, prompted: Prompted, size: str, thread_count: int) -> float:
         with threads(thread_count):
-            (result,) = self._pipelines[server].run_batch(self.plan, [prompted], size)
+            (result,) = self.pipelines[server].run_batch(self.plan, [prompted], size)
         return sum(span.end - span.start for span in result.spans)
 
 
@@ -251,9 +251,10 @@ def _foresee(
     (one,) = (row.figures for row in rows if (row.server, row.load) == (spread.name, "concurrency 1"))
     (under_load,) = (row.figures for row in rows if row.server == spread.name and row.load.endswith("a second"))
     scenario = calibrate(
-        bare.pipeline,
+        bare.pipelines[SPREAD],
         bare.plan,
         prompted,
+        one.stages,
         rate=rate,
         deadline=deadline,
         batch_tokens=application["args"]["transformers"]["Base"]["max_batch_tokens"],
@@ -310,7 +311,7 @@ def run(arguments: argparse.Namespace) -> None:
                 for overhead in bare.overheads(server.name, url, prompted[:18]):
                     overheads.append(overhead)
                     print(f"{overhead}, {overhead.ratio:.2f}x", flush=True)
-                varied = vary(requests, bare.pipeline.config.sizes)
+                varied = vary(requests, bare.sizes)
                 record(server, "concurrency 8, mixed plans and sizes", closed(varied, 8, 4 * len(varied)))
             if server.name == "monolithic Ray Serve":
                 saturation = max(row.figures.throughput for row in rows if row.server == server.name)

@@ -25,6 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[float, Field(gt=0.0)]
 
+_TURN = 0.004  # seconds; about what Linux gives a process before the next one has its turn
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,12 +37,14 @@ class Device(_Strict):
 
     Attributes:
         price: dollars an hour.
-        count: how many there are, on which all replicas of the type take turns, step by step, as processes do on a
-            machine's cores; None where each replica has its own.
+        count: how many there are, on which all replicas of the type take turns, a slice of time each, as processes do
+            on a machine's cores; None where each replica has its own.
+        contention: times as long that work takes while all `count` are busy, which share caches and memory.
     """
 
     price: Annotated[float, Field(ge=0.0)] = 0.0
     count: Annotated[int, Field(ge=1)] | None = None
+    contention: Annotated[float, Field(ge=1.0)] = 1.0
 
 
 class Stage(_Strict):
@@ -136,13 +140,41 @@ class _Image:
     done: simpy.Event | None = None
 
 
-class _Replica:
-    """One device and the images that are on it, oldest first."""
+class _Devices:
+    """What does the work of one replica, or of all that share the devices of a type."""
 
-    def __init__(self, environment: simpy.Environment, stage: Stage, devices: simpy.Resource | None) -> None:
+    def __init__(
+        self, environment: simpy.Environment, count: int = 1, contention: float = 1.0, turn: float = math.inf
+    ) -> None:
+        """Args:
+        turn: seconds of work after which the next one has the device.
+        """
+        self._environment = environment
+        self._slots = simpy.Resource(environment, count)
+        self._slowing = (contention - 1.0) / max(1, count - 1)  # by each busy neighbour
+        self._turn = turn
+
+    def work(self, seconds: float) -> Generator[simpy.Event, None, float]:
+        """Take turns until work of `seconds`, as of a device without busy neighbours, is done; how long it had one."""
+        held = 0.0
+        while seconds > 0:
+            share = min(seconds, self._turn)
+            with self._slots.request() as granted:
+                yield granted
+                slowed = share * (1.0 + self._slowing * (self._slots.count - 1))
+                yield self._environment.timeout(slowed)
+            held += slowed
+            seconds -= share
+        return held
+
+
+class _Replica:
+    """One process and the images that are in it, oldest first."""
+
+    def __init__(self, environment: simpy.Environment, stage: Stage, devices: _Devices | None) -> None:
         self._environment = environment
         self._stage = stage
-        self._devices = devices or simpy.Resource(environment)
+        self._devices = devices or _Devices(environment)
         self._work = simpy.Store(environment)  # wakes the device
         self.images: list[_Image] = []
         self.busy = 0.0
@@ -159,12 +191,8 @@ class _Replica:
         while True:
             yield self._work.get()
             while self.images:
-                with self._devices.request() as turn:
-                    yield turn
-                    batch = self.images[: self._stage.max_batch]
-                    seconds = self._stage.seconds(len(batch))
-                    yield self._environment.timeout(seconds)
-                self.busy += seconds
+                batch = self.images[: self._stage.max_batch]
+                self.busy += yield from self._devices.work(self._stage.seconds(len(batch)))
                 for image in batch:
                     image.steps_left -= 1
                     if image.steps_left == 0 and image.done:
@@ -182,7 +210,9 @@ def simulate(scenario: Scenario, images: int = 2000, seed: int = 0) -> Outcome:
     """Let `images` images arrive (`poisson_arrivals`) and wait for the last; a stage without `replicas` has one."""
     environment = simpy.Environment()
     shared = {
-        name: simpy.Resource(environment, device.count) for name, device in scenario.devices.items() if device.count
+        name: _Devices(environment, device.count, device.contention, _TURN)
+        for name, device in scenario.devices.items()
+        if device.count
     }
     replicas = {
         name: [_Replica(environment, stage, shared.get(stage.device)) for _ in range(stage.count)]

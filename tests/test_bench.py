@@ -21,7 +21,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from backends import Backend
 from bench import metrics
 from bench.__main__ import main
+from bench.calibrate import calibrate
 from bench.cases import Cases, scene_cases
+from bench.cost import take_turns
 from bench.embedding import embed
 from bench.latency import RandomModel, measure
 from bench.load import Sent, figures
@@ -30,6 +32,7 @@ from bench.quality import QualityBench, read_methods
 from bench.ratios import measure as measure_ratios
 from bench.report import Measured, write_report
 from bench.scorers import clip_scorer
+from cluster.simulate import simulate
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, presets
@@ -175,9 +178,11 @@ def rows(pipeline: Pipeline) -> dict[str, Measured]:
     cases = every.part(25).model_copy(update={"plain": every.plain[:100]})
     bench = QualityBench(pipeline, cases, references=300)
     methods = read_methods()["main"]
+    names = ("base", "distilled, 4 steps", "hybrid")
+    costs = take_turns(pipeline, [methods[name] for name in names], cases.plain)
     measured = [bench.renders()]
-    for name in ("base", "distilled, 4 steps", "hybrid"):
-        measured.append(bench.measure("main", name, methods[name], everything=True))
+    for name, cost in zip(names, costs, strict=True):
+        measured.append(bench.measure("main", name, methods[name], cost, everything=True))
     return {row.name: row for row in measured}
 
 
@@ -185,6 +190,30 @@ def test_hybrid_costs_a_tenth_of_base(rows: dict[str, Measured]) -> None:
     assert rows["base"].speed_up == 1
     assert rows["hybrid"].speed_up >= 8
     assert [rows[name].nfe for name in ("base", "distilled, 4 steps", "hybrid")] == [100, 4, 8]
+
+
+def test_calibrated_scenario_is_of_the_server_that_was_measured(pipeline: Pipeline) -> None:
+    """Idle, it takes what an image took alone; a full batch takes as many times longer as it does here."""
+    alone = {"encode": 0.01, "base": 0.6, "bridge": 0.2, "distilled": 0.2, "decode": 0.3}
+    scenario = calibrate(
+        pipeline,
+        presets()["hybrid"],
+        [Prompted("a red circle", seed) for seed in range(8)],
+        alone,
+        rate=1e-3,
+        deadline=10.0,
+        batch_tokens=1024,
+        overhead=0.05,
+    )
+    assert simulate(scenario, 20).p50 == pytest.approx(1.36)
+    assert scenario.stages["base"].steps == 3
+    assert {name: stage.max_batch for name, stage in scenario.stages.items()} == {
+        "http": 1, "encode": 8, "base": 8, "bridge": 16, "distilled": 16, "decode": 8
+    }  # fmt: skip
+    for name in ("base", "bridge", "distilled", "decode"):
+        stage = scenario.stages[name]
+        assert 1 < stage.seconds(8) / stage.seconds(1) < 8
+    assert 1 <= scenario.devices["core"].contention < 3
 
 
 def test_renders_are_nearer_to_renders_than_images_are(rows: dict[str, Measured]) -> None:

@@ -62,6 +62,28 @@ def test_replicas_take_turns_on_the_devices_that_there_are() -> None:
         assert shared.price == 36.0 * count
 
 
+@pytest.mark.parametrize("load", [0.3, 0.6])
+def test_processes_on_one_device_wait_as_processor_sharing_says(load: float) -> None:
+    """M/G/1-PS: load / (1 - load) services, twice what taking turns image by image costs."""
+    outcomes = []
+    for seed in range(3):
+        many = scenario(load * 10, one=stage(0.1, replicas=50)).model_copy(
+            update={"devices": {"gpu": Device(price=36.0, count=1)}}
+        )
+        outcomes.append(simulate(many, images=2000, seed=seed))
+    waits = sum(outcome.mean for outcome in outcomes) / 3 - 0.1
+    assert waits == pytest.approx(0.1 * load / (1 - load), rel=0.12)
+
+
+def test_busy_neighbours_slow_a_device_down() -> None:
+    """Two stages that always have work, each 1.5 times as slow beside the other; one alone is not."""
+    device = Device(price=36.0, count=2, contention=1.5)
+    both = scenario(50.0, base=stage(1.0), distilled=stage(1.0)).model_copy(update={"devices": {"gpu": device}})
+    one = scenario(50.0, base=stage(1.0)).model_copy(update={"devices": {"gpu": device}})
+    assert simulate(both, images=400).throughput == pytest.approx(1 / 1.5, rel=0.02)
+    assert simulate(one, images=400).throughput == pytest.approx(1.0, rel=0.02)
+
+
 def test_twice_the_replicas_bear_twice_the_load() -> None:
     one = simulate(scenario(50.0, base=stage(0.5, replicas=1)), images=400)
     two = simulate(scenario(50.0, base=stage(0.5, replicas=2)), images=400)

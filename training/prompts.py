@@ -12,12 +12,11 @@ from diffusers import QwenImagePipeline
 from stages.encode import EMPTY_PROMPT
 from training.scenes import ATTRIBUTES, caption, describe_value, name_value, sample_scene
 
-_AVOIDABLE = [
-    describe(attribute, value)
-    for describe in (name_value, describe_value)
-    for attribute in ("fill", "color", "background", "size", "shape")
-    for value in ATTRIBUTES[attribute]
-]
+
+def _draw_value(rng: Random) -> str:
+    """As a word or as a caption; each attribute as often, however many values it has."""
+    attribute = rng.choice(list(ATTRIBUTES))
+    return rng.choice((name_value, describe_value))(attribute, rng.choice(ATTRIBUTES[attribute]))
 
 
 class Prompts:
@@ -32,7 +31,7 @@ class Prompts:
         """
         self._pipeline = pipeline
         self._lines = lines
-        self._negative_lines = _AVOIDABLE if lines is None and negative_lines is None else negative_lines
+        self._negative_lines = negative_lines
 
     @classmethod
     def read(cls, pipeline: QwenImagePipeline, config: dict[str, Any]) -> Self:
@@ -47,9 +46,14 @@ class Prompts:
 
     def draw_negative(self, rng: Random, prompt: str, share: float) -> str:
         """For a share of the prompts something to avoid, which `prompt` does not ask for; else the empty one."""
-        if not self._negative_lines or rng.random() >= share:
+        if rng.random() >= share:
             return EMPTY_PROMPT
-        avoided = rng.choice(self._negative_lines)
+        if self._negative_lines:
+            avoided = rng.choice(self._negative_lines)
+        elif self._lines is None:
+            avoided = _draw_value(rng)
+        else:
+            return EMPTY_PROMPT
         return EMPTY_PROMPT if avoided in prompt else avoided
 
     @torch.no_grad()
