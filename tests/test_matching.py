@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import QwenImagePipeline
 
-from training.adapters import active, add_lora
+from training.adapters import Lora, active, add_lora
 from training.loop import load_pipeline
-from training.matching import CRITIC, Matching, Samples
+from training.matching import Matching, Samples
 from training.prompts import Prompts
 from training.sampling import conditional, guided
 
@@ -27,9 +27,10 @@ def teacher() -> QwenImagePipeline:
 
 
 @pytest.fixture(scope="module")
-def critic(teacher: QwenImagePipeline) -> list[torch.nn.Parameter]:
+def critic(teacher: QwenImagePipeline) -> Lora:
     """A LoRA that changes nothing yet."""
-    return add_lora(teacher.transformer, CRITIC, rank=4)
+    parameters = add_lora(teacher.transformer, "critic", rank=4)
+    return Lora("critic", parameters, torch.optim.AdamW(parameters, lr=1e-2))
 
 
 @pytest.fixture
@@ -40,20 +41,19 @@ def samples(teacher: QwenImagePipeline) -> Samples:
     return Samples(clean, embeds, negatives, embeds, GRID)
 
 
-def matching(teacher: QwenImagePipeline, critic: list[torch.nn.Parameter], guidance_scale: float) -> Matching:
-    optimizer = torch.optim.AdamW(critic, lr=1e-2)
-    return Matching(Accelerator(cpu=True), teacher.transformer, critic, optimizer, 1, guidance_scale, 0.0, 1.0)
+def matching(teacher: QwenImagePipeline, critic: Lora, guidance_scale: float) -> Matching:
+    return Matching(Accelerator(cpu=True), teacher.transformer, critic, 1, guidance_scale, 0.0, 1.0)
 
 
 def test_nothing_is_pushed_where_the_critic_agrees_with_the_teacher(
-    teacher: QwenImagePipeline, critic: list[torch.nn.Parameter], samples: Samples
+    teacher: QwenImagePipeline, critic: Lora, samples: Samples
 ) -> None:
     loss = matching(teacher, critic, guidance_scale=1.0).loss(samples, torch.Generator().manual_seed(1))
     assert float(loss) < 1e-9
 
 
 def test_gradient_leads_from_the_critics_clean_latent_to_the_guided_teachers(
-    teacher: QwenImagePipeline, critic: list[torch.nn.Parameter], samples: Samples
+    teacher: QwenImagePipeline, critic: Lora, samples: Samples
 ) -> None:
     matching(teacher, critic, guidance_scale=4.0).loss(samples, torch.Generator().manual_seed(1)).backward()
     assert samples.clean.grad is not None
@@ -70,7 +70,7 @@ def test_gradient_leads_from_the_critics_clean_latent_to_the_guided_teachers(
 
 
 def test_critic_learns_the_samples_and_the_base_model_stays(
-    teacher: QwenImagePipeline, critic: list[torch.nn.Parameter], samples: Samples
+    teacher: QwenImagePipeline, critic: Lora, samples: Samples
 ) -> None:
     match = matching(teacher, critic, guidance_scale=1.0)
 
@@ -84,7 +84,7 @@ def test_critic_learns_the_samples_and_the_base_model_stays(
         moved = Samples(
             samples.clean.detach() + parameter, samples.embeds, samples.negatives, samples.read, samples.grid
         )
-        optimizer = torch.optim.SGD([parameter], lr=1e-3)
-        match.update(CRITIC, [parameter], optimizer, moved, torch.Generator().manual_seed(seed))
+        lora = Lora("critic", [parameter], torch.optim.SGD([parameter], lr=1e-3))
+        match.update(lora, moved, torch.Generator().manual_seed(seed))
     assert loss() < before
     assert torch.equal(weights, teacher.transformer.proj_out.weight)

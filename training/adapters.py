@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -16,6 +18,22 @@ TARGETS = [
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     "net.0.proj", "net.2", "img_mod.1", "txt_mod.1",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One under training: its name on the transformer, its parameters, and what moves them."""
+
+    name: str
+    parameters: Sequence[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+    def descend(self, accelerator: Accelerator, loss: torch.Tensor) -> None:
+        """One step down `loss`, by a gradient of norm 1 at most."""
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def add_lora(transformer: QwenImageTransformer2DModel, name: str, rank: int) -> list[torch.nn.Parameter]:

@@ -24,9 +24,9 @@ from accelerate.utils import set_seed
 
 from stages.plan import presets
 from stages.sigmas import stage_sigmas
-from training.adapters import active, add_lora, save_lora
-from training.loop import Schedule, advance, load_pipeline, one_cycle, parse_arguments, read_config, train
-from training.matching import CRITIC, Matching, Samples
+from training.adapters import active, save_lora
+from training.loop import Schedule, load_pipeline, parse_arguments, read_config, train
+from training.matching import Samples, prepare
 from training.prompts import Prompts
 from training.sampling import integrate, of_stage, read_by, sample_grid
 from training.trajectories import Trajectories
@@ -40,15 +40,8 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision="bf16")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     pipeline.load_lora_weights(arguments.distilled, adapter_name="distilled")
-    transformer = pipeline.transformer.requires_grad_(False)
-    parameters = add_lora(transformer, "bridge", config["rank"])
-    critic = add_lora(transformer, CRITIC, config["rank"])
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    critic_optimizer = torch.optim.AdamW(critic, lr=config["critic_learning_rate"], betas=(0.0, 0.99), weight_decay=0.0)
-    transformer, optimizer, critic_optimizer, scheduler = accelerator.prepare(
-        transformer, optimizer, critic_optimizer, one_cycle(optimizer, schedule)
-    )
-    matching = Matching(accelerator, transformer, critic, critic_optimizer, **config["matching"])
+    lora, scheduler, matching = prepare(accelerator, pipeline.transformer, "bridge", config, schedule)
+    transformer = matching.transformer
     prompts = Prompts(pipeline)
     taught = Trajectories.load(arguments.trajectories)
     plan = presets()[config["plan"]]
@@ -78,7 +71,7 @@ def main() -> None:
             reached = integrate(velocity, starts[rows].float().to(accelerator.device), sigmas)[-1]
         # In units of velocity, whatever the length of the bridge.
         loss = F.mse_loss(reached, target) / (bridge.sigma_start - bridge.sigma_end) ** 2
-        advance(accelerator, loss, parameters, optimizer)
+        lora.descend(accelerator, loss)
         return {"regression": loss.detach()}
 
     def match(
@@ -91,7 +84,7 @@ def main() -> None:
                 latents = integrate(velocity, starts[rows].float().to(accelerator.device), sigmas[:-1])[-1]
             clean = latents - sigmas[-2] * velocity(latents, sigmas[-2].expand(len(rows)))
         samples = Samples(clean, embeds, negatives, read_by(bridge, embeds, negatives), taught.grid)
-        return matching.update("bridge", parameters, optimizer, samples, generator)
+        return matching.update(lora, samples, generator)
 
     def step(index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{schedule.seed} {index}")

@@ -23,9 +23,9 @@ from stages.encode import EMPTY_PROMPT
 from stages.model import PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
-from training.adapters import active, add_lora, save_lora
-from training.loop import Schedule, advance, load_pipeline, one_cycle, parse_arguments, read_config, train
-from training.matching import CRITIC, Matching, Samples
+from training.adapters import active, save_lora
+from training.loop import Schedule, load_pipeline, parse_arguments, read_config, train
+from training.matching import Samples, prepare
 from training.prompts import Prompts
 from training.sampling import conditional, integrate, sample_grid
 from training.trajectories import Trajectories
@@ -38,15 +38,8 @@ def main() -> None:
     set_seed(schedule.seed)
     accelerator = Accelerator(mixed_precision="bf16")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
-    transformer = pipeline.transformer.requires_grad_(False)
-    student = add_lora(transformer, "distilled", config["rank"])
-    critic = add_lora(transformer, CRITIC, config["rank"])
-    student_optimizer = torch.optim.AdamW(student, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    critic_optimizer = torch.optim.AdamW(critic, lr=config["critic_learning_rate"], betas=(0.0, 0.99), weight_decay=0.0)
-    transformer, student_optimizer, critic_optimizer, scheduler = accelerator.prepare(
-        transformer, student_optimizer, critic_optimizer, one_cycle(student_optimizer, schedule)
-    )
-    matching = Matching(accelerator, transformer, critic, critic_optimizer, **config["matching"])
+    lora, scheduler, matching = prepare(accelerator, pipeline.transformer, "distilled", config, schedule)
+    transformer = matching.transformer
     prompts = Prompts.read(pipeline, config)
     (negative,) = prompts.embed([EMPTY_PROMPT])
     taught = Trajectories.load(arguments.trajectories)
@@ -75,7 +68,7 @@ def main() -> None:
         with accelerator.autocast(), active(transformer, "distilled"):
             velocity = conditional(transformer, embeds, taught.grid)(start.to(accelerator.device), sigma)
         loss = F.mse_loss(velocity, target)
-        advance(accelerator, loss, student, student_optimizer)
+        lora.descend(accelerator, loss)
         return {"regression": loss.detach()}
 
     def match(rng: Random, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -102,7 +95,7 @@ def main() -> None:
             clean = latents - sigmas[index] * walk(latents, sigmas[index].expand(count))
 
         samples = Samples(clean, embeds, [negative] * count, embeds, grid)
-        return matching.update("distilled", student, student_optimizer, samples, generator)
+        return matching.update(lora, samples, generator)
 
     def step(index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{schedule.seed} {index}")

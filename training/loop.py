@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,19 +86,6 @@ def one_cycle(
         final_div_factor=100 / 25,
         cycle_momentum=False,
     )
-
-
-def advance(
-    accelerator: Accelerator,
-    loss: torch.Tensor,
-    parameters: Sequence[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """One optimizer step down `loss`, by a gradient of norm 1 at most."""
-    accelerator.backward(loss)
-    accelerator.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def train(

@@ -7,20 +7,19 @@ the blurred mean of what could follow, this draws every sample towards what the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
+from torch.optim.lr_scheduler import LRScheduler
 
-from training.adapters import active
+from training.adapters import Lora, active, add_lora
 from training.base import draw_sigmas
-from training.loop import advance
+from training.loop import Schedule, one_cycle
 from training.sampling import conditional, guided
-
-CRITIC = "critic"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ class Matching:
     """Updates a LoRA and its critic, both of which are on `transformer`.
 
     Attributes:
-        critic, critic_optimizer: parameters of the LoRA `CRITIC`, and what moves them.
         critic_updates: of the critic for each of the LoRA.
         guidance_scale: the teacher's.
         sigma_mean, sigma_deviation: of the logit-normal noise levels at which scores are compared.
@@ -54,28 +52,20 @@ class Matching:
 
     accelerator: Accelerator
     transformer: QwenImageTransformer2DModel
-    critic: Sequence[torch.nn.Parameter]
-    critic_optimizer: torch.optim.Optimizer
+    critic: Lora
     critic_updates: int
     guidance_scale: float
     sigma_mean: float
     sigma_deviation: float
 
-    def update(
-        self,
-        name: str,
-        parameters: Sequence[torch.nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        samples: Samples,
-        generator: torch.Generator,
-    ) -> dict[str, torch.Tensor]:
-        """One update of LoRA `name`, which made the samples, and those of the critic; their losses."""
+    def update(self, lora: Lora, samples: Samples, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """One update of the LoRA that made the samples, and those of the critic; their losses."""
         loss = self.loss(samples, generator)
-        with active(self.transformer, name):
-            advance(self.accelerator, loss, parameters, optimizer)
+        with active(self.transformer, lora.name):
+            lora.descend(self.accelerator, loss)
         for _ in range(self.critic_updates):
             critic_loss = self.critic_loss(samples, generator)
-            advance(self.accelerator, critic_loss, self.critic, self.critic_optimizer)
+            self.critic.descend(self.accelerator, critic_loss)
         return {"matching": loss.detach(), "critic": critic_loss.detach()}
 
     def loss(self, samples: Samples, generator: torch.Generator) -> torch.Tensor:
@@ -85,7 +75,7 @@ class Matching:
             with active(self.transformer, None):
                 teacher = guided(self.transformer, samples.embeds, samples.negatives, samples.grid, self.guidance_scale)
                 real = teacher(noisy, sigma)
-            with active(self.transformer, CRITIC):
+            with active(self.transformer, self.critic.name):
                 fake = conditional(self.transformer, samples.read, samples.grid)(noisy, sigma)
         level = sigma.to(noisy)[:, None, None]
         real_clean, fake_clean = noisy - level * real, noisy - level * fake
@@ -96,7 +86,7 @@ class Matching:
     def critic_loss(self, samples: Samples, generator: torch.Generator) -> torch.Tensor:
         """Flow matching on the samples, under the critic's LoRA."""
         noisy, sigma, noise = self._diffuse(samples, generator)
-        with self.accelerator.autocast(), active(self.transformer, CRITIC):
+        with self.accelerator.autocast(), active(self.transformer, self.critic.name):
             velocity = conditional(self.transformer, samples.read, samples.grid)(noisy, sigma)
         return F.mse_loss(velocity, noise - samples.clean.detach())
 
@@ -106,3 +96,23 @@ class Matching:
         sigma = draw_sigmas(len(clean), self.sigma_mean, self.sigma_deviation, generator)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         return torch.lerp(clean, noise, sigma.to(noise)[:, None, None]), sigma, noise
+
+
+def prepare(
+    accelerator: Accelerator,
+    transformer: QwenImageTransformer2DModel,
+    name: str,
+    config: dict[str, Any],
+    schedule: Schedule,
+) -> tuple[Lora, LRScheduler, Matching]:
+    """LoRA `name` and its critic on a transformer that stays as it is, with what trains them by a trainer's config."""
+    transformer.requires_grad_(False)
+    parameters = add_lora(transformer, name, config["rank"])
+    critic = add_lora(transformer, "critic", config["rank"])
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    critic_optimizer = torch.optim.AdamW(critic, lr=config["critic_learning_rate"], betas=(0.0, 0.99), weight_decay=0.0)
+    transformer, optimizer, critic_optimizer, scheduler = accelerator.prepare(
+        transformer, optimizer, critic_optimizer, one_cycle(optimizer, schedule)
+    )
+    matching = Matching(accelerator, transformer, Lora("critic", critic, critic_optimizer), **config["matching"])
+    return Lora(name, parameters, optimizer), scheduler, matching
