@@ -6,9 +6,8 @@ the monolith by an open loop (Poisson arrivals) at 70 % of the monolith's satura
 latency at concurrency 1 over the bare sum of encoding, network evaluations and decoding in one process, with the
 adapters as the server holds them and as many threads as a replica has; the same sum with a thread a core is reported
 beside it. Requests and bare images take turns, since a shared machine has slow minutes. What does not grow with the
-work weighs most on a small image, so that a large one is measured as well. The simulator (`cluster.simulate`),
-calibrated on the server's stages at concurrency 1 and on what a batch and busy neighbours change (`bench.calibrate`),
-foresees the open loop on the spread stages.
+work weighs most on a small image, so that a large one is measured as well. Last, the simulator (`cluster.simulate`)
+must foresee what the spread stages do (`bench.forecast`).
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ import psutil
 import yaml
 
 from backends import get_backend
-from bench.calibrate import REPLICA_THREADS, calibrate, threads
+from bench.calibrate import REPLICA_THREADS, threads
 from bench.cases import Cases
+from bench.forecast import Forecast, forecasts
 from bench.load import LoadFigures, closed_loop, figures, open_loop
 from bench.machine import machine_name
 from bench.results import add_output_argument, output_directory, write_json
 from bench.spread import SpreadPipeline
-from cluster.simulate import Outcome, simulate
 from stages.model import ModelConfig, parse_size
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import presets
@@ -52,6 +51,7 @@ SPREAD, COLOCATED = "three stages, spread", "three stages, co-located"
 _START_TIMEOUT = 300.0  # seconds
 _SATURATION = 0.7  # of the monolith's throughput, for the open loop
 _OPEN_LOOP = 3  # times as long as a closed one: its tail is what counts
+_FORECAST = 6  # and to compare with a simulated tail
 
 
 @dataclass(frozen=True)
@@ -243,26 +243,6 @@ class Bare:
         return sum(span.end - span.start for span in result.spans)
 
 
-def _foresee(
-    bare: Bare, spread: Server, prompted: Sequence[Prompted], rows: Sequence[Row], rate: float, deadline: float
-) -> Outcome:
-    """What the simulator says of the spread stages' open loop, at its arrivals, from their latency at concurrency 1."""
-    (application,) = (spread.config or {})["applications"]
-    (one,) = (row.figures for row in rows if (row.server, row.load) == (spread.name, "concurrency 1"))
-    (under_load,) = (row.figures for row in rows if row.server == spread.name and row.load.endswith("a second"))
-    scenario = calibrate(
-        bare.pipelines[SPREAD],
-        bare.plan,
-        prompted,
-        one.stages,
-        rate=rate,
-        deadline=deadline,
-        batch_tokens=application["args"]["transformers"]["Base"]["max_batch_tokens"],
-        overhead=one.elsewhere,
-    )
-    return simulate(scenario, under_load.requests)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, nargs="?", default=ROOT / "configs" / "scenes.yaml")
     parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 2, 4, 8, 16])
@@ -293,6 +273,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     bare = Bare(ModelConfig.read(model))
     overheads: list[Overhead] = []
+    foreseen: list[Forecast] = []
     saturation = 0.0
     compared = servers(model)
     for server in reversed(compared):  # the monolith tells the rate of the open loop
@@ -319,12 +300,25 @@ def run(arguments: argparse.Namespace) -> None:
                 rate = _SATURATION * saturation
                 sent = asyncio.run(open_loop(url, requests, rate, round(rate * arguments.seconds * _OPEN_LOOP)))
                 record(server, f"{rate:.2f} a second", figures(sent, arguments.deadline))
-    foreseen = _foresee(bare, compared[0], prompted, rows, _SATURATION * saturation, arguments.deadline)
-    print(f"the simulator foresaw {foreseen.throughput:.2f} images/s, p50 {foreseen.p50:.3f}, p95 {foreseen.p95:.3f} s")
+            if server.name == SPREAD:
+                (application,) = (server.config or {})["applications"]
+                for forecast in forecasts(
+                    url,
+                    requests,
+                    bare.pipelines[SPREAD],
+                    bare.plan,
+                    prompted,
+                    rate=rate,
+                    seconds=arguments.seconds * _FORECAST,
+                    deadline=arguments.deadline,
+                    batch_tokens=application["args"]["transformers"]["Base"]["max_batch_tokens"],
+                ):
+                    foreseen.append(forecast)
+                    print(f"{forecast}, {forecast.error:+.0%}", flush=True)
     content = {
         "machine": machine_name(),
         "overheads": [{**asdict(overhead), "ratio": overhead.ratio} for overhead in overheads],
         "rows": [asdict(row) for row in rows],
-        "foreseen": asdict(foreseen),
+        "forecasts": [{**asdict(forecast), "error": forecast.error} for forecast in foreseen],
     }
     write_json(output / "serving.json", content)

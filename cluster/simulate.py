@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -121,7 +121,7 @@ class Outcome:
         throughput: images a second, from the first arrival to the last departure.
         mean, p50, p95, p99: seconds from arrival to departure.
         busy: stage -> share of the time that its replicas worked.
-        dollars_per_megapixel: at this load.
+        dollars_per_megapixel: at this throughput.
     """
 
     throughput: float
@@ -135,7 +135,6 @@ class Outcome:
 
 @dataclass
 class _Image:
-    arrived: float
     steps_left: int = 0
     done: simpy.Event | None = None
 
@@ -206,46 +205,78 @@ def poisson_arrivals(rate: float, count: int, seed: int = 0) -> list[float]:
     return list(accumulate(rng.expovariate(rate) for _ in range(count)))
 
 
-def simulate(scenario: Scenario, images: int = 2000, seed: int = 0) -> Outcome:
-    """Let `images` images arrive (`poisson_arrivals`) and wait for the last; a stage without `replicas` has one."""
-    environment = simpy.Environment()
-    shared = {
-        name: _Devices(environment, device.count, device.contention, _TURN)
-        for name, device in scenario.devices.items()
-        if device.count
-    }
-    replicas = {
-        name: [_Replica(environment, stage, shared.get(stage.device)) for _ in range(stage.count)]
-        for name, stage in scenario.stages.items()
-    }
-    latencies: list[float] = []
+class _System:
+    """All replicas of a scenario, on a clock of their own; a stage without `replicas` has one."""
 
-    def one(image: _Image) -> Generator[simpy.Event, None, None]:
-        for pool in replicas.values():
-            if scenario.hop:
-                yield environment.timeout(scenario.hop)
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
+        self._latencies: list[float] = []
+        self.environment = environment = simpy.Environment()
+        shared = {
+            name: _Devices(environment, device.count, device.contention, _TURN)
+            for name, device in scenario.devices.items()
+            if device.count
+        }
+        self._pools = {
+            name: [_Replica(environment, stage, shared.get(stage.device)) for _ in range(stage.count)]
+            for name, stage in scenario.stages.items()
+        }
+
+    def draw(self) -> Generator[simpy.Event, None, None]:
+        """One image's way through the stages, from now on."""
+        image = _Image()
+        arrived = self.environment.now
+        for pool in self._pools.values():
+            if self._scenario.hop:
+                yield self.environment.timeout(self._scenario.hop)
             yield min(pool, key=lambda replica: len(replica.images)).enter(image)
-        latencies.append(environment.now - image.arrived)
+        self._latencies.append(self.environment.now - arrived)
 
-    def arrivals() -> Generator[simpy.Event, None, None]:
-        for arrival in poisson_arrivals(scenario.rate, images, seed):
-            yield environment.timeout(max(0.0, arrival - environment.now))
-            environment.process(one(_Image(arrival)))
+    def run(self, *sources: Generator[simpy.Event, None, None]) -> Outcome:
+        """Until all that `sources` let in has left."""
+        for source in sources:
+            self.environment.process(source)
+        self.environment.run()
+        p50, p95, p99 = np.percentile(self._latencies, [50, 95, 99])
+        elapsed = self.environment.now
+        throughput = len(self._latencies) / elapsed
+        return Outcome(
+            throughput=throughput,
+            mean=float(np.mean(self._latencies)),
+            p50=float(p50),
+            p95=float(p95),
+            p99=float(p99),
+            busy={name: sum(each.busy for each in pool) / len(pool) / elapsed for name, pool in self._pools.items()},
+            dollars_per_megapixel=self._scenario.price / 3600 / (throughput * self._scenario.megapixels),
+        )
 
-    environment.process(arrivals())
-    environment.run()
-    p50, p95, p99 = np.percentile(latencies, [50, 95, 99])
-    elapsed = environment.now
-    throughput = images / elapsed
-    return Outcome(
-        throughput=throughput,
-        mean=float(np.mean(latencies)),
-        p50=float(p50),
-        p95=float(p95),
-        p99=float(p99),
-        busy={name: sum(replica.busy for replica in pool) / len(pool) / elapsed for name, pool in replicas.items()},
-        dollars_per_megapixel=scenario.price / 3600 / (scenario.rate * scenario.megapixels),
-    )
+
+def simulate(scenario: Scenario, images: int = 2000, seed: int = 0) -> Outcome:
+    """Let `images` images arrive at random (`poisson_arrivals`) and wait for the last."""
+    return replay(scenario, poisson_arrivals(scenario.rate, images, seed))
+
+
+def replay(scenario: Scenario, arrivals: Sequence[float]) -> Outcome:
+    """Let an image arrive at each of these times, in seconds, and wait for the last."""
+    system = _System(scenario)
+
+    def arrive() -> Generator[simpy.Event, None, None]:
+        for arrival in arrivals:
+            yield system.environment.timeout(max(0.0, arrival - system.environment.now))
+            system.environment.process(system.draw())
+
+    return system.run(arrive())
+
+
+def circulate(scenario: Scenario, concurrency: int, images: int = 200) -> Outcome:
+    """Let `concurrency` clients each ask for its next image when it has one, about `images` in all."""
+    system = _System(scenario)
+
+    def client() -> Generator[simpy.Event, None, None]:
+        for _ in range(math.ceil(images / concurrency)):
+            yield system.environment.process(system.draw())
+
+    return system.run(*(client() for _ in range(concurrency)))
 
 
 def plan_replicas(scenario: Scenario, most: int = 1000) -> Scenario:

@@ -26,13 +26,13 @@ from bench.cases import Cases, scene_cases
 from bench.cost import take_turns
 from bench.embedding import embed
 from bench.latency import RandomModel, measure
-from bench.load import Sent, figures
+from bench.load import LoadFigures, Sent, figures
 from bench.prune import importance, prune, without
 from bench.quality import QualityBench, read_methods
 from bench.ratios import measure as measure_ratios
 from bench.report import Measured, write_report
 from bench.scorers import clip_scorer
-from cluster.simulate import simulate
+from cluster.simulate import circulate, replay
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, presets
@@ -192,20 +192,26 @@ def test_hybrid_costs_a_tenth_of_base(rows: dict[str, Measured]) -> None:
     assert [rows[name].nfe for name in ("base", "distilled, 4 steps", "hybrid")] == [100, 4, 8]
 
 
-def test_calibrated_scenario_is_of_the_server_that_was_measured(pipeline: Pipeline) -> None:
-    """Idle, it takes what an image took alone; a full batch takes as many times longer as it does here."""
+def test_calibrated_scenario_takes_what_the_server_took(pipeline: Pipeline) -> None:
+    """With one client and with two; and a full batch as many times longer as it does here."""
     alone = {"encode": 0.01, "base": 0.6, "bridge": 0.2, "distilled": 0.2, "decode": 0.3}
+
+    def took(latency: float) -> LoadFigures:
+        return figures([Sent(due=0.0, end=latency, stages=alone, error=None)], deadline=10.0)
+
     scenario = calibrate(
         pipeline,
         presets()["hybrid"],
         [Prompted("a red circle", seed) for seed in range(8)],
-        alone,
-        rate=1e-3,
+        one_client=took(1.36),
+        two_clients=took(1.9),
+        rate=1.0,
         deadline=10.0,
         batch_tokens=1024,
-        overhead=0.05,
     )
-    assert simulate(scenario, 20).p50 == pytest.approx(1.36)
+    assert replay(scenario, [0.0]).p50 == pytest.approx(1.36)
+    assert circulate(scenario, 2).mean == pytest.approx(1.9, rel=0.03)
+    assert scenario.devices["core"].contention > 1.05
     assert scenario.stages["base"].steps == 3
     assert {name: stage.max_batch for name, stage in scenario.stages.items()} == {
         "http": 1, "encode": 8, "base": 8, "bridge": 16, "distilled": 16, "decode": 8
@@ -213,7 +219,6 @@ def test_calibrated_scenario_is_of_the_server_that_was_measured(pipeline: Pipeli
     for name in ("base", "bridge", "distilled", "decode"):
         stage = scenario.stages[name]
         assert 1 < stage.seconds(8) / stage.seconds(1) < 8
-    assert 1 <= scenario.devices["core"].contention < 3
 
 
 def test_renders_are_nearer_to_renders_than_images_are(rows: dict[str, Measured]) -> None:

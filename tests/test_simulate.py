@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cluster.simulate import Device, Scenario, Stage, plan_replicas, read_scenarios, simulate
+from cluster.simulate import Device, Scenario, Stage, circulate, plan_replicas, read_scenarios, replay, simulate
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,6 +45,14 @@ def test_stages_pipeline_so_that_the_slowest_alone_bounds_the_throughput() -> No
     assert outcome.throughput == pytest.approx(2.0, rel=0.02)
     assert outcome.busy["base"] == pytest.approx(1.0, abs=0.02)
     assert outcome.busy["bridge"] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("clients", "latency"), [(1, 3.0), (3, 3.0), (6, 6.0)])
+def test_clients_that_wait_for_their_image_keep_as_many_in_the_system(clients: int, latency: float) -> None:
+    """Little's law; three stages of a second hold three without a queue."""
+    outcome = circulate(scenario(1.0, **{name: stage(1.0) for name in ("base", "bridge", "distilled")}), clients, 600)
+    assert outcome.mean == pytest.approx(latency, rel=0.02)
+    assert outcome.throughput == pytest.approx(clients / latency, rel=0.02)
 
 
 def test_a_batch_shares_the_fixed_part_of_a_step() -> None:
@@ -91,8 +99,8 @@ def test_twice_the_replicas_bear_twice_the_load() -> None:
 
 
 def test_cost_is_the_price_of_all_replicas_over_the_megapixels_of_the_load() -> None:
-    outcome = simulate(scenario(0.5, base=stage(0.5, replicas=3), decode=stage(0.1)), images=10)
-    assert outcome.dollars_per_megapixel == pytest.approx(4 * 36 / 3600 / (0.5 * 2))
+    outcome = replay(scenario(0.5, base=stage(0.5, replicas=3), decode=stage(0.1)), [2.0 * i for i in range(500)])
+    assert outcome.dollars_per_megapixel == pytest.approx(4 * 36 / 3600 / (0.5 * 2), rel=0.01)
 
 
 def test_planned_replicas_meet_the_deadline_and_one_fewer_would_not() -> None:
