@@ -14,60 +14,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import copy
-import itertools
-import os
-import socket
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
-import yaml
-
 from backends import get_backend
-from bench.calibrate import REPLICA_THREADS, threads
 from bench.cases import Cases
 from bench.forecast import Forecast, forecasts
 from bench.load import LoadFigures, closed_loop, figures, open_loop
 from bench.machine import machine_name
+from bench.overhead import Overhead, overheads
 from bench.results import add_output_argument, output_directory, write_json
+from bench.servers import COLOCATED, MONOLITH, ROOT, SPREAD, Server, resident_memory, servers, started
 from bench.spread import SpreadPipeline
-from stages.model import ModelConfig, parse_size
-from stages.pipeline import Pipeline, Prompted
+from bench.traffic import body, mixed, vary
+from stages.model import ModelConfig
+from stages.pipeline import Pipeline
 from stages.plan import presets
 
-ROOT = Path(__file__).parent.parent
-SPREAD, COLOCATED = "three stages, spread", "three stages, co-located"
-_START_TIMEOUT = 300.0  # seconds
 _SATURATION = 0.7  # of the monolith's throughput, for the open loop
 _OPEN_LOOP = 3  # times as long as a closed one: its tail is what counts
 _FORECAST = 6  # and to compare with a simulated tail
-
-
-@dataclass(frozen=True)
-class Server:
-    """How to start one.
-
-    Attributes:
-        command: with `{port}` and `{config}` to be filled in.
-        config: of `serve run`, if it takes a file.
-        slow: seconds an image are so many that only a few requests are sent.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    config: dict[str, Any] | None = None
-    slow: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,167 +48,88 @@ class Row:
     memory: int
 
 
-@dataclass(frozen=True)
-class Overhead:
-    """Of a server at concurrency 1, in seconds.
+class Comparison:
+    """Measures server after server on the same requests, and prints as it goes.
 
     Attributes:
-        bare, bare_all_cores: the same work in one process, with a replica's one thread and with a thread a core.
+        rows, overheads, forecasts: what was measured.
     """
 
-    server: str
-    size: str
-    latency: float
-    bare: float
-    bare_all_cores: float
+    def __init__(self, model: Path, concurrencies: Sequence[int], seconds: float, deadline: float) -> None:
+        """Args: as the command's."""
+        config, backend = ModelConfig.read(model), get_backend("cpu")
+        self.rows: list[Row] = []
+        self.overheads: list[Overhead] = []
+        self.forecasts: list[Forecast] = []
+        self._model = model
+        self._concurrencies = concurrencies
+        self._seconds = seconds
+        self._deadline = deadline
+        self._plan = presets()["hybrid"].with_adapters(config.adapters)
+        self._pipelines = {SPREAD: SpreadPipeline(config, backend), COLOCATED: Pipeline(config, backend)}
+        self._sizes = config.sizes
+        self._prompted = mixed(Cases.read(Path(__file__).parent / "cases" / "scenes-dev.yaml"))
+        self._requests = [body(case) for case in self._prompted]
+        self._rate = 0.0
 
-    @property
-    def ratio(self) -> float:
-        return self.latency / self.bare
+    def run(self) -> None:
+        for server in reversed(servers(self._model)):  # the monolith tells the rate of the open loops
+            with started(server, self._model) as url:
+                self._closed_loops(server, url)
+                if server.name == MONOLITH:
+                    throughputs = [row.figures.throughput for row in self.rows if row.server == MONOLITH]
+                    self._rate = _SATURATION * max(throughputs)
+                if server.name in self._pipelines:
+                    self._compare_with_bare(server, url)
+                if not server.slow:
+                    count = round(self._rate * self._seconds * _OPEN_LOOP)
+                    sent = asyncio.run(open_loop(url, self._requests, self._rate, count))
+                    self._record(server, f"{self._rate:.2f} a second", figures(sent, self._deadline))
+                if server.name == SPREAD:
+                    self._forecast(server, url)
 
+    def _closed(self, url: str, bodies: Sequence[dict[str, Any]], concurrency: int, count: int) -> LoadFigures:
+        return figures(asyncio.run(closed_loop(url, bodies, concurrency, count)), self._deadline)
 
-def colocated(config: dict[str, Any]) -> dict[str, Any]:
-    """`serve_config.yaml` with all stages in one deployment, on one set of weights."""
-    config = copy.deepcopy(config)
-    (application,) = config["applications"]
-    tokens = application["args"]["transformers"]["Base"]["max_batch_tokens"]
-    stages = {"stages": ["base", "bridge", "distilled"], "max_batch_tokens": tokens}
-    application["args"]["transformers"] = {"Transformer": stages}
-    deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
-    transformer = {**deployments["Base"], "name": "Transformer"}
-    application["deployments"] = [
-        transformer,
-        *(deployment for name, deployment in deployments.items() if name not in ("Base", "Bridge", "Distilled")),
-    ]
-    return config
+    def _closed_loops(self, server: Server, url: str) -> None:
+        """One for each concurrency, after one to warm up; each as long as the throughput before makes it."""
+        made = self._closed(url, self._requests, 2, 4 if server.slow else 24)
+        for concurrency in [1, 8] if server.slow else sorted({1, *self._concurrencies}):
+            count = max(concurrency * 2, 4, round(made.throughput * self._seconds))
+            made = self._closed(url, self._requests, concurrency, count)
+            self._record(server, f"concurrency {concurrency}", made)
 
+    def _compare_with_bare(self, server: Server, url: str) -> None:
+        pipeline = self._pipelines[server.name]
+        for overhead in overheads(server.name, url, pipeline, self._plan, self._prompted[:18]):
+            self.overheads.append(overhead)
+            print(f"{overhead}, {overhead.ratio:.2f}x", flush=True)
+        varied = vary(self._requests, self._sizes)
+        self._record(server, "concurrency 8, mixed plans and sizes", self._closed(url, varied, 8, 4 * len(varied)))
 
-def servers(model: Path) -> list[Server]:
-    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    config["applications"][0]["args"]["model"] = str(model)
-    monolith = {
-        "http_options": {"host": "127.0.0.1", "port": 0},
-        "applications": [
-            {
-                "name": "monolith",
-                "import_path": "bench.rivals.monolithic_serve:build",
-                "args": {"model": str(model), "plan": "hybrid"},
-                # It alone computes: a thread a core, where Ray's default is one.
-                "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(os.cpu_count())}},
-            }
-        ],
-    }
-    uvicorn = (sys.executable, "-m", "uvicorn", "bench.rivals.diffusers_fastapi:app", "--port", "{port}")
-    serve = (str(Path(sys.executable).with_name("serve")), "run", "{config}")
-    return [
-        Server(SPREAD, serve, config),
-        Server(COLOCATED, serve, colocated(config)),
-        Server("monolithic Ray Serve", serve, monolith),
-        Server("diffusers behind FastAPI, base", uvicorn, slow=True),
-    ]
+    def _forecast(self, server: Server, url: str) -> None:
+        (application,) = (server.config or {})["applications"]
+        for forecast in forecasts(
+            url,
+            self._requests,
+            self._pipelines[server.name],
+            self._plan,
+            self._prompted,
+            rate=self._rate,
+            seconds=self._seconds * _FORECAST,
+            deadline=self._deadline,
+            batch_tokens=application["args"]["transformers"]["Base"]["max_batch_tokens"],
+        ):
+            self.forecasts.append(forecast)
+            print(f"{forecast}, {forecast.error:+.0%}", flush=True)
 
-
-@contextmanager
-def started(server: Server, model: Path) -> Iterator[str]:
-    """Run a server; its address. Raises RuntimeError with its log if it does not get ready."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as directory:
-        path, log = Path(directory) / "serve.yaml", Path(directory) / "server.log"
-        if server.config:
-            config = copy.deepcopy(server.config)
-            config["http_options"]["port"] = port
-            path.write_text(yaml.safe_dump(config))
-        command = [part.format(port=port, config=path) for part in server.command]
-        environment = {**os.environ, "RIVAL_MODEL": str(model), "RAY_USAGE_STATS_ENABLED": "0"}
-        with log.open("w") as file:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + _START_TIMEOUT
-            while not _ready(url):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"{server.name} did not get ready:\n{log.read_text()[-4000:]}")
-                time.sleep(1)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
-            if server.config:
-                ray = Path(sys.executable).with_name("ray")
-                subprocess.run([str(ray), "stop", "--force"], check=False, capture_output=True)
-
-
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def _memory() -> int:
-    """Bytes resident in the server's own processes: those that hold a model or serve HTTP, without Ray's daemons."""
-    total = 0
-    for process in psutil.process_iter(["name", "cmdline"]):
-        title = " ".join(process.info["cmdline"] or ())
-        if title.startswith("ray::") or "uvicorn" in title:
-            total += process.memory_info().rss
-    return total
-
-
-def mixed(cases: Cases) -> list[Prompted]:
-    """Prompts of several kinds, some with a negative one, in turn."""
-    prompted = [*cases.negative[::4][:16], *cases.accuracy[:16], *cases.accuracy[-16:]]
-    return [case for _, case in sorted(enumerate(prompted), key=lambda pair: pair[0] * 7 % len(prompted))]
-
-
-def body(prompted: Prompted) -> dict[str, Any]:
-    """Of a request."""
-    made = {"prompt": prompted.prompt, "seed": prompted.seed}
-    return made | ({"negative_prompt": prompted.negative_prompt} if prompted.negative_prompt else {})
-
-
-def vary(requests: Sequence[dict[str, Any]], sizes: Sequence[str]) -> list[dict[str, Any]]:
-    """Two of three by the hybrid plan, one by the distilled, without its negative prompt; sizes in turn."""
-    varied = []
-    for index, (request, size) in enumerate(zip(requests, itertools.cycle(sizes), strict=False)):
-        plan = "distilled" if index % 3 == 2 else "hybrid"
-        kept = {key: value for key, value in request.items() if plan == "hybrid" or key != "negative_prompt"}
-        varied.append({**kept, "plan": plan, "size": size})
-    return varied
-
-
-class Bare:
-    """The hybrid plan in one process, without a server."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        backend = get_backend("cpu")
-        self.plan = presets()["hybrid"].with_adapters(config.adapters)
-        self.pipelines = {SPREAD: SpreadPipeline(config, backend), COLOCATED: Pipeline(config, backend)}
-        self.sizes = config.sizes
-
-    def overheads(self, server: str, url: str, prompted: Sequence[Prompted]) -> Iterator[Overhead]:
-        """Of a running server, on the model's first size and on its largest.
-
-        Args:
-            prompted: drawn by either; the first two, to warm up, do not count.
-        """
-        for size in (self.sizes[0], max(self.sizes, key=lambda size: prod(parse_size(size)))):
-            latencies, bare, every_core = [], [], []
-            for one in prompted:
-                (sent,) = asyncio.run(closed_loop(url, [{**body(one), "size": size}], 1, 1))
-                if sent.error:
-                    raise RuntimeError(f"{server}: {sent.error}")
-                latencies.append(sent.latency)
-                bare.append(self._seconds(server, one, size, REPLICA_THREADS))
-                every_core.append(self._seconds(server, one, size, os.cpu_count() or 1))
-            yield Overhead(server, size, *(statistics.median(times[2:]) for times in (latencies, bare, every_core)))
-
-    def _seconds(self, server: str, prompted: Prompted, size: str, thread_count: int) -> float:
-        with threads(thread_count):
-            (result,) = self.pipelines[server].run_batch(self.plan, [prompted], size)
-        return sum(span.end - span.start for span in result.spans)
+    def _record(self, server: Server, load: str, made: LoadFigures) -> None:
+        self.rows.append(Row(server.name, load, made, resident_memory()))
+        print(
+            f"{server.name}, {load}: {made.throughput:.2f} images/s, p50 {made.p50:.3f}, p95 {made.p95:.3f}, "
+            f"p99 {made.p99:.3f} s, goodput {made.goodput:.2f}/s, {made.failed} failed",
+            flush=True,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -258,67 +147,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     output = output_directory(arguments)
-    model = arguments.config.resolve()
-    prompted = mixed(Cases.read(Path(__file__).parent / "cases" / "scenes-dev.yaml"))
-    requests = [body(case) for case in prompted]
-    rows: list[Row] = []
-
-    def record(server: Server, load: str, made: LoadFigures) -> None:
-        rows.append(Row(server.name, load, made, _memory()))
-        print(
-            f"{server.name}, {load}: {made.throughput:.2f} images/s, p50 {made.p50:.3f}, p95 {made.p95:.3f}, "
-            f"p99 {made.p99:.3f} s, goodput {made.goodput:.2f}/s, {made.failed} failed",
-            flush=True,
-        )
-
-    bare = Bare(ModelConfig.read(model))
-    overheads: list[Overhead] = []
-    foreseen: list[Forecast] = []
-    saturation = 0.0
-    compared = servers(model)
-    for server in reversed(compared):  # the monolith tells the rate of the open loop
-        ours = server.name in (SPREAD, COLOCATED)
-        with started(server, model) as url:
-
-            def closed(bodies: Sequence[dict[str, Any]], concurrency: int, count: int, url: str = url) -> LoadFigures:
-                return figures(asyncio.run(closed_loop(url, bodies, concurrency, count)), arguments.deadline)
-
-            made = closed(requests, 2, 4 if server.slow else 24)
-            for concurrency in [1, 8] if server.slow else sorted({1, *arguments.concurrencies}):
-                count = max(concurrency * 2, 4, round(made.throughput * arguments.seconds))
-                made = closed(requests, concurrency, count)
-                record(server, f"concurrency {concurrency}", made)
-            if ours:
-                for overhead in bare.overheads(server.name, url, prompted[:18]):
-                    overheads.append(overhead)
-                    print(f"{overhead}, {overhead.ratio:.2f}x", flush=True)
-                varied = vary(requests, bare.sizes)
-                record(server, "concurrency 8, mixed plans and sizes", closed(varied, 8, 4 * len(varied)))
-            if server.name == "monolithic Ray Serve":
-                saturation = max(row.figures.throughput for row in rows if row.server == server.name)
-            if not server.slow:
-                rate = _SATURATION * saturation
-                sent = asyncio.run(open_loop(url, requests, rate, round(rate * arguments.seconds * _OPEN_LOOP)))
-                record(server, f"{rate:.2f} a second", figures(sent, arguments.deadline))
-            if server.name == SPREAD:
-                (application,) = (server.config or {})["applications"]
-                for forecast in forecasts(
-                    url,
-                    requests,
-                    bare.pipelines[SPREAD],
-                    bare.plan,
-                    prompted,
-                    rate=rate,
-                    seconds=arguments.seconds * _FORECAST,
-                    deadline=arguments.deadline,
-                    batch_tokens=application["args"]["transformers"]["Base"]["max_batch_tokens"],
-                ):
-                    foreseen.append(forecast)
-                    print(f"{forecast}, {forecast.error:+.0%}", flush=True)
+    comparison = Comparison(arguments.config.resolve(), arguments.concurrencies, arguments.seconds, arguments.deadline)
+    comparison.run()
     content = {
         "machine": machine_name(),
-        "overheads": [{**asdict(overhead), "ratio": overhead.ratio} for overhead in overheads],
-        "rows": [asdict(row) for row in rows],
-        "forecasts": [{**asdict(forecast), "error": forecast.error} for forecast in foreseen],
+        "overheads": [{**asdict(overhead), "ratio": overhead.ratio} for overhead in comparison.overheads],
+        "rows": [asdict(row) for row in comparison.rows],
+        "forecasts": [{**asdict(forecast), "error": forecast.error} for forecast in comparison.forecasts],
     }
     write_json(output / "serving.json", content)

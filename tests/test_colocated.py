@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from served import deployment_statuses, pixels
 
 from backends import Backend
-from bench.serving import servers, started
+from bench.servers import servers, started
 from stages.model import ModelConfig, load_transformer
 from stages.network import Network
 from stages.pipeline import Pipeline

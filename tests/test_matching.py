@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def samples(teacher: QwenImagePipeline) -> Samples:
     prompts = Prompts(teacher)
     embeds, negatives = prompts.embed(["a red star", "a moon"]), prompts.embed(["a furry shape", " "])
     clean = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    return Samples(clean, embeds, negatives, embeds, GRID)
+    return Samples(clean, 0.5, embeds, negatives, embeds, GRID)
 
 
 def matching(teacher: QwenImagePipeline, critic: Lora, guidance_scale: float) -> Matching:
@@ -81,9 +82,7 @@ def test_critic_learns_the_samples_and_the_base_model_stays(
     parameter = torch.nn.Parameter(torch.zeros(()))
     before, weights = loss(), teacher.transformer.proj_out.weight.clone()
     for seed in range(5):
-        moved = Samples(
-            samples.clean.detach() + parameter, samples.embeds, samples.negatives, samples.read, samples.grid
-        )
+        moved = replace(samples, clean=samples.clean.detach() + parameter)
         lora = Lora("critic", [parameter], torch.optim.SGD([parameter], lr=1e-3))
         match.update(lora, moved, torch.Generator().manual_seed(seed))
     assert loss() < before

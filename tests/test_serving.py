@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import ValidationError
 from served import deployment_statuses, pixels
 
-from bench.serving import servers, started
+from bench.servers import servers, started
 from bench.trace import chrome_trace, most_busy
 from deployments.settings import Settings
 from stages.pipeline import Pipeline

@@ -83,7 +83,7 @@ def main() -> None:
             with torch.no_grad():
                 latents = integrate(velocity, starts[rows].float().to(accelerator.device), sigmas[:-1])[-1]
             clean = latents - sigmas[-2] * velocity(latents, sigmas[-2].expand(len(rows)))
-        samples = Samples(clean, embeds, negatives, read_by(bridge, embeds, negatives), taught.grid)
+        samples = Samples(clean, float(sigmas[-2]), embeds, negatives, read_by(bridge, embeds, negatives), taught.grid)
         return matching.update(lora, samples, generator)
 
     def step(index: int) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ the blurred mean of what could follow, this draws every sample towards what the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from training.base import draw_sigmas
 from training.loop import Schedule, one_cycle
 from training.sampling import conditional, guided
 
+_HIGHEST = 0.88  # there is little to see in more noise, around which a first step's levels would be
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -28,12 +31,14 @@ class Samples:
 
     Attributes:
         clean: (batch, tokens, channels), with its gradient.
+        sigma: noise level of the step that foresaw them.
         embeds, negatives: a prompt and a negative prompt each, for the teacher.
         read: the text that made it, as the LoRA read it.
         grid: rows and columns of tokens.
     """
 
     clean: torch.Tensor
+    sigma: float
     embeds: list[torch.Tensor]
     negatives: list[torch.Tensor]
     read: list[torch.Tensor]
@@ -47,7 +52,9 @@ class Matching:
     Attributes:
         critic_updates: of the critic for each of the LoRA.
         guidance_scale: the teacher's.
-        sigma_mean, sigma_deviation: of the logit-normal noise levels at which scores are compared.
+        sigma_offset, sigma_deviation: of the logit-normal noise levels at which scores are compared, around that of the
+            step: what a step decides shows at its own level. Compared at lower ones alone, an early step finds that
+            empty images are likely, too.
     """
 
     accelerator: Accelerator
@@ -55,7 +62,7 @@ class Matching:
     critic: Lora
     critic_updates: int
     guidance_scale: float
-    sigma_mean: float
+    sigma_offset: float
     sigma_deviation: float
 
     def update(self, lora: Lora, samples: Samples, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -92,8 +99,9 @@ class Matching:
 
     def _diffuse(self, samples: Samples, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Samples with noise, its levels (batch,) and the noise."""
-        clean = samples.clean.detach()
-        sigma = draw_sigmas(len(clean), self.sigma_mean, self.sigma_deviation, generator)
+        clean, level = samples.clean.detach(), min(samples.sigma, _HIGHEST)
+        mean = math.log(level / (1 - level)) + self.sigma_offset
+        sigma = draw_sigmas(len(clean), mean, self.sigma_deviation, generator)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         return torch.lerp(clean, noise, sigma.to(noise)[:, None, None]), sigma, noise
 

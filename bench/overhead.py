@@ -1,0 +1,68 @@
+"""What a server adds to the work itself: its latency over that of the same work in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from bench.calibrate import REPLICA_THREADS, threads
+from bench.load import closed_loop
+from bench.traffic import body
+from stages.model import parse_size
+from stages.pipeline import Pipeline, Prompted
+from stages.plan import Plan
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Of a server at concurrency 1, in seconds.
+
+    Attributes:
+        bare, bare_all_cores: the same work in one process, with a replica's one thread and with a thread a core.
+    """
+
+    server: str
+    size: str
+    latency: float
+    bare: float
+    bare_all_cores: float
+
+    @property
+    def ratio(self) -> float:
+        return self.latency / self.bare
+
+
+def overheads(
+    server: str, url: str, pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted]
+) -> Iterator[Overhead]:
+    """Of a running server, on the model's first size and on its largest; its requests and bare images take turns.
+
+    Args:
+        pipeline: with adapters as the server holds them.
+        plan: the server's default.
+        prompted: drawn by either; the first two, to warm up, do not count.
+
+    Raises:
+        RuntimeError: a request failed.
+    """
+    sizes = pipeline.config.sizes
+    for size in (sizes[0], max(sizes, key=lambda size: prod(parse_size(size)))):
+        latencies, bare, every_core = [], [], []
+        for one in prompted:
+            (sent,) = asyncio.run(closed_loop(url, [{**body(one), "size": size}], 1, 1))
+            if sent.error:
+                raise RuntimeError(f"{server}: {sent.error}")
+            latencies.append(sent.latency)
+            bare.append(_seconds(pipeline, plan, one, size, REPLICA_THREADS))
+            every_core.append(_seconds(pipeline, plan, one, size, os.cpu_count() or 1))
+        yield Overhead(server, size, *(statistics.median(times[2:]) for times in (latencies, bare, every_core)))
+
+
+def _seconds(pipeline: Pipeline, plan: Plan, prompted: Prompted, size: str, thread_count: int) -> float:
+    with threads(thread_count):
+        (result,) = pipeline.run_batch(plan, [prompted], size)
+    return sum(span.end - span.start for span in result.spans)

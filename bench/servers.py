@@ -1,0 +1,131 @@
+"""This engine and its rivals, started as a user would start them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SPREAD, COLOCATED = "three stages, spread", "three stages, co-located"
+MONOLITH, FASTAPI = "monolithic Ray Serve", "diffusers behind FastAPI, base"
+_START_TIMEOUT = 300.0  # seconds
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to start one.
+
+    Attributes:
+        command: with `{port}` and `{config}` to be filled in.
+        config: of `serve run`, if it takes a file.
+        slow: seconds an image are so many that only a few requests are sent.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    config: dict[str, Any] | None = None
+    slow: bool = False
+
+
+def colocated(config: dict[str, Any]) -> dict[str, Any]:
+    """`serve_config.yaml` with all stages in one deployment, on one set of weights."""
+    config = copy.deepcopy(config)
+    (application,) = config["applications"]
+    tokens = application["args"]["transformers"]["Base"]["max_batch_tokens"]
+    stages = {"stages": ["base", "bridge", "distilled"], "max_batch_tokens": tokens}
+    application["args"]["transformers"] = {"Transformer": stages}
+    deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
+    transformer = {**deployments["Base"], "name": "Transformer"}
+    application["deployments"] = [
+        transformer,
+        *(deployment for name, deployment in deployments.items() if name not in ("Base", "Bridge", "Distilled")),
+    ]
+    return config
+
+
+def servers(model: Path) -> list[Server]:
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    config["applications"][0]["args"]["model"] = str(model)
+    monolith = {
+        "http_options": {"host": "127.0.0.1", "port": 0},
+        "applications": [
+            {
+                "name": "monolith",
+                "import_path": "bench.rivals.monolithic_serve:build",
+                "args": {"model": str(model), "plan": "hybrid"},
+                # It alone computes: a thread a core, where Ray's default is one.
+                "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(os.cpu_count())}},
+            }
+        ],
+    }
+    uvicorn = (sys.executable, "-m", "uvicorn", "bench.rivals.diffusers_fastapi:app", "--port", "{port}")
+    serve = (str(Path(sys.executable).with_name("serve")), "run", "{config}")
+    return [
+        Server(SPREAD, serve, config),
+        Server(COLOCATED, serve, colocated(config)),
+        Server(MONOLITH, serve, monolith),
+        Server(FASTAPI, uvicorn, slow=True),
+    ]
+
+
+@contextmanager
+def started(server: Server, model: Path) -> Iterator[str]:
+    """Run a server; its address. Raises RuntimeError with its log if it does not get ready."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as directory:
+        path, log = Path(directory) / "serve.yaml", Path(directory) / "server.log"
+        if server.config:
+            config = copy.deepcopy(server.config)
+            config["http_options"]["port"] = port
+            path.write_text(yaml.safe_dump(config))
+        command = [part.format(port=port, config=path) for part in server.command]
+        environment = {**os.environ, "RIVAL_MODEL": str(model), "RAY_USAGE_STATS_ENABLED": "0"}
+        with log.open("w") as file:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + _START_TIMEOUT
+            while not _ready(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{server.name} did not get ready:\n{log.read_text()[-4000:]}")
+                time.sleep(1)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+            if server.config:
+                ray = Path(sys.executable).with_name("ray")
+                subprocess.run([str(ray), "stop", "--force"], check=False, capture_output=True)
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def resident_memory() -> int:
+    """Bytes resident in the server's own processes: those that hold a model or serve HTTP, without Ray's daemons."""
+    total = 0
+    for process in psutil.process_iter(["name", "cmdline"]):
+        title = " ".join(process.info["cmdline"] or ())
+        if title.startswith("ray::") or "uvicorn" in title:
+            total += process.memory_info().rss
+    return total
