@@ -193,7 +193,7 @@ def test_hybrid_costs_a_tenth_of_base(rows: dict[str, Measured]) -> None:
 
 
 def test_calibrated_scenario_takes_what_the_server_took(pipeline: Pipeline) -> None:
-    """With one client and with two; and a full batch as many times longer as it does here."""
+    """With one client and with two."""
     alone = {"encode": 0.01, "base": 0.6, "bridge": 0.2, "distilled": 0.2, "decode": 0.3}
 
     def took(latency: float) -> LoadFigures:
@@ -204,21 +204,18 @@ def test_calibrated_scenario_takes_what_the_server_took(pipeline: Pipeline) -> N
         presets()["hybrid"],
         [Prompted("a red circle", seed) for seed in range(8)],
         one_client=took(1.36),
-        two_clients=took(1.9),
+        two_clients=took(2.2),
         rate=1.0,
         deadline=10.0,
         batch_tokens=1024,
     )
     assert replay(scenario, [0.0]).p50 == pytest.approx(1.36)
-    assert circulate(scenario, 2).mean == pytest.approx(1.9, rel=0.03)
+    assert circulate(scenario, 2).mean == pytest.approx(2.2, rel=0.03)
     assert scenario.devices["core"].contention > 1.05
     assert scenario.stages["base"].steps == 3
     assert {name: stage.max_batch for name, stage in scenario.stages.items()} == {
         "http": 1, "encode": 8, "base": 8, "bridge": 16, "distilled": 16, "decode": 8
     }  # fmt: skip
-    for name in ("base", "bridge", "distilled", "decode"):
-        stage = scenario.stages[name]
-        assert 1 < stage.seconds(8) / stage.seconds(1) < 8
 
 
 def test_renders_are_nearer_to_renders_than_images_are(rows: dict[str, Measured]) -> None:
