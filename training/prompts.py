@@ -50,7 +50,7 @@ class Prompts:
             return EMPTY_PROMPT
         if self._negative_lines:
             avoided = rng.choice(self._negative_lines)
-        elif self._lines is None:
+        elif self._lines is None and self._negative_lines is None:
             avoided = _draw_value(rng)
         else:
             return EMPTY_PROMPT
