@@ -8,12 +8,11 @@ from deployments.decode import VAEDecoder
 from deployments.denoise import Denoise
 from deployments.encode import TextEncoder
 from deployments.ingress import Ingress
-from deployments.router import Router
 from deployments.settings import Settings
 
 
 def build(settings: Settings) -> Application:
-    """Ingress, Router, TextEncoder, VAEDecoder, and the transformer's: by default Base, Bridge and Distilled.
+    """Ingress, TextEncoder, VAEDecoder, and the transformer's: by default Base, Bridge and Distilled.
 
     Those are one class under several names, so that each can have its own pool, replicas and autoscaling in
     `serve_config.yaml`.
@@ -26,5 +25,4 @@ def build(settings: Settings) -> Application:
         transformers[name] = serve.deployment(Denoise, name=name).bind(model, transformer)
         stages |= dict.fromkeys(transformer.stages, name)
     decoder = serve.deployment(VAEDecoder).bind(model, settings.decoder)
-    router = serve.deployment(Router).bind(encoder, transformers, stages, decoder)
-    return serve.deployment(Ingress).bind(settings, router)
+    return serve.deployment(Ingress).bind(settings, encoder, transformers, stages, decoder)

@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from deployments.decode import DecodedImage
 from deployments.encode import ImageRequest
 from deployments.images_api import APIError, ImagesRequest, images_response, stream_event
-from deployments.router import Partial, Route
+from deployments.router import Partial, Route, Router
 from deployments.settings import Settings
 from stages.encode import PromptTooLong, negative_for
 from stages.noise import MAX_SEED
@@ -67,14 +67,25 @@ def _to_api_error(error: BaseException) -> APIError:
 
 @serve.ingress(app)
 class Ingress:
-    """Checks requests, hands each image to the router, and speaks the OpenAI Images API."""
+    """Checks requests, sends each image through its stages, and speaks the OpenAI Images API."""
 
-    def __init__(self, settings: Settings, router: DeploymentHandle) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        encoder: DeploymentHandle,
+        transformers: dict[str, DeploymentHandle],
+        stages: dict[str, str],
+        decoder: DeploymentHandle,
+    ) -> None:
+        """Args:
+        stages: which of `transformers` runs a stage.
+        """
         self._settings = settings
         self._model = settings.read_model()
         self._blocks = self._model.read_transformer()["num_layers"]
         self._plans = {name: plan.with_adapters(self._model.adapters) for name, plan in presets().items()}
-        self._router = router.options(stream=True)
+        # In this process: a deployment of its own would be one more call, and what it does is to wait.
+        self._router = Router(encoder, transformers, stages, decoder)
 
     @app.post("/v1/images/generations")
     async def generate(self, body: ImagesRequest) -> Response:
@@ -178,17 +189,8 @@ class Ingress:
         except ValueError as error:
             raise APIError(400, "invalid_value", str(error), "guidance_scale") from error
 
-    async def _events(self, route: Route) -> AsyncGenerator[Partial | DecodedImage]:
-        """The router's; a caller that stops listening, or is cancelled, cancels the work in every stage."""
-        events = self._router.generate.remote(route)
-        try:
-            async for event in events:
-                yield event
-        finally:
-            events.cancel()
-
     async def _last(self, route: Route) -> DecodedImage:
-        async with aclosing(self._events(route)) as events:
+        async with aclosing(self._router.generate(route)) as events:
             async for event in events:
                 if isinstance(event, DecodedImage):
                     return event
@@ -197,7 +199,7 @@ class Ingress:
     async def _stream(self, body: ImagesRequest, size: str, route: Route) -> AsyncIterator[str]:
         """Server-sent events; an error that comes after the headers is an event too."""
         try:
-            async with aclosing(self._events(route)) as events:
+            async with aclosing(self._router.generate(route)) as events:
                 async for event in events:
                     partial = event.order if isinstance(event, Partial) else None
                     image = event.image if isinstance(event, Partial) else event

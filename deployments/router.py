@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -98,8 +98,8 @@ class Router:
             "stage_seconds", description="Work on an image by stage.", boundaries=_SECONDS, tag_keys=("stage",)
         )
 
-    async def generate(self, route: Route) -> AsyncIterator[Partial | DecodedImage]:
-        """The partial images that were asked for, then the image.
+    async def generate(self, route: Route) -> AsyncGenerator[Partial | DecodedImage]:
+        """The partial images that were asked for, then the image; closing or cancelling it cancels the stage at work.
 
         Raises:
             TimeoutError: the deadline passed.

@@ -23,7 +23,7 @@ from bench.trace import chrome_trace, most_busy
 from deployments.settings import Settings
 from stages.pipeline import Pipeline
 
-DEPLOYMENTS = {"Ingress", "Router", "TextEncoder", "Base", "Bridge", "Distilled", "VAEDecoder"}
+DEPLOYMENTS = {"Ingress", "TextEncoder", "Base", "Bridge", "Distilled", "VAEDecoder"}
 MODEL = Path(__file__).parents[1] / "configs" / "scenes.yaml"
 
 
