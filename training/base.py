@@ -10,14 +10,13 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import QwenImageTransformer2DModel
 from diffusers.training_utils import EMAModel
 
 from stages.plan import StageSpec
 from training.data import LABELS, NO_OBJECT, SceneBatches, SizeShare
-from training.loop import Schedule, load_pipeline, one_cycle, parse_arguments, read_config, train
+from training.loop import Schedule, load_pipeline, make_accelerator, one_cycle, parse_arguments, read_config, train
 from training.optimize import make_optimizers
 from training.sampling import sample_grid
 
@@ -59,7 +58,7 @@ def main() -> None:
     config = read_config(arguments.config, "base")
     schedule = Schedule(**config["schedule"])
     set_seed(schedule.seed)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     sizes = [SizeShare(**size) for size in config["sizes"]]
     batches = SceneBatches(pipeline.vae, sizes, arguments.run, config["scenes_seed"])

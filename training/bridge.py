@@ -19,13 +19,12 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from stages.plan import presets
 from stages.sigmas import stage_sigmas
 from training.adapters import active, save_lora
-from training.loop import Schedule, load_pipeline, parse_arguments, read_config, train
+from training.loop import Schedule, load_pipeline, make_accelerator, parse_arguments, read_config, train
 from training.matching import Samples, prepare
 from training.prompts import Prompts
 from training.sampling import integrate, of_stage, read_by, sample_grid
@@ -37,7 +36,7 @@ def main() -> None:
     config = read_config(arguments.config, "bridge")
     schedule = Schedule(**config["schedule"])
     set_seed(schedule.seed)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     pipeline.load_lora_weights(arguments.distilled, adapter_name="distilled")
     lora, scheduler, matching = prepare(accelerator, pipeline.transformer, "bridge", config, schedule)

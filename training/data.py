@@ -100,8 +100,7 @@ class SceneLatents:
     def _encode(self, vae: AutoencoderKLQwenImage, rng: Random) -> torch.Tensor:
         def encode(scenes: list[Scene]) -> torch.Tensor:
             pixels = to_pixels([render(scene, rng, self.size.width, self.size.height) for scene in scenes])
-            with torch.autocast("cpu", torch.bfloat16):
-                posterior = vae.encode(pixels).latent_dist
+            posterior = vae.encode(pixels).latent_dist
             return pack(normalise(vae, posterior.mode().float())).bfloat16()
 
         vae = convolve_images(vae)

@@ -16,7 +16,6 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from stages.encode import EMPTY_PROMPT
@@ -24,7 +23,7 @@ from stages.model import PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
 from training.adapters import active, save_lora
-from training.loop import Schedule, load_pipeline, parse_arguments, read_config, train
+from training.loop import Schedule, load_pipeline, make_accelerator, parse_arguments, read_config, train
 from training.matching import Samples, prepare
 from training.prompts import Prompts
 from training.sampling import conditional, integrate, sample_grid
@@ -36,7 +35,7 @@ def main() -> None:
     config = read_config(arguments.config, "distilled")
     schedule = Schedule(**config["schedule"])
     set_seed(schedule.seed)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     lora, scheduler, matching = prepare(accelerator, pipeline.transformer, "distilled", config, schedule)
     transformer = matching.transformer

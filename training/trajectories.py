@@ -16,14 +16,13 @@ from random import Random
 from typing import Self
 
 import torch
-from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 from stages.model import PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
-from training.loop import load_pipeline, parse_arguments, read_config
+from training.loop import load_pipeline, make_accelerator, parse_arguments, read_config
 from training.prompts import Prompts
 from training.sampling import guided, integrate
 
@@ -84,7 +83,7 @@ def teacher_sigmas(
 def main() -> None:
     arguments = parse_arguments(__doc__, "pipeline", "run")
     config = read_config(arguments.config, "trajectories")
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     prompts = Prompts.read(pipeline, config)
     grid = (config["height"] // PIXELS_PER_TOKEN, config["width"] // PIXELS_PER_TOKEN)

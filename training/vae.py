@@ -9,13 +9,12 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
 from stages.vae import convolve_images
-from training.loop import Schedule, one_cycle, parse_arguments, read_config, train
+from training.loop import Schedule, make_accelerator, one_cycle, parse_arguments, read_config, train
 from training.optimize import flatten_kernels, make_optimizers, restore_kernels
 from training.scenes import Scene, examples, render, sample_scene
 
@@ -58,7 +57,7 @@ def crops(seed: int, count: int) -> torch.Tensor:
     return to_pixels([_crop(scene, render(scene, rng), rng) for scene in scenes])
 
 
-def _detail(pixels: torch.Tensor) -> torch.Tensor:
+def detail(pixels: torch.Tensor) -> torch.Tensor:
     """What a 3x3 mean takes away: edges, stripes and hairs."""
     frames = pixels.squeeze(2)
     return frames - F.avg_pool2d(frames, 3, stride=1, padding=1)
@@ -84,11 +83,11 @@ def main() -> None:
     config = read_config(arguments.config, "vae")
     schedule = Schedule(**config["schedule"])
     set_seed(schedule.seed)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = make_accelerator()
     vae = convolve_images(AutoencoderKLQwenImage(**config["model"]))
     with torch.no_grad():  # start with a narrow posterior: its noise would drown the first, small latents
         vae.quant_conv.bias[vae.z_dim :] = -4.0
-    flatten_kernels(vae)
+    flatten_kernels(vae, fresh=True)
     optimizers = make_optimizers(vae, schedule)
     schedulers = [one_cycle(optimizer, schedule) for optimizer in optimizers]
     vae, *movers = accelerator.prepare(vae, *optimizers, *schedulers)
@@ -100,14 +99,14 @@ def main() -> None:
             decoded = vae.decode(posterior.sample()).sample
         decoded = decoded.float()
         error = (decoded - pixels).abs().mean()
-        detail = (_detail(decoded) - _detail(pixels)).abs().mean()
+        blur = (detail(decoded) - detail(pixels)).abs().mean()
         square = F.mse_loss(decoded, pixels)  # the median alone would leave small coloured things out
         kl = (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean() / 2
-        accelerator.backward(error + detail + square + config["kl_weight"] * kl)
+        accelerator.backward(error + blur + square + config["kl_weight"] * kl)
         for mover in movers:
             mover.step()
         vae.zero_grad()
-        return {"error": error.detach(), "detail": detail.detach(), "kl": kl.detach()}
+        return {"error": error.detach(), "detail": blur.detach(), "kl": kl.detach()}
 
     @torch.no_grad()
     def sample(path: Path) -> None:
