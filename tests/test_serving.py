@@ -38,7 +38,7 @@ def client(url: str) -> OpenAI:
     return OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)
 
 
-def test_serve_run_starts_seven_healthy_deployments(url: str) -> None:
+def test_serve_run_starts_six_healthy_deployments(url: str) -> None:
     assert httpx.get(f"{url}/readyz", timeout=10).json() == {"status": "ready"}
     assert httpx.get(f"{url}/healthz", timeout=10).json() == {"status": "ok"}
     assert deployment_statuses() == dict.fromkeys(DEPLOYMENTS, "HEALTHY")

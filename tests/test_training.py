@@ -19,9 +19,12 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from stages.vae import convolve_images
 from training.data import SceneLatents, SizeShare
+from training.decoder import contrast
 from training.loop import Schedule, one_cycle, read_config, train
-from training.scenes import caption, examples, sample_scene
+from training.scenes import caption, examples, render, sample_scene
+from training.vae import to_pixels
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "scenes"
 
@@ -114,3 +117,22 @@ def test_pipelines_template_is_the_34_tokens_that_diffusers_drops() -> None:
     assert len(pipeline.tokenizer(template).input_ids) == pipeline.prompt_template_encode_start_idx
     vocabulary = json.loads((CHECKPOINT / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
     assert "\u0120star" in vocabulary  # a word is one token
+
+
+def test_contrast_is_apart_by_direction() -> None:
+    rows = torch.ones(1, 3, 1, 16, 16)
+    rows[..., ::2, :] = -1
+    right, down, *diagonals = contrast(rows).mean((0, 2, 3)).split(3)
+    assert torch.allclose(right, torch.tensor(0.001))
+    for other in (down, *diagonals):
+        assert torch.allclose(other, torch.tensor(2.0))
+
+
+@torch.inference_mode()
+def test_checkpoints_decoder_draws_fur() -> None:
+    vae = convolve_images(AutoencoderKLQwenImage.from_pretrained(CHECKPOINT / "vae", torch_dtype=torch.float32))
+    scenes = [scene for scene in map(sample_scene, map(Random, range(200))) if scene.objects[0].fill == "furry"][:16]
+    renders = to_pixels([render(scene, Random(0)) for scene in scenes])
+    drawn = vae.decode(vae.encode(renders).latent_dist.mode()).sample
+    power = [float(contrast(pixels).square().mean()) for pixels in (drawn, renders)]
+    assert power[0] > 0.5 * power[1]  # 0.37 of it by errors of pixels alone

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from torch import nn
 from torch.nn.utils import parametrize
@@ -15,17 +14,17 @@ from training.loop import Schedule
 class _ImageKernel(nn.Module):
     """A causal kernel (out, in, t, h, w) whose last frame alone is trained, as a matrix (out, in * h * w)."""
 
-    def __init__(self, shape: torch.Size) -> None:
+    def __init__(self, shape: torch.Size, gain: float) -> None:
         super().__init__()
         self.shape = shape
+        self.gain = gain
 
     def forward(self, matrix: torch.Tensor) -> torch.Tensor:
         frame = matrix.view(self.shape[0], self.shape[1], 1, *self.shape[3:])
         return F.pad(frame, (0, 0, 0, 0, self.shape[2] - 1, 0))
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        # Kernels are initialised for all their frames; one alone needs a larger scale for the same variance.
-        return weight[:, :, -1].flatten(1) * self.shape[2] ** 0.5
+        return weight[:, :, -1].flatten(1) * self.gain
 
 
 class _Kernel(nn.Module):
@@ -42,16 +41,22 @@ class _Kernel(nn.Module):
         return weight.flatten(1)
 
 
-def flatten_kernels(vae: AutoencoderKLQwenImage) -> None:
-    """Train the kernels of `vae` as matrices, which is what Muon takes; undone by `restore_kernels`."""
+def flatten_kernels(vae: nn.Module, fresh: bool) -> None:
+    """Train the kernels of `vae`, or a part of it, as matrices, which is what Muon takes; undone by `restore_kernels`.
+
+    Kernels that are `fresh` are initialised for all their frames: the one that is trained gets a larger scale, for
+    the same variance.
+    """
     for module in vae.modules():
         if isinstance(module, QwenImageCausalConv3d):
-            parametrize.register_parametrization(module, "weight", _ImageKernel(module.weight.shape))
+            shape = module.weight.shape
+            kernel = _ImageKernel(shape, gain=shape[2] ** 0.5 if fresh else 1.0)
+            parametrize.register_parametrization(module, "weight", kernel)
         elif isinstance(module, nn.Conv2d):
             parametrize.register_parametrization(module, "weight", _Kernel(module.weight.shape))
 
 
-def restore_kernels(vae: AutoencoderKLQwenImage) -> None:
+def restore_kernels(vae: nn.Module) -> None:
     """Bake the trained matrices back into ordinary weights."""
     for module in vae.modules():
         if parametrize.is_parametrized(module, "weight"):

@@ -1,0 +1,86 @@
+"""Train the autoencoder's decoder further, so that it draws the texture that reconstruction blurs.
+
+`python -m training.decoder training/scenes.yaml VAE_DIRECTORY RUN_DIRECTORY`
+
+A latent cannot hold where every hair lies, and errors of pixels are least for the mean of all its answers, which has
+no hairs at all. Here the decoder is asked for their contrast, wherever they lie. The encoder stays, and so does all
+that was trained on its latents.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKLQwenImage
+
+from stages.vae import convolve_images
+from training.loop import Schedule, make_accelerator, one_cycle, parse_arguments, read_config, train
+from training.optimize import flatten_kernels, make_optimizers, restore_kernels
+from training.scenes import examples
+from training.vae import crops, grid, to_images, to_pixels
+
+WINDOW = 8  # pixels on a side, in which contrast is compared
+DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))  # pixels down and to the right
+
+
+def contrast(pixels: torch.Tensor) -> torch.Tensor:
+    """Root mean square of the differences between neighbours of `pixels` (B, 3, 1, H, W), by direction and window.
+
+    (B, 12, H / WINDOW, W / WINDOW).
+    """
+    frames = pixels.squeeze(2)
+    steps = torch.cat([frames - frames.roll(direction, (2, 3)) for direction in DIRECTIONS], dim=1)
+    return (F.avg_pool2d(steps**2, WINDOW) + 1e-6).sqrt()  # the root of nothing has no slope
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__, "vae", "run")
+    config = read_config(arguments.config, "decoder")
+    schedule = Schedule(**config["schedule"])
+    set_seed(schedule.seed)
+    accelerator = make_accelerator()
+    vae = AutoencoderKLQwenImage.from_pretrained(arguments.vae, torch_dtype=torch.float32)
+    convolve_images(vae).requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    flatten_kernels(vae.decoder, fresh=False)
+    deviation = torch.tensor(vae.config.latents_std, device=accelerator.device).view(1, -1, 1, 1, 1)
+    optimizers = make_optimizers(vae.decoder, schedule)
+    schedulers = [one_cycle(optimizer, schedule) for optimizer in optimizers]
+    vae, *movers = accelerator.prepare(vae, *optimizers, *schedulers)
+
+    def step(index: int) -> dict[str, torch.Tensor]:
+        pixels = crops(schedule.seed + index, schedule.batch_size).to(accelerator.device)
+        with accelerator.autocast():
+            latents = vae.encode(pixels).latent_dist.mode()
+            # A transformer's latents are less exact than the encoder's.
+            latents = latents + config["latent_noise"] * deviation * torch.randn_like(latents)
+            decoded = vae.decode(latents).sample
+        decoded = decoded.float()
+        error = (decoded - pixels).abs().mean()
+        square = F.mse_loss(decoded, pixels)
+        blur = (contrast(decoded) - contrast(pixels)).abs().mean()
+        accelerator.backward(error + square + config["contrast_weight"] * blur)
+        for mover in movers:
+            mover.step()
+        vae.zero_grad()
+        return {"error": error.detach(), "square": square.detach(), "contrast": blur.detach()}
+
+    @torch.no_grad()
+    def sample(path: Path) -> None:
+        truth = [image for image, _ in islice(examples(schedule.seed - 1), 16)]
+        pixels = to_pixels(truth).to(accelerator.device)
+        drawn = to_images(vae.decode(vae.encode(pixels).latent_dist.mode()).sample)
+        grid(truth[:8] + drawn[:8] + truth[8:] + drawn[8:], 8).save(path)
+
+    train(accelerator, arguments.run, schedule, step, sample)
+    vae = accelerator.unwrap_model(vae)
+    restore_kernels(vae)
+    vae.save_pretrained(arguments.run / "vae")
+
+
+if __name__ == "__main__":
+    main()
