@@ -19,10 +19,9 @@ def build(settings: Settings) -> Application:
     """
     model = settings.read_model()
     encoder = serve.deployment(TextEncoder).bind(model, settings.encoder)
-    transformers: dict[str, Application] = {}
-    stages: dict[str, str] = {}
-    for name, transformer in settings.transformers.items():
-        transformers[name] = serve.deployment(Denoise, name=name).bind(model, transformer)
-        stages |= dict.fromkeys(transformer.stages, name)
+    transformers = {
+        name: serve.deployment(Denoise, name=name).bind(model, transformer)
+        for name, transformer in settings.transformers.items()
+    }
     decoder = serve.deployment(VAEDecoder).bind(model, settings.decoder)
-    return serve.deployment(Ingress).bind(settings, encoder, transformers, stages, decoder)
+    return serve.deployment(Ingress).bind(settings, encoder, transformers, decoder)

@@ -74,16 +74,15 @@ class Ingress:
         settings: Settings,
         encoder: DeploymentHandle,
         transformers: dict[str, DeploymentHandle],
-        stages: dict[str, str],
         decoder: DeploymentHandle,
     ) -> None:
-        """Args:
-        stages: which of `transformers` runs a stage.
-        """
         self._settings = settings
         self._model = settings.read_model()
         self._blocks = self._model.read_transformer()["num_layers"]
         self._plans = {name: plan.with_adapters(self._model.adapters) for name, plan in presets().items()}
+        stages: dict[str, str] = {}
+        for name, transformer in settings.transformers.items():
+            stages |= dict.fromkeys(transformer.stages, name)
         # In this process: a deployment of its own would be one more call, and what it does is to wait.
         self._router = Router(encoder, transformers, stages, decoder)
 

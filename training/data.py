@@ -101,7 +101,7 @@ class SceneLatents:
         def encode(scenes: list[Scene]) -> torch.Tensor:
             pixels = to_pixels([render(scene, rng, self.size.width, self.size.height) for scene in scenes])
             posterior = vae.encode(pixels).latent_dist
-            return pack(normalise(vae, posterior.mode().float())).bfloat16()
+            return pack(normalise(vae, posterior.mode())).bfloat16()
 
         vae = convolve_images(vae)
         return torch.cat([encode(self.scenes[start : start + 32]) for start in range(0, len(self.scenes), 32)])

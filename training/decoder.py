@@ -9,7 +9,6 @@ that was trained on its latents.
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,8 +19,7 @@ from diffusers import AutoencoderKLQwenImage
 from stages.vae import convolve_images
 from training.loop import Schedule, make_accelerator, one_cycle, parse_arguments, read_config, train
 from training.optimize import flatten_kernels, make_optimizers, restore_kernels
-from training.scenes import examples
-from training.vae import crops, grid, to_images, to_pixels
+from training.vae import crops, draw_reconstructions
 
 WINDOW = 8  # pixels on a side, in which contrast is compared
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))  # pixels down and to the right
@@ -69,12 +67,8 @@ def main() -> None:
         vae.zero_grad()
         return {"error": error.detach(), "square": square.detach(), "contrast": blur.detach()}
 
-    @torch.no_grad()
     def sample(path: Path) -> None:
-        truth = [image for image, _ in islice(examples(schedule.seed - 1), 16)]
-        pixels = to_pixels(truth).to(accelerator.device)
-        drawn = to_images(vae.decode(vae.encode(pixels).latent_dist.mode()).sample)
-        grid(truth[:8] + drawn[:8] + truth[8:] + drawn[8:], 8).save(path)
+        draw_reconstructions(accelerator.unwrap_model(vae), schedule.seed - 1, path)
 
     train(accelerator, arguments.run, schedule, step, sample)
     vae = accelerator.unwrap_model(vae)

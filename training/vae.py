@@ -42,6 +42,14 @@ def grid(images: list[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
+@torch.no_grad()
+def draw_reconstructions(vae: AutoencoderKLQwenImage, seed: int, path: Path) -> None:
+    """A sheet of 16 scenes of `seed`, those that `vae` makes of them below, as a PNG file."""
+    truth = [image for image, _ in islice(examples(seed), 16)]
+    decoded = to_images(vae.decode(vae.encode(to_pixels(truth).to(vae.device)).latent_dist.mode()).sample)
+    grid(truth[:8] + decoded[:8] + truth[8:] + decoded[8:], 8).save(path)
+
+
 def _crop(scene: Scene, image: Image.Image, rng: Random) -> Image.Image:
     """A square of side `CROP` around one of the objects: background alone teaches nothing."""
     thing = rng.choice(scene.objects)
@@ -108,12 +116,8 @@ def main() -> None:
         vae.zero_grad()
         return {"error": error.detach(), "detail": blur.detach(), "kl": kl.detach()}
 
-    @torch.no_grad()
     def sample(path: Path) -> None:
-        truth = [image for image, _ in islice(examples(schedule.seed - 1), 16)]
-        pixels = to_pixels(truth).to(accelerator.device)
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-        grid(truth[:8] + to_images(decoded)[:8] + truth[8:] + to_images(decoded)[8:], 8).save(path)
+        draw_reconstructions(accelerator.unwrap_model(vae), schedule.seed - 1, path)
 
     train(accelerator, arguments.run, schedule, step, sample)
     vae = accelerator.unwrap_model(vae)
