@@ -45,15 +45,12 @@ def colocated(config: dict[str, Any]) -> dict[str, Any]:
     """`serve_config.yaml` with all stages in one deployment, on one set of weights."""
     config = copy.deepcopy(config)
     (application,) = config["applications"]
-    tokens = application["args"]["transformers"]["Base"]["max_batch_tokens"]
-    stages = {"stages": ["base", "bridge", "distilled"], "max_batch_tokens": tokens}
-    application["args"]["transformers"] = {"Transformer": stages}
+    placement = application["args"]["placement"]
+    together = [stage for placed in placement.values() for stage in placed["stages"]]
+    device = {"stages": together, "max_batch_tokens": placement["Base"]["max_batch_tokens"]}
+    application["args"]["placement"] = {"Device": device}
     deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
-    transformer = {**deployments["Base"], "name": "Transformer"}
-    application["deployments"] = [
-        transformer,
-        *(deployment for name, deployment in deployments.items() if name not in ("Base", "Bridge", "Distilled")),
-    ]
+    application["deployments"] = [{**deployments["Base"], "name": "Device"}, deployments["Ingress"]]
     return config
 
 

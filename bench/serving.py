@@ -118,7 +118,7 @@ class Comparison:
             rate=self._rate,
             seconds=self._seconds * _FORECAST,
             deadline=self._deadline,
-            batch_tokens=application["args"]["transformers"]["Base"]["max_batch_tokens"],
+            batch_tokens=application["args"]["placement"]["Base"]["max_batch_tokens"],
         ):
             self.forecasts.append(forecast)
             print(f"{forecast}, {forecast.error:+.0%}", flush=True)

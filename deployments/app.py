@@ -4,24 +4,20 @@
 from ray import serve
 from ray.serve import Application
 
-from deployments.decode import VAEDecoder
-from deployments.denoise import Denoise
-from deployments.encode import TextEncoder
 from deployments.ingress import Ingress
+from deployments.replica import StageReplica
 from deployments.settings import Settings
 
 
 def build(settings: Settings) -> Application:
-    """Ingress, TextEncoder, VAEDecoder, and the transformer's: by default Base, Bridge and Distilled.
+    """Ingress, and what `settings.placement` names: by default TextEncoder, Base, Bridge, Distilled and VAEDecoder.
 
     Those are one class under several names, so that each can have its own pool, replicas and autoscaling in
     `serve_config.yaml`.
     """
     model = settings.read_model()
-    encoder = serve.deployment(TextEncoder).bind(model, settings.encoder)
-    transformers = {
-        name: serve.deployment(Denoise, name=name).bind(model, transformer)
-        for name, transformer in settings.transformers.items()
+    replicas = {
+        name: serve.deployment(StageReplica, name=name).bind(model, placement)
+        for name, placement in settings.placement.items()
     }
-    decoder = serve.deployment(VAEDecoder).bind(model, settings.decoder)
-    return serve.deployment(Ingress).bind(settings, encoder, transformers, decoder)
+    return serve.deployment(Ingress).bind(settings, replicas)

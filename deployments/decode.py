@@ -1,4 +1,4 @@
-"""The autoencoder as a deployment: where an image leaves as a file."""
+"""The autoencoder's decoder in a replica: where an image leaves as a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from ray import serve
 
-from backends import get_backend
+from backends import Backend
 from stages.decode import Decoder, ImageFormat, to_file
 from stages.model import ModelConfig
 from stages.packet import LatentPacket, Span
@@ -36,25 +36,23 @@ class DecodedImage:
 
 
 class VAEDecoder:
-    """One replica has one device with one thread that uses it, and another thread that writes files.
+    """One thread uses the device, and another writes files.
 
     Latents that arrive while a batch is on the device make up the next one.
     """
 
-    def __init__(self, model: ModelConfig, backend: str) -> None:
-        self._decoder = Decoder(model, get_backend(backend))
-        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+    def __init__(self, model: ModelConfig, backend: Backend) -> None:
+        self._decoder = Decoder(model, backend)
+        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
 
-    async def decode(self, packet: bytes, format: ImageFormat, quality: int, preview: bool) -> DecodedImage:
-        """Decode a packet's latent, or with `preview` the clean latent that its last step foresaw."""
-        arrived = LatentPacket.from_bytes(packet)
-        latent = arrived.latent if not preview or arrived.preview is None else arrived.preview
+    async def decode(self, packet: LatentPacket, format: ImageFormat, quality: int) -> DecodedImage:
+        """Decode a packet's preview, or its latent where it has none."""
+        latent = packet.latent if packet.preview is None else packet.preview
         start = time.time()
-        image = await self._to_pixels((latent, arrived.grid))
+        image = await self._to_pixels((latent, packet.grid))
         data = await asyncio.get_running_loop().run_in_executor(self._files, to_file, image, format, quality)
-        spans = (*arrived.spans, Span("decode", start, time.time()))
-        return DecodedImage(arrived.image_index, arrived.seed, data, spans)
+        return DecodedImage(packet.image_index, packet.seed, data, (*packet.spans, Span("decode", start, time.time())))
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)
     async def _to_pixels(self, latents: list[tuple[torch.Tensor, Grid]]) -> list[Image.Image]:

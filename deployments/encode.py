@@ -1,4 +1,4 @@
-"""The text encoder as a deployment: where an image's packet begins."""
+"""The text encoder in a replica: where an image's packet begins."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from backends import get_backend
+from backends import Backend
 from stages.encode import Encoder
 from stages.model import ModelConfig
+from stages.packet import LatentPacket
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,21 @@ class ImageRequest:
 
 
 class TextEncoder:
-    """One replica has one device, and one thread that uses it."""
+    """One thread uses the device."""
 
-    def __init__(self, model: ModelConfig, backend: str) -> None:
-        self._encoder = Encoder(model, get_backend(backend))
-        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+    def __init__(self, model: ModelConfig, backend: Backend) -> None:
+        self._encoder = Encoder(model, backend)
+        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
 
-    async def encode(self, image: ImageRequest) -> bytes:
+    async def encode(self, image: ImageRequest) -> LatentPacket:
         """The packet of pure noise that `image` starts as; raises `stages.encode.PromptTooLong`."""
-
-        def work() -> bytes:
-            return self._encoder.begin(
-                image.request_id, image.image_index, image.seed, image.size, image.prompt, image.negative_prompt
-            ).to_bytes()
-
-        return await asyncio.get_running_loop().run_in_executor(self._device, work)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._device,
+            self._encoder.begin,
+            image.request_id,
+            image.image_index,
+            image.seed,
+            image.size,
+            image.prompt,
+            image.negative_prompt,
+        )

@@ -23,7 +23,8 @@ from starlette.exceptions import HTTPException
 from deployments.decode import DecodedImage
 from deployments.encode import ImageRequest
 from deployments.images_api import APIError, ImagesRequest, images_response, stream_event
-from deployments.router import Partial, Route, Router
+from deployments.route import Route
+from deployments.router import Partial, Router
 from deployments.settings import Settings
 from stages.encode import PromptTooLong, negative_for
 from stages.noise import MAX_SEED
@@ -69,22 +70,14 @@ def _to_api_error(error: BaseException) -> APIError:
 class Ingress:
     """Checks requests, sends each image through its stages, and speaks the OpenAI Images API."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        encoder: DeploymentHandle,
-        transformers: dict[str, DeploymentHandle],
-        decoder: DeploymentHandle,
-    ) -> None:
+    def __init__(self, settings: Settings, replicas: dict[str, DeploymentHandle]) -> None:
         self._settings = settings
         self._model = settings.read_model()
         self._blocks = self._model.read_transformer()["num_layers"]
         self._plans = {name: plan.with_adapters(self._model.adapters) for name, plan in presets().items()}
-        stages: dict[str, str] = {}
-        for name, transformer in settings.transformers.items():
-            stages |= dict.fromkeys(transformer.stages, name)
+        deployments = {stage: name for name, placement in settings.placement.items() for stage in placement.stages}
         # In this process: a deployment of its own would be one more call, and what it does is to wait.
-        self._router = Router(encoder, transformers, stages, decoder)
+        self._router = Router(replicas, deployments)
 
     @app.post("/v1/images/generations")
     async def generate(self, body: ImagesRequest) -> Response:

@@ -12,29 +12,10 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.metrics import Counter, Histogram
 
 from deployments.decode import DecodedImage
-from deployments.encode import ImageRequest
-from stages.decode import ImageFormat
-from stages.plan import Plan
+from deployments.route import Leg, Route, split
+from deployments.settings import DECODE, ServedStage
 
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
-
-
-@dataclass(frozen=True)
-class Route:
-    """What the router is to do with one image.
-
-    Attributes:
-        quality: 1 to 100, of formats that lose something.
-        partial_images: after how many stages to send what the image will look like.
-        deadline: seconds since the epoch, after which to give up.
-    """
-
-    image: ImageRequest
-    plan: Plan
-    format: ImageFormat
-    quality: int
-    partial_images: int
-    deadline: float
 
 
 @dataclass(frozen=True)
@@ -43,28 +24,6 @@ class Partial:
 
     order: int
     image: DecodedImage
-
-
-@dataclass(frozen=True)
-class Leg:
-    """Consecutive stages of a plan that one call runs; `preview` if the image that the last foresees will be sent."""
-
-    transformer: str
-    stages: int
-    preview: bool
-
-
-def split(plan: Plan, transformers: Mapping[str, str], partial_images: int) -> list[Leg]:
-    """As few legs as the stages' transformers, by stage, and partial images after the first stages allow."""
-    legs: list[Leg] = []
-    for position, stage in enumerate(plan.stages):
-        transformer = transformers[stage.name]
-        preview = position < min(partial_images, len(plan.stages) - 1)
-        if legs and legs[-1].transformer == transformer and not legs[-1].preview:
-            legs[-1] = Leg(transformer, legs[-1].stages + 1, preview)
-        else:
-            legs.append(Leg(transformer, 1, preview))
-    return legs
 
 
 async def _within(deadline: float, response: DeploymentResponse) -> Any:
@@ -79,20 +38,13 @@ class Router:
     Packets pass through as bytes, so that what one replica made outlives it; the router looks into none.
     """
 
-    def __init__(
-        self,
-        encoder: DeploymentHandle,
-        transformers: dict[str, DeploymentHandle],
-        stages: dict[str, str],
-        decoder: DeploymentHandle,
-    ) -> None:
+    def __init__(self, replicas: Mapping[str, DeploymentHandle], deployments: Mapping[ServedStage, str]) -> None:
         """Args:
-        stages: which of `transformers` runs a stage.
+        replicas: of each deployment.
+        deployments: by the stage that they run.
         """
-        self._encoder = encoder
-        self._transformers = transformers
-        self._stages = stages
-        self._decoder = decoder
+        self._replicas = replicas
+        self._deployments = deployments
         self._images = Counter("images", description="Images by plan and outcome.", tag_keys=("plan", "outcome"))
         self._seconds = Histogram(
             "stage_seconds", description="Work on an image by stage.", boundaries=_SECONDS, tag_keys=("stage",)
@@ -106,28 +58,32 @@ class Router:
             BackPressureError: a stage's queue is full.
             PromptTooLong: found by the text encoder.
         """
-        outcome, legs = "failed", split(route.plan, self._stages, route.partial_images)
-        response = self._encoder.encode.remote(route.image)
+        outcome, order, preview = "failed", 0, False
+        packet: bytes | None = None
+        response: DeploymentResponse | None = None
         try:
-            packet = await _within(route.deadline, response)
-            for order, leg in enumerate(legs):
-                denoise = self._transformers[leg.transformer].denoise
-                response = denoise.remote(packet, route.plan, leg.stages, leg.preview, route.deadline)
-                if order and legs[order - 1].preview:
-                    yield Partial(order - 1, await self._decode(packet, route, preview=True))
-                packet = await _within(route.deadline, response)
-            image = await self._decode(packet, route, preview=False)
+            for leg in split(route.plan, self._deployments, route.partial_images):
+                response = self._replicas[leg.deployment].run.remote(route, leg, packet)
+                if preview:
+                    yield Partial(order, await self._decode(route, packet))
+                    order += 1
+                result = await _within(route.deadline, response)
+                packet, preview = result, leg.preview
             outcome = "done"
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
             raise
         finally:
-            response.cancel()  # of no effect on one that is done
+            if response:
+                response.cancel()  # of no effect on one that is done
             self._images.inc(tags={"plan": route.plan.name, "outcome": outcome})
+        image = cast(DecodedImage, result)
         for span in image.spans:
             self._seconds.observe(span.end - span.start, tags={"stage": span.stage})
         yield image
 
-    async def _decode(self, packet: bytes, route: Route, preview: bool) -> DecodedImage:
-        response = self._decoder.decode.remote(packet, route.format, route.quality, preview)
+    async def _decode(self, route: Route, packet: bytes | None) -> DecodedImage:
+        """Beside the next leg."""
+        leg = Leg(self._deployments[DECODE], decodes=True)
+        response = self._replicas[leg.deployment].run.remote(route, leg, packet)
         return cast(DecodedImage, await _within(route.deadline, response))

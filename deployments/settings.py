@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from backends import Quantization, get_backend
 from stages.model import ModelConfig
-from stages.plan import STAGES, StageName, presets
+from stages.plan import STAGES, presets
 
 
 def _known_backend(name: str) -> str:
@@ -17,27 +17,44 @@ def _known_backend(name: str) -> str:
     return name
 
 
+ServedStage = Literal["encode", "base", "bridge", "distilled", "decode"]
+ENCODE: ServedStage = "encode"
+DECODE: ServedStage = "decode"
+SERVED_STAGES = (ENCODE, *STAGES, DECODE)
+
 BackendName = Annotated[str, AfterValidator(_known_backend)]
 
 
-class Transformer(BaseModel):
-    """A deployment of the transformer.
+class Placement(BaseModel):
+    """What a deployment's replicas run, and on what.
 
     Attributes:
-        stages: that it runs. Several share one set of weights, with a LoRA of each image's own.
-        fuse: adapter to fuse into the weights, which makes it cost nothing more; for a deployment of one stage.
-        backend: what its replicas run on.
+        stages: those of the plan share one set of weights, with a LoRA of each image's own.
+        backend: what replicas run on.
+        fuse: adapter to fuse into the weights, which makes it cost nothing more; for one stage of the plan.
         compile: whether to compile the transformer's blocks before the replica reports ready.
         max_batch_tokens: most image tokens in one forward pass; a guided image counts twice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stages: Annotated[tuple[StageName, ...], Field(min_length=1)]
-    fuse: str | None = None
+    stages: Annotated[tuple[ServedStage, ...], Field(min_length=1)]
     backend: BackendName = "cpu"
+    fuse: str | None = None
     compile: bool = False
     max_batch_tokens: Annotated[int, Field(ge=1)] = 16384
+
+    @property
+    def denoises(self) -> bool:
+        """Whether it holds the transformer."""
+        return not {ENCODE, DECODE}.issuperset(self.stages)
+
+    @model_validator(mode="after")
+    def _has_transformer(self) -> Placement:
+        needless = {"fuse", "compile", "max_batch_tokens"} & self.model_fields_set
+        if needless and not self.denoises:
+            raise ValueError(f"{', '.join(sorted(needless))} must go with one of the stages {', '.join(STAGES)}")
+        return self
 
 
 class Settings(BaseModel):
@@ -46,8 +63,7 @@ class Settings(BaseModel):
     Attributes:
         model: path of the model's config, from the working directory or from the project's root.
         default_plan: preset for requests that name none.
-        encoder, decoder: backends of the text encoder and of the autoencoder.
-        transformers: deployments that share the stages out, by name.
+        placement: deployments that share the stages out, by name.
         max_images: largest `n` of a request.
         request_timeout_s: longest time that a request may take, queues included.
     """
@@ -56,9 +72,11 @@ class Settings(BaseModel):
 
     model: Path
     default_plan: str = "hybrid"
-    encoder: BackendName = "cpu"
-    decoder: BackendName = "cpu"
-    transformers: dict[str, Transformer] = {stage.capitalize(): Transformer(stages=(stage,)) for stage in STAGES}
+    placement: dict[str, Placement] = {
+        "TextEncoder": Placement(stages=("encode",)),
+        **{stage.capitalize(): Placement(stages=(stage,)) for stage in STAGES},
+        "VAEDecoder": Placement(stages=("decode",)),
+    }
     max_images: Annotated[int, Field(ge=1, le=64)] = 10
     request_timeout_s: Annotated[float, Field(gt=0.0)] = 120.0
 
@@ -69,17 +87,18 @@ class Settings(BaseModel):
         model = self.read_model()
         adapters = model.adapters
         presets()[self.default_plan].with_adapters(adapters)
-        shared_out = sorted(stage for transformer in self.transformers.values() for stage in transformer.stages)
-        if shared_out != sorted(STAGES):
-            raise ValueError(f"transformers must run each of {', '.join(STAGES)} once, not {', '.join(shared_out)}")
-        for name, transformer in self.transformers.items():
-            if transformer.fuse not in (None, *adapters):
-                raise ValueError(
-                    f"transformers.{name}.fuse must be one of {sorted(adapters)}, not {transformer.fuse!r}"
-                )
-        self._check_quantization("text_encoder", model.quantize.text_encoder, self.encoder)
-        for transformer in self.transformers.values():
-            self._check_quantization("transformer", model.quantize.transformer, transformer.backend)
+        shared_out = [stage for placement in self.placement.values() for stage in placement.stages]
+        if sorted(shared_out) != sorted(SERVED_STAGES):
+            raise ValueError(
+                f"placement must run each of {', '.join(SERVED_STAGES)} once, not {', '.join(sorted(shared_out))}"
+            )
+        for name, placement in self.placement.items():
+            if placement.fuse not in (None, *adapters):
+                raise ValueError(f"placement.{name}.fuse must be one of {sorted(adapters)}, not {placement.fuse!r}")
+            if ENCODE in placement.stages:
+                self._check_quantization("text_encoder", model.quantize.text_encoder, placement.backend)
+            if placement.denoises:
+                self._check_quantization("transformer", model.quantize.transformer, placement.backend)
         return self
 
     def _check_quantization(self, part: str, scheme: Quantization | None, backend: str) -> None:

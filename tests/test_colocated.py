@@ -31,7 +31,7 @@ def url() -> Iterator[str]:
 
 
 def test_one_deployment_runs_all_stages(url: str) -> None:
-    assert set(deployment_statuses()) == {"Ingress", "TextEncoder", "Transformer", "VAEDecoder"}
+    assert set(deployment_statuses()) == {"Ingress", "Device"}
 
 
 def test_concurrent_images_of_several_plans_are_those_of_one_process(url: str, pipeline: Pipeline) -> None:

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.router import Leg, split
+from deployments.route import Leg, split
+from deployments.settings import ServedStage
 from stages.plan import presets
 
-SPREAD = {"base": "Base", "bridge": "Bridge", "distilled": "Distilled"}
-TOGETHER = dict.fromkeys(SPREAD, "Transformer")
-HALF = {"base": "Base", "bridge": "Rest", "distilled": "Rest"}
+SPREAD = {"encode": "Text", "base": "Base", "bridge": "Bridge", "distilled": "Distilled", "decode": "Pixels"}
+TOGETHER = dict.fromkeys(SPREAD, "All")
+PART = {"encode": "First", "base": "First", "bridge": "Rest", "distilled": "Rest", "decode": "Pixels"}
 
 
 @pytest.mark.parametrize(
-    ("transformers", "partial_images", "legs"),
+    ("deployments", "partial_images", "legs"),
     [
-        (SPREAD, 0, [Leg("Base", 1, False), Leg("Bridge", 1, False), Leg("Distilled", 1, False)]),
-        (SPREAD, 9, [Leg("Base", 1, True), Leg("Bridge", 1, True), Leg("Distilled", 1, False)]),
-        (HALF, 0, [Leg("Base", 1, False), Leg("Rest", 2, False)]),
-        (HALF, 1, [Leg("Base", 1, True), Leg("Rest", 2, False)]),
-        (TOGETHER, 0, [Leg("Transformer", 3, False)]),
-        (TOGETHER, 1, [Leg("Transformer", 1, True), Leg("Transformer", 2, False)]),
-        (TOGETHER, 2, [Leg("Transformer", 1, True), Leg("Transformer", 1, True), Leg("Transformer", 1, False)]),
+        (SPREAD, 0, ["Text 0", "Base 1", "Bridge 1", "Distilled 1", "Pixels 0 decodes"]),
+        (SPREAD, 9, ["Text 0", "Base 1 preview", "Bridge 1 preview", "Distilled 1", "Pixels 0 decodes"]),
+        (PART, 0, ["First 1", "Rest 2", "Pixels 0 decodes"]),
+        (PART, 1, ["First 1 preview", "Rest 2", "Pixels 0 decodes"]),
+        (PART, 2, ["First 1 preview", "Rest 1 preview", "Rest 1", "Pixels 0 decodes"]),
+        (TOGETHER, 0, ["All 3 decodes"]),
+        (TOGETHER, 1, ["All 1 preview", "All 2 decodes"]),
+        (TOGETHER, 2, ["All 1 preview", "All 1 preview", "All 1 decodes"]),
     ],
 )
-def test_stages_of_one_transformer_are_one_call_unless_an_image_is_sent_between(
-    transformers: dict[str, str], partial_images: int, legs: list[Leg]
+def test_stages_of_one_deployment_are_one_call_unless_an_image_is_sent_between(
+    deployments: dict[ServedStage, str], partial_images: int, legs: list[str]
 ) -> None:
-    assert split(presets()["hybrid"], transformers, partial_images) == legs
+    assert [str_of(leg) for leg in split(presets()["hybrid"], deployments, partial_images)] == legs
+
+
+def str_of(leg: Leg) -> str:
+    return f"{leg.deployment} {leg.stages}{' preview' * leg.preview}{' decodes' * leg.decodes}"

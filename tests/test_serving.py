@@ -213,19 +213,21 @@ def test_overhead_of_the_router_is_below_30_ms(url: str) -> None:
 def test_wrong_settings_stop_the_start_and_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="max_imagez"):
         Settings.model_validate({"model": "configs/scenes.yaml", "max_imagez": 3})
-    with pytest.raises(ValidationError, match=r"(?s)decoder.*must be one of \['cpu', 'cuda'\], not 'abacus'"):
-        Settings.model_validate({"model": "configs/scenes.yaml", "decoder": "abacus"})
     with pytest.raises(ValidationError, match="default_plan must be one of"):
         Settings.model_validate({"model": "configs/scenes.yaml", "default_plan": "fastest"})
-    transformer = {"stages": ["base", "bridge"]}
-    for transformers, message in (
-        ({"A": transformer}, "must run each of base, bridge, distilled once, not base, bridge"),
-        ({"A": transformer, "B": {"stages": ["bridge", "distilled"]}}, "once, not base, bridge, bridge, distilled"),
-        ({"A": transformer, "B": {"stages": ["distilled"], "fuse": "lora"}}, "transformers.B.fuse must be one of"),
-        ({"A": {"stages": ["refiner"]}}, r"(?s)transformers.A.stages.0.*'base', 'bridge' or 'distilled'"),
+    ends, middle = {"stages": ["encode", "decode"]}, {"stages": ["base", "bridge"]}
+    last = {"stages": ["distilled"]}
+    every = "encode, base, bridge, distilled, decode"
+    for placement, message in (
+        ({"A": ends, "B": middle}, f"must run each of {every} once, not base, bridge, decode, encode"),
+        ({"A": ends, "B": middle, "C": {"stages": ["bridge", "distilled"]}}, "once, not base, bridge, bridge, decode"),
+        ({"A": ends, "B": middle, "C": {**last, "fuse": "lora"}}, "placement.C.fuse must be one of"),
+        ({"A": {**ends, "fuse": "bridge"}}, "(?s)placement.A.*fuse must go with one of the stages base, bridge"),
+        ({"A": {"stages": ["refiner"]}}, r"(?s)placement.A.stages.0.*'encode', 'base', 'bridge', 'distilled' or"),
+        ({"A": {**ends, "backend": "abacus"}}, r"(?s)A.backend.*must be one of \['cpu', 'cuda'\], not 'abacus'"),
     ):
         with pytest.raises(ValidationError, match=message):
-            Settings.model_validate({"model": "configs/scenes.yaml", "transformers": transformers})
+            Settings.model_validate({"model": "configs/scenes.yaml", "placement": placement})
     bad = tmp_path / "model.yaml"
     bad.write_text("name: x\nsource: y\nsizes: [100x100]\n")
     with pytest.raises(ValidationError, match="multiples of 16"):

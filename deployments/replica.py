@@ -1,0 +1,50 @@
+"""What a deployment's replicas do: consecutive stages of an image, on one device."""
+
+from __future__ import annotations
+
+from backends import get_backend
+from deployments.decode import DecodedImage, VAEDecoder
+from deployments.denoise import Transformer
+from deployments.encode import TextEncoder
+from deployments.route import Leg, Route
+from deployments.settings import DECODE, ENCODE, Placement
+from stages.model import ModelConfig
+from stages.packet import LatentPacket
+
+
+class StageReplica:
+    """Holds what its stages need of the model; encoding, denoising and decoding of different images overlap."""
+
+    def __init__(self, model: ModelConfig, placement: Placement) -> None:
+        backend = get_backend(placement.backend)
+        self._denoises = placement.denoises
+        if ENCODE in placement.stages:
+            self._encoder = TextEncoder(model, backend)
+        if self._denoises:
+            self._transformer = Transformer(model, backend, placement)
+        if DECODE in placement.stages:
+            self._decoder = VAEDecoder(model, backend)
+
+    def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica that raises."""
+        if self._denoises:
+            self._transformer.check_health()
+
+    async def run(self, route: Route, leg: Leg, packet: bytes | None) -> bytes | DecodedImage:
+        """Take an image along `leg`; a caller that cancels stops the work before its next step.
+
+        Args:
+            packet: as the leg before left it; None at the start, which encodes the prompt.
+
+        Raises:
+            PacketError: not a packet of this version.
+            PromptTooLong: one of the image's prompts is.
+            ValueError: see `stages.stage.Denoiser.begin`.
+        """
+        current = await self._encoder.encode(route.image) if packet is None else LatentPacket.from_bytes(packet)
+        for left in reversed(range(leg.stages)):
+            preview = leg.preview and not left
+            current = await self._transformer.denoise(current, route.plan, preview, route.deadline)
+        if leg.decodes:
+            return await self._decoder.decode(current, route.format, route.quality)
+        return current.to_bytes()

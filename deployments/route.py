@@ -1,0 +1,61 @@
+"""The way of an image through the deployments, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from deployments.encode import ImageRequest
+from deployments.settings import DECODE, ENCODE, ServedStage
+from stages.decode import ImageFormat
+from stages.plan import Plan
+
+
+@dataclass(frozen=True)
+class Route:
+    """What is to be done for one image.
+
+    Attributes:
+        quality: 1 to 100, of formats that lose something.
+        partial_images: after how many of the plan's stages to send what the image will look like.
+        deadline: seconds since the epoch, after which to give up.
+    """
+
+    image: ImageRequest
+    plan: Plan
+    format: ImageFormat
+    quality: int
+    partial_images: int
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Consecutive stages that one call runs; the first leg begins with encoding.
+
+    Attributes:
+        deployment: that runs them.
+        stages: how many of the plan's.
+        preview: whether the image that the last of them foresees will be sent.
+        decodes: whether the call ends with the image.
+    """
+
+    deployment: str
+    stages: int = 0
+    preview: bool = False
+    decodes: bool = False
+
+
+def split(plan: Plan, deployments: Mapping[ServedStage, str], partial_images: int) -> list[Leg]:
+    """As few legs as the stages' deployments, and partial images after the first of the plan's stages, allow."""
+    legs = [Leg(deployments[ENCODE])]
+    for position, stage in enumerate(plan.stages):
+        deployment = deployments[stage.name]
+        if legs[-1].preview or legs[-1].deployment != deployment:
+            legs.append(Leg(deployment))
+        preview = position < min(partial_images, len(plan.stages) - 1)
+        legs[-1] = replace(legs[-1], stages=legs[-1].stages + 1, preview=preview)
+    if legs[-1].deployment != deployments[DECODE]:
+        legs.append(Leg(deployments[DECODE]))
+    legs[-1] = replace(legs[-1], decodes=True)
+    return legs
