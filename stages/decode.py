@@ -16,15 +16,20 @@ from stages.model import ModelConfig, load_vae
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 
-@torch.inference_mode()
-def decode_latents(vae: AutoencoderKLQwenImage, latents: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image]:
-    """RGB images of latents (batch, rows * columns, channels) on the device of `vae`."""
+def decode_pixels(vae: AutoencoderKLQwenImage, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Pixels (batch, 3, 1, height, width), about -1 to 1, of latents (batch, rows * columns, channels)."""
     scale = vae.spatial_compression_ratio
     height, width = (2 * scale * side for side in grid)
     unpacked = QwenImagePipeline._unpack_latents(latents.to(vae.device), height, width, scale)
     mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std, device=vae.device).view(1, -1, 1, 1, 1)
-    pixels = vae.decode((unpacked * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]
+    return vae.decode((unpacked * std + mean).to(vae.dtype), return_dict=False)[0]
+
+
+@torch.inference_mode()
+def decode_latents(vae: AutoencoderKLQwenImage, latents: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image]:
+    """RGB images of latents (batch, rows * columns, channels) on the device of `vae`."""
+    pixels = decode_pixels(vae, latents, grid)[:, :, 0]
     return VaeImageProcessor().postprocess(pixels.float(), output_type="pil")
 
 

@@ -1,0 +1,138 @@
+"""Train the distilled LoRA further on what it does last in a hybrid plan: one step from the hand-over to the image.
+
+`python -m training.last_step training/scenes.yaml PIPELINE DISTILLED_LORA BRIDGE_LORA RUN`, all four directories
+
+From where base and bridge leave an image, the guided base model goes on in many steps; the student must get there in
+one. The way is an ordinary differential equation's, so that there is one right answer; but where a network cannot
+foresee each hair, errors of latents are least without any. So the image's contrast by place and direction counts as
+well (`training.decoder`). At all other noise levels the student stays as it was.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+
+from stages.decode import decode_pixels
+from stages.model import PIXELS_PER_TOKEN
+from stages.plan import StageSpec, presets
+from stages.sigmas import stage_sigmas
+from stages.vae import convolve_images
+from training.adapters import Lora, active, save_lora
+from training.decoder import contrast
+from training.loop import Schedule, load_pipeline, make_accelerator, one_cycle, parse_arguments, read_config, train
+from training.prompts import Prompts
+from training.sampling import conditional, integrate, of_stage, sample_grid
+from training.trajectories import Trajectories
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__, "pipeline", "distilled", "bridge", "run")
+    config = read_config(arguments.config, "last_step")
+    schedule = Schedule(**config["schedule"])
+    set_seed(schedule.seed)
+    accelerator = make_accelerator()
+    pipeline = load_pipeline(arguments.pipeline, accelerator.device)
+    pipeline.transformer.requires_grad_(False)
+    convolve_images(pipeline.vae).requires_grad_(False)
+    pipeline.load_lora_weights(arguments.bridge, adapter_name="bridge")
+    for name in ("before", "distilled"):
+        pipeline.load_lora_weights(arguments.distilled, adapter_name=name)
+    parameters = [parameter for key, parameter in pipeline.transformer.named_parameters() if ".distilled." in key]
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    transformer, optimizer, scheduler = accelerator.prepare(
+        pipeline.transformer, optimizer, one_cycle(optimizer, schedule)
+    )
+    lora = Lora("distilled", parameters, optimizer)
+    prompts = Prompts.read(pipeline, config)
+    plan = presets()[config["plan"]]
+    *before, last = plan.stages
+    grid = (config["height"] // PIXELS_PER_TOKEN, config["width"] // PIXELS_PER_TOKEN)
+    tokens = grid[0] * grid[1]
+    rest = StageSpec(
+        name="base",
+        sigma_start=last.sigma_start,
+        sigma_end=0.0,
+        steps=config["teacher_steps"],
+        guidance_scale=config["guidance_scale"],
+    )
+
+    @torch.no_grad()
+    def make_pairs() -> Trajectories:
+        """Where the hybrid plan hands over, and where the teacher goes from there."""
+        rng, generator = Random(schedule.seed), torch.Generator().manual_seed(schedule.seed)
+        texts: list[str] = []
+        negative_texts: list[str] = []
+        latents: list[torch.Tensor] = []
+        while len(texts) < config["count"]:
+            batch = prompts.draw(rng, schedule.batch_size)
+            avoided = [prompts.draw_negative(rng, prompt, config["negative_share"]) for prompt in batch]
+            embeds, negatives = prompts.embed(batch), prompts.embed(avoided)
+            passed = torch.randn(len(batch), tokens, transformer.config.in_channels, generator=generator)
+            passed = passed.to(accelerator.device)
+            passages = []
+            with accelerator.autocast():
+                for stage in (*before, rest):
+                    with active(transformer, stage.adapter):
+                        velocity = of_stage(transformer, stage, embeds, negatives, grid)
+                        passed = integrate(velocity, passed, stage_sigmas(stage, pipeline.scheduler, tokens))[-1]
+                    passages.append(passed)
+            latents.append(torch.stack(passages[-2:], dim=1).bfloat16().cpu())
+            texts += batch
+            negative_texts += avoided
+            print(f"{len(texts)} of {config['count']}", flush=True)
+        return Trajectories(torch.tensor([last.sigma_start, 0.0]), torch.cat(latents), texts, negative_texts, grid)
+
+    kept = arguments.run / "pairs"
+    if not kept.exists():
+        make_pairs().save(kept)
+    taught = Trajectories.load(kept)
+    with torch.no_grad():
+        ends = taught.latents[:, 1].float().split(schedule.batch_size)
+        contrasts = torch.cat([contrast(decode_pixels(pipeline.vae, end, grid)).cpu() for end in ends])
+
+    def step(index: int) -> dict[str, torch.Tensor]:
+        rng = Random(f"{schedule.seed} {index}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        rows = [rng.randrange(len(taught.prompts)) for _ in range(schedule.batch_size)]
+        embeds = prompts.embed([taught.prompts[row] for row in rows])
+        start, end = taught.latents[rows].float().to(accelerator.device).unbind(1)
+        sigma = taught.sigmas[0].expand(len(rows)).to(start)
+
+        # Other levels, with noise on what the teacher made.
+        others = slice(round(config["kept_share"] * len(rows)))
+        elsewhere = torch.rand(others.stop, generator=generator).to(start)
+        noise = torch.randn(end[others].shape, generator=generator).to(start)
+        noisy = torch.lerp(end[others], noise, elsewhere[:, None, None])
+        with accelerator.autocast():
+            with torch.no_grad(), active(transformer, "before"):
+                as_before = conditional(transformer, embeds[others], grid)(noisy, elsewhere)
+            with active(transformer, "distilled"):
+                velocity = conditional(transformer, [*embeds, *embeds[others]], grid)(
+                    torch.cat([start, noisy]), torch.cat([sigma, elsewhere])
+                )
+        foreseen, now = velocity.split([len(rows), others.stop])
+        clean = start - sigma[:, None, None] * foreseen
+        decoded = slice(config["decoded"])
+        drawn = contrast(decode_pixels(pipeline.vae, clean[decoded], grid))
+        error = F.mse_loss(clean, end) / last.sigma_start**2  # in units of velocity
+        blur = (drawn - contrasts[rows][decoded].to(drawn)).abs().mean()
+        away = F.mse_loss(now, as_before)
+        with active(transformer, "distilled"):
+            lora.descend(accelerator, error + config["contrast_weight"] * blur + config["kept_weight"] * away)
+        scheduler.step()
+        return {"error": error.detach(), "contrast": blur.detach(), "kept": away.detach()}
+
+    def sample(path: Path) -> None:
+        save_lora(accelerator.unwrap_model(transformer), "distilled", arguments.run / "lora", torch.bfloat16)
+        sample_grid(pipeline, plan.stages, path)
+
+    train(accelerator, arguments.run, schedule, step, sample)
+
+
+if __name__ == "__main__":
+    main()
