@@ -34,8 +34,7 @@ from stages.pipeline import Pipeline
 from stages.plan import presets
 
 _SATURATION = 0.7  # of the monolith's throughput, for the open loop
-_OPEN_LOOP = 3  # times as long as a closed one: its tail is what counts
-_FORECAST = 6  # and to compare with a simulated tail
+_OPEN_LOOP = 6  # times as long as a closed one: its tail is what counts
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Comparison:
             self._plan,
             self._prompted,
             rate=self._rate,
-            seconds=self._seconds * _FORECAST,
+            seconds=self._seconds * _OPEN_LOOP,
             deadline=self._deadline,
             batch_tokens=application["args"]["placement"]["Base"]["max_batch_tokens"],
         ):
