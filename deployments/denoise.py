@@ -20,11 +20,11 @@ logger = logging.getLogger("ray.serve")
 class Transformer:
     """One thread uses the device, for all packets that are here at a time."""
 
-    def __init__(self, model: ModelConfig, backend: Backend, settings: Placement) -> None:
-        denoiser = Denoiser.load(model, backend, settings.fuse)
-        if settings.compile:
+    def __init__(self, model: ModelConfig, backend: Backend, placement: Placement) -> None:
+        denoiser = Denoiser.load(model, backend, placement.fuse)
+        if placement.compile:
             denoiser.compile(model.sizes)
-        self._batcher = StepBatcher(denoiser, settings.max_batch_tokens)
+        self._batcher = StepBatcher(denoiser, placement.max_batch_tokens)
         self._device = Thread(target=self._batcher.run, name="denoise", daemon=True)
         self._device.start()
 

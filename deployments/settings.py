@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from backends import Quantization, get_backend
 from stages.model import ModelConfig
-from stages.plan import STAGES, presets
+from stages.plan import STAGES, StageName, presets
 
 
 def _known_backend(name: str) -> str:
@@ -17,10 +17,10 @@ def _known_backend(name: str) -> str:
     return name
 
 
-ServedStage = Literal["encode", "base", "bridge", "distilled", "decode"]
+ServedStage = Literal["encode", StageName, "decode"]
 ENCODE: ServedStage = "encode"
 DECODE: ServedStage = "decode"
-SERVED_STAGES = (ENCODE, *STAGES, DECODE)
+SERVED_STAGES: tuple[ServedStage, ...] = get_args(ServedStage)
 
 BackendName = Annotated[str, AfterValidator(_known_backend)]
 

@@ -39,6 +39,11 @@ class Lora:
 def add_lora(transformer: QwenImageTransformer2DModel, name: str, rank: int) -> list[torch.nn.Parameter]:
     """Add a LoRA that changes nothing yet; its parameters, in float32."""
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), adapter_name=name)
+    return lora_parameters(transformer, name)
+
+
+def lora_parameters(transformer: QwenImageTransformer2DModel, name: str) -> list[torch.nn.Parameter]:
+    """Those of LoRA `name`, which is on the transformer already."""
     return [parameter for key, parameter in transformer.named_parameters() if f".{name}." in key]
 
 

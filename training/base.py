@@ -10,13 +10,12 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
 from diffusers import QwenImageTransformer2DModel
 from diffusers.training_utils import EMAModel
 
 from stages.plan import StageSpec
 from training.data import LABELS, NO_OBJECT, SceneBatches, SizeShare
-from training.loop import Schedule, load_pipeline, make_accelerator, one_cycle, parse_arguments, read_config, train
+from training.loop import begin, load_pipeline, one_cycle, train
 from training.optimize import make_optimizers
 from training.sampling import sample_grid
 
@@ -54,11 +53,7 @@ def draw_sigmas(count: int, mean: float, deviation: float, generator: torch.Gene
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__, "pipeline", "run")
-    config = read_config(arguments.config, "base")
-    schedule = Schedule(**config["schedule"])
-    set_seed(schedule.seed)
-    accelerator = make_accelerator()
+    arguments, config, schedule, accelerator = begin(__doc__, "base", "pipeline", "run")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     sizes = [SizeShare(**size) for size in config["sizes"]]
     batches = SceneBatches(pipeline.vae, sizes, arguments.run, config["scenes_seed"])

@@ -19,24 +19,19 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
 
 from stages.plan import presets
 from stages.sigmas import stage_sigmas
 from training.adapters import active, save_lora
-from training.loop import Schedule, load_pipeline, make_accelerator, parse_arguments, read_config, train
+from training.loop import begin, load_pipeline, train
 from training.matching import Samples, prepare
 from training.prompts import Prompts
-from training.sampling import integrate, of_stage, read_by, sample_grid
+from training.sampling import integrate, of_stage, read_by, run_stage, sample_grid
 from training.trajectories import Trajectories
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__, "pipeline", "trajectories", "distilled", "run")
-    config = read_config(arguments.config, "bridge")
-    schedule = Schedule(**config["schedule"])
-    set_seed(schedule.seed)
-    accelerator = make_accelerator()
+    arguments, config, schedule, accelerator = begin(__doc__, "bridge", "pipeline", "trajectories", "distilled", "run")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     pipeline.load_lora_weights(arguments.distilled, adapter_name="distilled")
     lora, scheduler, matching = prepare(accelerator, pipeline.transformer, "bridge", config, schedule)
@@ -53,11 +48,10 @@ def main() -> None:
     def coarse(rows: list[int]) -> torch.Tensor:
         """What the base stage leaves of the trajectories' noises, in bfloat16."""
         embeds = prompts.embed([taught.prompts[row] for row in rows])
-        with accelerator.autocast(), active(transformer, None):
+        with accelerator.autocast():
             negatives = prompts.embed([taught.negative_prompts[row] for row in rows])
-            velocity = of_stage(transformer, base, embeds, negatives, taught.grid)
             noise = taught.latents[rows, 0].float().to(accelerator.device)
-            return integrate(velocity, noise, stage_sigmas(base, pipeline.scheduler, tokens))[-1].bfloat16().cpu()
+            return run_stage(pipeline, base, noise, embeds, negatives, taught.grid).bfloat16().cpu()
 
     every = list(range(len(taught.prompts)))
     starts = torch.cat([coarse(every[first : first + 64]) for first in range(0, len(every), 64)])

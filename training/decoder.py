@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
 from diffusers import AutoencoderKLQwenImage
 
 from stages.vae import convolve_images
-from training.loop import Schedule, make_accelerator, one_cycle, parse_arguments, read_config, train
+from training.loop import begin, one_cycle, train
 from training.optimize import flatten_kernels, make_optimizers, restore_kernels
 from training.vae import crops, draw_reconstructions
 
@@ -36,11 +35,7 @@ def contrast(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__, "vae", "run")
-    config = read_config(arguments.config, "decoder")
-    schedule = Schedule(**config["schedule"])
-    set_seed(schedule.seed)
-    accelerator = make_accelerator()
+    arguments, config, schedule, accelerator = begin(__doc__, "decoder", "vae", "run")
     vae = AutoencoderKLQwenImage.from_pretrained(arguments.vae, torch_dtype=torch.float32)
     convolve_images(vae).requires_grad_(False)
     vae.decoder.requires_grad_(True)

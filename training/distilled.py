@@ -16,14 +16,13 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
 
 from stages.encode import EMPTY_PROMPT
 from stages.model import PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
 from training.adapters import active, save_lora
-from training.loop import Schedule, load_pipeline, make_accelerator, parse_arguments, read_config, train
+from training.loop import begin, load_pipeline, train
 from training.matching import Samples, prepare
 from training.prompts import Prompts
 from training.sampling import conditional, integrate, sample_grid
@@ -31,11 +30,7 @@ from training.trajectories import Trajectories
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__, "pipeline", "trajectories", "run")
-    config = read_config(arguments.config, "distilled")
-    schedule = Schedule(**config["schedule"])
-    set_seed(schedule.seed)
-    accelerator = make_accelerator()
+    arguments, config, schedule, accelerator = begin(__doc__, "distilled", "pipeline", "trajectories", "run")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     lora, scheduler, matching = prepare(accelerator, pipeline.transformer, "distilled", config, schedule)
     transformer = matching.transformer

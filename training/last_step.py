@@ -15,34 +15,27 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
 
 from stages.decode import decode_pixels
-from stages.model import PIXELS_PER_TOKEN
 from stages.plan import StageSpec, presets
-from stages.sigmas import stage_sigmas
 from stages.vae import convolve_images
-from training.adapters import Lora, active, save_lora
+from training.adapters import Lora, active, lora_parameters, save_lora
 from training.decoder import contrast
-from training.loop import Schedule, load_pipeline, make_accelerator, one_cycle, parse_arguments, read_config, train
+from training.loop import begin, load_pipeline, one_cycle, train
 from training.prompts import Prompts
-from training.sampling import conditional, integrate, of_stage, sample_grid
-from training.trajectories import Trajectories
+from training.sampling import conditional, run_stage, sample_grid
+from training.trajectories import Trajectories, draw_trajectories, grid_of
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__, "pipeline", "distilled", "bridge", "run")
-    config = read_config(arguments.config, "last_step")
-    schedule = Schedule(**config["schedule"])
-    set_seed(schedule.seed)
-    accelerator = make_accelerator()
+    arguments, config, schedule, accelerator = begin(__doc__, "last_step", "pipeline", "distilled", "bridge", "run")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     pipeline.transformer.requires_grad_(False)
     convolve_images(pipeline.vae).requires_grad_(False)
     pipeline.load_lora_weights(arguments.bridge, adapter_name="bridge")
     for name in ("before", "distilled"):
         pipeline.load_lora_weights(arguments.distilled, adapter_name=name)
-    parameters = [parameter for key, parameter in pipeline.transformer.named_parameters() if ".distilled." in key]
+    parameters = lora_parameters(pipeline.transformer, "distilled")
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     transformer, optimizer, scheduler = accelerator.prepare(
         pipeline.transformer, optimizer, one_cycle(optimizer, schedule)
@@ -51,8 +44,7 @@ def main() -> None:
     prompts = Prompts.read(pipeline, config)
     plan = presets()[config["plan"]]
     *before, last = plan.stages
-    grid = (config["height"] // PIXELS_PER_TOKEN, config["width"] // PIXELS_PER_TOKEN)
-    tokens = grid[0] * grid[1]
+    grid = grid_of(config["pairs"])
     rest = StageSpec(
         name="base",
         sigma_start=last.sigma_start,
@@ -61,35 +53,18 @@ def main() -> None:
         guidance_scale=config["guidance_scale"],
     )
 
-    @torch.no_grad()
-    def make_pairs() -> Trajectories:
-        """Where the hybrid plan hands over, and where the teacher goes from there."""
-        rng, generator = Random(schedule.seed), torch.Generator().manual_seed(schedule.seed)
-        texts: list[str] = []
-        negative_texts: list[str] = []
-        latents: list[torch.Tensor] = []
-        while len(texts) < config["count"]:
-            batch = prompts.draw(rng, schedule.batch_size)
-            avoided = [prompts.draw_negative(rng, prompt, config["negative_share"]) for prompt in batch]
-            embeds, negatives = prompts.embed(batch), prompts.embed(avoided)
-            passed = torch.randn(len(batch), tokens, transformer.config.in_channels, generator=generator)
-            passed = passed.to(accelerator.device)
-            passages = []
-            with accelerator.autocast():
-                for stage in (*before, rest):
-                    with active(transformer, stage.adapter):
-                        velocity = of_stage(transformer, stage, embeds, negatives, grid)
-                        passed = integrate(velocity, passed, stage_sigmas(stage, pipeline.scheduler, tokens))[-1]
-                    passages.append(passed)
-            latents.append(torch.stack(passages[-2:], dim=1).bfloat16().cpu())
-            texts += batch
-            negative_texts += avoided
-            print(f"{len(texts)} of {config['count']}", flush=True)
-        return Trajectories(torch.tensor([last.sigma_start, 0.0]), torch.cat(latents), texts, negative_texts, grid)
+    def walk(noise: torch.Tensor, embeds: list[torch.Tensor], negatives: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Where the plan hands over, and where the teacher goes from there."""
+        handed_over = noise
+        for stage in before:
+            handed_over = run_stage(pipeline, stage, handed_over, embeds, negatives, grid)
+        return [handed_over, run_stage(pipeline, rest, handed_over, embeds, negatives, grid)]
 
     kept = arguments.run / "pairs"
     if not kept.exists():
-        make_pairs().save(kept)
+        levels = torch.tensor([last.sigma_start, 0.0])
+        channels = transformer.config.in_channels
+        draw_trajectories(accelerator, prompts, config["pairs"], channels, levels, walk).save(kept)
     taught = Trajectories.load(kept)
     with torch.no_grad():
         ends = taught.latents[:, 1].float().split(schedule.batch_size)
@@ -120,7 +95,7 @@ def main() -> None:
         decoded = slice(config["decoded"])
         drawn = contrast(decode_pixels(pipeline.vae, clean[decoded], grid))
         error = F.mse_loss(clean, end) / last.sigma_start**2  # in units of velocity
-        blur = (drawn - contrasts[rows][decoded].to(drawn)).abs().mean()
+        blur = (drawn - contrasts[rows[decoded]].to(drawn)).abs().mean()
         away = F.mse_loss(now, as_before)
         with active(transformer, "distilled"):
             lora.descend(accelerator, error + config["contrast_weight"] * blur + config["kept_weight"] * away)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from diffusers import QwenImagePipeline
 
 
@@ -73,6 +74,20 @@ def make_accelerator() -> Accelerator:
     torch.set_flush_denormal(True)
     native = torch.accelerator.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return Accelerator(mixed_precision="bf16" if native else "no")
+
+
+def begin(
+    description: str | None, section: str, *directories: str
+) -> tuple[argparse.Namespace, dict[str, Any], Schedule, Accelerator]:
+    """What every trainer starts from: its arguments, its section of the config, the schedule there, and a device.
+
+    The schedule's seed is every generator's from here on.
+    """
+    arguments = parse_arguments(description, *directories)
+    config = read_config(arguments.config, section)
+    schedule = Schedule(**config["schedule"])
+    set_seed(schedule.seed)
+    return arguments, config, schedule, make_accelerator()
 
 
 def load_pipeline(directory: Path, device: torch.device) -> QwenImagePipeline:

@@ -79,6 +79,22 @@ def integrate(velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor) -
     return trail
 
 
+def run_stage(
+    pipeline: QwenImagePipeline,
+    stage: StageSpec,
+    latents: torch.Tensor,
+    embeds: list[torch.Tensor],
+    negatives: list[torch.Tensor],
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    """Latents (batch, tokens, channels) where `stage` leaves them; its adapter must be loaded."""
+    transformer = pipeline.transformer
+    sigmas = stage_sigmas(stage, pipeline.scheduler, tokens=latents.shape[1])
+    velocity = of_stage(transformer, stage, embeds, negatives, grid)
+    with active(transformer, stage.adapter):
+        return integrate(velocity, latents, sigmas)[-1]
+
+
 PROMPTS = (
     "a red star",
     "a large furry blue heart on a white background",
@@ -103,9 +119,6 @@ def sample_grid(
     noises = [draw_noise(seed, channels, 2 * grid_shape[0], 2 * grid_shape[1]) for seed in seeds]
     latents = torch.stack(noises * len(PROMPTS)).to(transformer.device)
     for stage in stages:
-        sigmas = stage_sigmas(stage, pipeline.scheduler, tokens=latents.shape[1])
-        velocity = of_stage(transformer, stage, embeds, negatives, grid_shape)
-        with active(transformer, stage.adapter):
-            latents = integrate(velocity, latents, sigmas)[-1]
+        latents = run_stage(pipeline, stage, latents, embeds, negatives, grid_shape)
     images = decode_latents(pipeline.vae, latents, grid_shape)
     grid(images, len(seeds)).save(path)

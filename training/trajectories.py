@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Self
+from typing import Any, Self
 
 import torch
+from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
@@ -66,6 +68,48 @@ class Trajectories:
         )
 
 
+# (noise, embeds, negatives) -> latents, (batch, tokens, channels) at each level.
+Walk = Callable[[torch.Tensor, list[torch.Tensor], list[torch.Tensor]], Sequence[torch.Tensor]]
+
+
+@torch.no_grad()
+def draw_trajectories(
+    accelerator: Accelerator,
+    prompts: Prompts,
+    config: dict[str, Any],
+    channels: int,
+    sigmas: torch.Tensor,
+    walk: Walk,
+) -> Trajectories:
+    """Walk from many noises of `channels` channels, for prompts of which some avoid something.
+
+    Args:
+        config: width, height, count, batch_size, seed and negative_share.
+        sigmas: (levels,) of what `walk` returns.
+    """
+    grid = grid_of(config)
+    rng, generator = Random(config["seed"]), torch.Generator().manual_seed(config["seed"])
+    texts: list[str] = []
+    negative_texts: list[str] = []
+    latents: list[torch.Tensor] = []
+    while len(texts) < config["count"]:
+        batch = prompts.draw(rng, config["batch_size"])
+        avoided = [prompts.draw_negative(rng, prompt, config["negative_share"]) for prompt in batch]
+        noise = torch.randn(len(batch), grid[0] * grid[1], channels, generator=generator)
+        with accelerator.autocast():
+            trail = walk(noise.to(accelerator.device), prompts.embed(batch), prompts.embed(avoided))
+        latents.append(torch.stack(list(trail), dim=1).bfloat16().cpu())
+        texts += batch
+        negative_texts += avoided
+        print(f"{len(texts)} of {config['count']}", flush=True)
+    return Trajectories(sigmas, torch.cat(latents), texts, negative_texts, grid)
+
+
+def grid_of(config: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of tokens of a config's width and height."""
+    return config["height"] // PIXELS_PER_TOKEN, config["width"] // PIXELS_PER_TOKEN
+
+
 def teacher_sigmas(
     scheduler: FlowMatchEulerDiscreteScheduler, levels: list[float], steps: int, tokens: int
 ) -> tuple[torch.Tensor, list[int]]:
@@ -86,28 +130,19 @@ def main() -> None:
     accelerator = make_accelerator()
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     prompts = Prompts.read(pipeline, config)
-    grid = (config["height"] // PIXELS_PER_TOKEN, config["width"] // PIXELS_PER_TOKEN)
+    grid = grid_of(config)
     tokens = grid[0] * grid[1]
     plan = StageSpec(name="distilled", sigma_start=1.0, sigma_end=0.0, **config["levels"])
     levels = stage_sigmas(plan, pipeline.scheduler, tokens)
     sigmas, marks = teacher_sigmas(pipeline.scheduler, levels.tolist(), config["steps"], tokens)
-    rng, generator = Random(config["seed"]), torch.Generator().manual_seed(config["seed"])
-    texts: list[str] = []
-    negative_texts: list[str] = []
-    latents: list[torch.Tensor] = []
-    while len(texts) < config["count"]:
-        batch = prompts.draw(rng, config["batch_size"])
-        avoided = [prompts.draw_negative(rng, prompt, config["negative_share"]) for prompt in batch]
-        noise = torch.randn(len(batch), tokens, pipeline.transformer.config.in_channels, generator=generator)
-        with accelerator.autocast():
-            embeds, negatives = prompts.embed(batch), prompts.embed(avoided)
-            teacher = guided(pipeline.transformer, embeds, negatives, grid, config["guidance_scale"])
-            trail = integrate(teacher, noise.to(accelerator.device), sigmas)
-        latents.append(torch.stack([trail[mark] for mark in marks], dim=1).bfloat16().cpu())
-        texts += batch
-        negative_texts += avoided
-        print(f"{len(texts)} of {config['count']}", flush=True)
-    Trajectories(levels, torch.cat(latents), texts, negative_texts, grid).save(arguments.run)
+
+    def walk(noise: torch.Tensor, embeds: list[torch.Tensor], negatives: list[torch.Tensor]) -> list[torch.Tensor]:
+        teacher = guided(pipeline.transformer, embeds, negatives, grid, config["guidance_scale"])
+        trail = integrate(teacher, noise, sigmas)
+        return [trail[mark] for mark in marks]
+
+    channels = pipeline.transformer.config.in_channels
+    draw_trajectories(accelerator, prompts, config, channels, levels, walk).save(arguments.run)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
 from stages.vae import convolve_images
-from training.loop import Schedule, make_accelerator, one_cycle, parse_arguments, read_config, train
+from training.loop import begin, one_cycle, train
 from training.optimize import flatten_kernels, make_optimizers, restore_kernels
 from training.scenes import Scene, examples, render, sample_scene
 
@@ -87,11 +86,7 @@ def measure_latents(vae: AutoencoderKLQwenImage, seed: int, count: int = 256) ->
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__, "run")
-    config = read_config(arguments.config, "vae")
-    schedule = Schedule(**config["schedule"])
-    set_seed(schedule.seed)
-    accelerator = make_accelerator()
+    arguments, config, schedule, accelerator = begin(__doc__, "vae", "run")
     vae = convolve_images(AutoencoderKLQwenImage(**config["model"]))
     with torch.no_grad():  # start with a narrow posterior: its noise would drown the first, small latents
         vae.quant_conv.bias[vae.z_dim :] = -4.0
