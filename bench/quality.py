@@ -108,7 +108,7 @@ class QualityBench:
         if everything:
             figures |= self._diversity(plan)
             texture = _texture(self._draw(plan, self._cases.texture))
-            if plan.needs_negative:
+            if plan.needs_negative():
                 figures |= self._removal(plan)
         return Measured(group, name, **figures, texture=texture)
 

@@ -7,12 +7,14 @@ of different noise levels, guidance and prompt lengths share a forward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from stages.attention import Negative
 from stages.caches import StepCache
 from stages.network import Network, Query
+from stages.plan import AttentionGuidanceSpec
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Row:
         prompt_embeds: (length, width), without padding.
         negative_embeds: (length, width), or None without guidance.
         guidance_scale: of classifier-free guidance.
+        attention_guidance: in place of classifier-free guidance, or None.
         adapter, adapter_scale: a LoRA, or None for the base model alone, and its strength.
         skip_blocks: indices of blocks to do without.
         cache, negative_cache: what the two evaluations of a step remember of the steps before, if anything.
@@ -40,6 +43,7 @@ class Row:
     prompt_embeds: torch.Tensor
     negative_embeds: torch.Tensor | None = None
     guidance_scale: float = 1.0
+    attention_guidance: AttentionGuidanceSpec | None = None
     adapter: str | None = None
     adapter_scale: float = 1.0
     skip_blocks: frozenset[int] = frozenset()
@@ -60,9 +64,31 @@ class Row:
     def done(self) -> bool:
         return self.index == len(self.sigmas) - 1
 
-    def query(self, embeds: torch.Tensor, cache: StepCache | None) -> Query:
-        """What the next step asks the network with these embeddings."""
-        return Query(self.latent, self.sigma, embeds, self.adapter, self.adapter_scale, self.skip_blocks, cache)
+    @property
+    def guided(self) -> bool:
+        """Whether a step takes a second evaluation, with the negative prompt."""
+        return self.negative_embeds is not None and self.attention_guidance is None
+
+    def query(self) -> Query:
+        """What the next step asks the network."""
+        negative = None
+        if self.negative_embeds is not None and self.attention_guidance is not None:
+            negative = Negative(self.negative_embeds, self.attention_guidance)
+        return Query(
+            self.latent,
+            self.sigma,
+            self.prompt_embeds,
+            negative,
+            self.adapter,
+            self.adapter_scale,
+            self.skip_blocks,
+            self.cache,
+        )
+
+    def negative_query(self) -> Query:
+        """What a guided row asks besides."""
+        assert self.negative_embeds is not None
+        return replace(self.query(), embeds=self.negative_embeds, cache=self.negative_cache)
 
 
 def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
@@ -90,14 +116,13 @@ def step(network: Network, rows: Sequence[Row]) -> None:
     Rows must share a grid. Guided rows are evaluated twice in the one forward pass, with the prompt and with the
     negative one.
     """
-    queries = [row.query(row.prompt_embeds, row.cache) for row in rows]
-    queries += [row.query(row.negative_embeds, row.negative_cache) for row in rows if row.negative_embeds is not None]
+    queries = [row.query() for row in rows] + [row.negative_query() for row in rows if row.guided]
     answers = network.evaluate(queries, rows[0].grid)
     negatives = iter(answers[len(rows) :])
     for row, answer in zip(rows, answers, strict=False):
         velocity = answer.velocity
         row.nfe += answer.cost
-        if row.negative_embeds is not None:
+        if row.guided:
             negative = next(negatives)
             velocity = guide(velocity, negative.velocity, row.guidance_scale)
             row.nfe += negative.cost

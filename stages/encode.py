@@ -22,8 +22,8 @@ REMEMBERED = 256  # prompts, by an encoder
 
 
 def negative_for(plan: Plan, negative_prompt: str | None) -> str | None:
-    """What to encode of a request's negative prompt, which it may lack: None if no stage of `plan` needs one."""
-    return (negative_prompt or EMPTY_PROMPT) if plan.needs_negative else None
+    """What to encode of a request's negative prompt, which it may lack: None if no stage of `plan` needs it."""
+    return (negative_prompt or EMPTY_PROMPT) if plan.needs_negative(avoids=bool(negative_prompt)) else None
 
 
 class PromptTooLong(ValueError):
@@ -45,6 +45,7 @@ def pure_noise(
     channels: int,
     prompt_embeds: torch.Tensor,
     negative_embeds: torch.Tensor | None,
+    avoids: bool,
 ) -> LatentPacket:
     """The packet that an image of `size` starts as, its latent of `channels` channels in the embeddings' dtype."""
     rows, columns = token_grid(size)
@@ -55,6 +56,7 @@ def pure_noise(
         grid=(rows, columns),
         sigma=1.0,
         position=0,
+        avoids=avoids,
         spans=(),
         latent=draw_noise(seed, channels, 2 * rows, 2 * columns).to(prompt_embeds.dtype),
         prompt_embeds=prompt_embeds,
@@ -106,5 +108,6 @@ class Encoder:
         start = time.time()
         embeds = self.encode(prompt, "prompt")
         negative = None if negative_prompt is None else self.encode(negative_prompt, "negative_prompt")
-        packet = pure_noise(request_id, image_index, seed, size, self._latent_channels, embeds, negative)
+        avoids = bool(negative_prompt and negative_prompt.strip())
+        packet = pure_noise(request_id, image_index, seed, size, self._latent_channels, embeds, negative, avoids)
         return replace(packet, spans=(Span("encode", start, time.time()),))

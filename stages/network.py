@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch.fx.experimental import _config as shapes_config
-from torch.nn.utils.rnn import pad_sequence
 
 from backends import Backend
 from stages.adapters import RowAdapters
+from stages.attention import Avoided, Negative, collate_text, guide_attention
 from stages.caches import Entrance, Evaluation, StepCache
+from stages.plan import AttentionGuidanceSpec
 
 
 def predict_velocity(
@@ -23,6 +24,7 @@ def predict_velocity(
     sigmas: torch.Tensor,
     embeds: Sequence[torch.Tensor],
     grid: tuple[int, int],
+    negatives: Sequence[Negative | None] = (),
 ) -> torch.Tensor:
     """One forward pass: velocities (batch, tokens, channels) in float32.
 
@@ -31,14 +33,17 @@ def predict_velocity(
         sigmas: (batch,), each row's noise level, which is also its timestep.
         embeds: prompt embeddings (length, width) a row; lengths may differ.
         grid: rows and columns of tokens, the same for all.
+        negatives: what each row avoids within the evaluation, if any does; the transformer must know how, see
+            `guide_attention`.
     """
-    padded, mask = _pad(embeds, latents.device, transformer.dtype)
+    text, mask, avoided = collate_text(embeds, negatives, latents.device, transformer.dtype)
     velocity = transformer(
         hidden_states=latents.to(transformer.dtype),
         timestep=sigmas.to(latents.device, transformer.dtype),
-        encoder_hidden_states=padded,
+        encoder_hidden_states=text,
         encoder_hidden_states_mask=mask,
         img_shapes=[[(1, *grid)]] * len(latents),
+        attention_kwargs=_attention_kwargs(avoided),
         return_dict=False,
     )[0]
     return velocity.float()
@@ -52,6 +57,7 @@ class Query:
         latent: (tokens, channels).
         sigma: its noise level.
         embeds: (length, width), without padding.
+        negative: what to avoid within the evaluation, if anything.
         adapter, adapter_scale: a LoRA, or None for the base model alone, and its strength.
         skip_blocks: indices of blocks to do without.
         cache: what may answer in the network's place, if anything.
@@ -60,6 +66,7 @@ class Query:
     latent: torch.Tensor
     sigma: float
     embeds: torch.Tensor
+    negative: Negative | None = None
     adapter: str | None = None
     adapter_scale: float = 1.0
     skip_blocks: frozenset[int] = frozenset()
@@ -85,6 +92,7 @@ class Network:
         fused: adapter that most queries will have, see `RowAdapters`.
         """
         self.transformer = transformer
+        guide_attention(transformer)
         self._adapters = RowAdapters(transformer, fused)
         self._compiled = False
 
@@ -108,7 +116,10 @@ class Network:
 
     @torch.inference_mode()
     def warm_up(self, grid: tuple[int, int]) -> None:
-        """Evaluate noise, in all the ways that are compiled apart from each other: several rows, and a single one."""
+        """Evaluate noise, in all the ways that are compiled apart from each other.
+
+        These are several rows and a single one, with something to avoid and without.
+        """
         config = self.transformer.config
         generator = torch.Generator().manual_seed(0)
 
@@ -116,11 +127,14 @@ class Network:
             return torch.randn(shape, generator=generator).to(self.transformer.device)
 
         latent = noise(grid[0] * grid[1], config.in_channels)
-        queries = [Query(latent, 1.0, noise(length, config.joint_attention_dim)) for length in (5, 7, 11)]
+        text = [noise(length, config.joint_attention_dim) for length in (5, 7, 11, 13)]
+        plain = [Query(latent, 1.0, embeds) for embeds in text[:3]]
+        avoiding = [replace(query, negative=Negative(text[3], AttentionGuidanceSpec())) for query in plain]
         # Or dimensions that happen to be equal here, tokens and ranks say, would have to be so for ever.
         with shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            self._evaluate_in_parts(queries, grid)
-            self._evaluate_in_parts(queries[:1], grid)
+            for queries in (plain, avoiding):
+                self._evaluate_in_parts(queries, grid)
+                self._evaluate_in_parts(queries[:1], grid)
 
     def evaluate(self, queries: Sequence[Query], grid: tuple[int, int]) -> list[Answer]:
         """Answers to queries of one grid (rows, columns of tokens), in one forward pass.
@@ -137,9 +151,11 @@ class Network:
         return [next(answers) if velocity is None else Answer(velocity, 0.0) for velocity in foreseen]
 
     def _evaluate_at_once(self, queries: Sequence[Query], grid: tuple[int, int]) -> list[Answer]:
-        latents, sigmas, embeds, gate = self._collate(queries)
+        latents, sigmas, gate = self._collate(queries)
         self._adapters.use(gate)
-        return [Answer(velocity, 1.0) for velocity in predict_velocity(self.transformer, latents, sigmas, embeds, grid)]
+        embeds, negatives = [query.embeds for query in queries], [query.negative for query in queries]
+        velocities = predict_velocity(self.transformer, latents, sigmas, embeds, grid, negatives)
+        return [Answer(velocity, 1.0) for velocity in velocities]
 
     def _evaluate_in_parts(self, queries: Sequence[Query], grid: tuple[int, int]) -> list[Answer]:
         """The first block for all whose cache has no answer yet, the others for those that have none then either."""
@@ -180,24 +196,23 @@ class Network:
                 known.learn(Evaluation(heads[begin.index(row)], tail, velocities[row]))
         return [Answer(velocity, cost) for velocity, cost in zip(velocities, costs, strict=True)]
 
-    def _collate(
-        self, queries: Sequence[Query]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
-        """Latents (batch, tokens, channels), sigmas (batch,), embeddings a row, gates of the adapters."""
+    def _collate(self, queries: Sequence[Query]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Latents (batch, tokens, channels), sigmas (batch,), gates of the adapters."""
         latents = torch.stack([query.latent for query in queries])
         sigmas = torch.tensor([query.sigma for query in queries])
         weights = [(query.adapter, query.adapter_scale) for query in queries]
         gate = self._adapters.gate(weights)
         if gate is not None:
             gate = gate.to(latents.device, self.transformer.dtype)
-        return latents, sigmas, [query.embeds for query in queries], gate
+        return latents, sigmas, gate
 
     def _enter(self, queries: Sequence[Query], grid: tuple[int, int]) -> _Tokens:
         """What `QwenImageTransformer2DModel.forward` does before its first block."""
         transformer = self.transformer
-        latents, sigmas, embeds, gate = self._collate(queries)
+        latents, sigmas, gate = self._collate(queries)
         device, dtype = latents.device, transformer.dtype
-        padded, mask = _pad(embeds, device, dtype)
+        embeds, negatives = [query.embeds for query in queries], [query.negative for query in queries]
+        padded, mask, avoided = collate_text(embeds, negatives, device, dtype)
         if self._compiled:
             mask = torch.ones(padded.shape[:2], dtype=torch.bool, device=device) if mask is None else mask
             gate = torch.zeros(len(queries), self._adapters.ranks, device=device, dtype=dtype) if gate is None else gate
@@ -206,7 +221,7 @@ class Network:
         temb = transformer.time_text_embed(sigmas.to(device, dtype), image, None)
         rotary = transformer.pos_embed([[(1, *grid)]], max_txt_seq_len=padded.shape[1], device=device)
         skips = tuple(query.skip_blocks for query in queries)
-        return _Tokens(image, text, mask, temb, rotary, gate, skips)
+        return _Tokens(image, text, mask, avoided, temb, rotary, gate, skips)
 
     def _modulate(self, entered: _Tokens) -> torch.Tensor:
         """Image tokens (batch, tokens, width) as the first block's attention sees them."""
@@ -238,6 +253,7 @@ class Network:
             encoder_hidden_states_mask=tokens.mask,
             temb=tokens.temb,
             image_rotary_emb=tokens.rotary,
+            joint_attention_kwargs=_attention_kwargs(tokens.avoided),
         )
         return replace(tokens, image=image, text=text)
 
@@ -250,6 +266,7 @@ class _Tokens:
         image: (batch, tokens, width).
         text: (batch, length, width).
         mask: (batch, length), or None where all texts have that length.
+        avoided: negative prompts at the end of the texts, or None where no row has one.
         temb: (batch, width).
         rotary: of image and text, for every row alike.
         gate: (batch, ranks), or None without adapters.
@@ -259,6 +276,7 @@ class _Tokens:
     image: torch.Tensor
     text: torch.Tensor
     mask: torch.Tensor | None
+    avoided: Avoided | None
     temb: torch.Tensor
     rotary: Any
     gate: torch.Tensor | None
@@ -268,8 +286,11 @@ class _Tokens:
         if len(chosen) == len(self.image):
             return self
         mask, gate = (None if part is None else part[chosen] for part in (self.mask, self.gate))
+        avoided = self.avoided.rows(chosen) if self.avoided else None
         skips = tuple(self.skips[row] for row in chosen)
-        return _Tokens(self.image[chosen], self.text[chosen], mask, self.temb[chosen], self.rotary, gate, skips)
+        return _Tokens(
+            self.image[chosen], self.text[chosen], mask, avoided, self.temb[chosen], self.rotary, gate, skips
+        )
 
 
 def _add(image: torch.Tensor, rows: Sequence[int], contributions: Sequence[torch.Tensor | None]) -> list[int]:
@@ -280,12 +301,6 @@ def _add(image: torch.Tensor, rows: Sequence[int], contributions: Sequence[torch
     return [row for row, contribution in zip(rows, contributions, strict=True) if contribution is None]
 
 
-def _pad(
-    embeds: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Embeddings (batch, length, width) and the mask of those that are no padding, None if none is."""
-    lengths = torch.tensor([len(embed) for embed in embeds])
-    padded = pad_sequence(list(embeds), batch_first=True).to(device, dtype)
-    if lengths.min() == lengths.max():
-        return padded, None
-    return padded, (torch.arange(padded.shape[1]) < lengths[:, None]).to(device)
+def _attention_kwargs(avoided: Avoided | None) -> dict[str, Any]:
+    """What `GuidedAttention` takes beside diffusers' own arguments."""
+    return {} if avoided is None else {"avoided": avoided}

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"LTNT"
 _PREFIX = struct.Struct("<4sHI")
 _LENGTH = struct.Struct("<I")
@@ -54,6 +54,7 @@ class LatentPacket:
         grid: (rows, columns) of latent tokens.
         sigma: noise level of `latent`.
         position: stages of the plan that are done.
+        avoids: whether the request has a negative prompt; if not, `negative_embeds` are the empty prompt's.
         spans: what was done so far, for timings and traces.
         latent: (rows * columns, channels).
         prompt_embeds: (length, width), without padding.
@@ -67,6 +68,7 @@ class LatentPacket:
     grid: tuple[int, int]
     sigma: float
     position: int
+    avoids: bool
     spans: tuple[Span, ...]
     latent: torch.Tensor
     prompt_embeds: torch.Tensor
@@ -95,6 +97,7 @@ class LatentPacket:
                 "grid": self.grid,
                 "sigma": self.sigma,
                 "position": self.position,
+                "avoids": self.avoids,
                 "spans": [asdict(span) for span in self.spans],
             }
         ).encode()

@@ -101,6 +101,20 @@ CacheSpec = Annotated[
 ]
 
 
+class AttentionGuidanceSpec(_Strict):
+    """Normalized Attention Guidance away from the negative prompt, within one evaluation; see `stages.attention`.
+
+    Attributes:
+        scale: of the extrapolation, the paper's phi.
+        tau: most that it may multiply the L1 norm of attention's answer by.
+        alpha: share of the way that is gone.
+    """
+
+    scale: Annotated[float, Field(gt=0.0, le=20.0)] = 5.0
+    tau: Annotated[float, Field(ge=1.0, le=20.0)] = 2.5
+    alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+
+
 class StageSpec(_Strict):
     """One stage's share of a trajectory.
 
@@ -114,6 +128,8 @@ class StageSpec(_Strict):
         adapter: name of the LoRA, or None for the base model alone.
         adapter_scale: its weight.
         reads_negative: whether the negative prompt follows the prompt, negated; see `stages.denoise.join_negative`.
+        attention_guidance: of images with a negative prompt, away from it without a second evaluation, or None; in
+            place of classifier-free guidance, for large steps and for adapters that did not learn to read it.
         cache: reuse between steps, or None.
         skip_blocks: indices of the transformer's blocks that this stage does without.
     """
@@ -127,6 +143,7 @@ class StageSpec(_Strict):
     adapter: str | None = None
     adapter_scale: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     reads_negative: bool = False
+    attention_guidance: AttentionGuidanceSpec | None = None
     cache: CacheSpec | None = None
     skip_blocks: frozenset[Annotated[int, Field(ge=0, lt=1000)]] = frozenset()
 
@@ -134,10 +151,9 @@ class StageSpec(_Strict):
     def guided(self) -> bool:
         return self.guidance_scale > 1.0
 
-    @property
-    def needs_negative(self) -> bool:
-        """Whether it makes use of a negative prompt."""
-        return self.guided or self.reads_negative
+    def needs_negative(self, avoids: bool = True) -> bool:
+        """Whether it takes a negative prompt, the empty one of an image that `avoids` nothing included."""
+        return self.guided or self.reads_negative or (avoids and self.attention_guidance is not None)
 
     @property
     def evaluations(self) -> int:
@@ -157,6 +173,8 @@ class StageSpec(_Strict):
             raise ValueError(f"guidance_scale must be 1 with adapter {self.adapter!r}, which takes no guidance")
         if self.reads_negative and self.adapter is None:
             raise ValueError("reads_negative needs an adapter that learned it")
+        if self.attention_guidance is not None and (self.guided or self.reads_negative):
+            raise ValueError("attention_guidance takes the place of a guidance_scale above 1 and of reads_negative")
         if isinstance(self.cache, FirstBlockSpec) and 0 in self.skip_blocks:
             raise ValueError("skip_blocks must not have 0 with a first_block cache, which decides by that block")
         return self
@@ -195,10 +213,9 @@ class Plan(_Strict):
         """Whether a guidance scale makes a difference to any stage."""
         return any(stage.guided for stage in self.stages)
 
-    @property
-    def needs_negative(self) -> bool:
-        """Whether any stage makes use of a negative prompt."""
-        return any(stage.needs_negative for stage in self.stages)
+    def needs_negative(self, avoids: bool = True) -> bool:
+        """Whether any stage takes a negative prompt; see `StageSpec.needs_negative`."""
+        return any(stage.needs_negative(avoids) for stage in self.stages)
 
     def with_guidance(self, scale: float) -> Plan:
         """The same plan at another guidance scale, 1 for none.

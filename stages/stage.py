@@ -106,7 +106,7 @@ class Denoiser:
         plan.check_blocks(self.blocks)
         device = self._backend.device
         prompt, negative = packet.prompt_embeds.to(device), None
-        if stage.needs_negative:
+        if stage.needs_negative(packet.avoids):
             if packet.negative_embeds is None:
                 raise ValueError(
                     f"image {packet.image_index} of {packet.request_id} has no negative prompt for {stage.name}"
@@ -121,13 +121,14 @@ class Denoiser:
             prompt_embeds=prompt,
             negative_embeds=negative,
             guidance_scale=stage.guidance_scale,
+            attention_guidance=stage.attention_guidance,
             adapter=stage.adapter,
             adapter_scale=stage.adapter_scale,
             skip_blocks=stage.skip_blocks,
             cache=make_cache(stage.cache, stage.steps) if stage.cache else None,
             negative_cache=make_cache(stage.cache, stage.steps) if stage.cache and stage.guided else None,
         )
-        needed_after = any(later.needs_negative for later in plan.stages[packet.position + 1 :])
+        needed_after = any(later.needs_negative(packet.avoids) for later in plan.stages[packet.position + 1 :])
         return Task(packet, stage, row, needed_after, preview, time.time())
 
     def step(self, tasks: Sequence[Task]) -> None:

@@ -36,6 +36,7 @@ from cluster.simulate import circulate, replay
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, presets
+from training.oracle import read
 from training.scenes import Scene, render, sample_scene
 
 ROOT = Path(__file__).parent.parent
@@ -221,6 +222,23 @@ def test_calibrated_scenario_takes_what_the_server_took(pipeline: Pipeline) -> N
 def test_renders_are_nearer_to_renders_than_images_are(rows: dict[str, Measured]) -> None:
     for name in ("base", "distilled, 4 steps", "hybrid"):
         assert rows["renders"].frechet < rows[name].frechet
+
+
+def test_attention_guidance_removes_fills_that_come_without_it(pipeline: Pipeline) -> None:
+    """Fills are drawn after the hybrid plan's guided steps."""
+    negative = Cases.read(ROOT / "bench" / "cases" / "scenes-dev.yaml").negative
+    fills = [case for case in negative if case.attribute == "fill"][::3]
+    hybrid = presets()["hybrid"]
+    deaf = Plan(stages=[stage.model_copy(update={"attention_guidance": None}) for stage in hybrid.stages])
+
+    def left(plan: Plan) -> int:
+        images = [result.image for result in pipeline.run_in_batches(plan, fills, 32)]
+        return sum(
+            any(thing.fill == case.value for thing in read(image).objects)
+            for case, image in zip(fills, images, strict=True)
+        )
+
+    assert left(hybrid) < 0.6 * left(deaf)
 
 
 def test_report_has_every_method_and_figure(rows: dict[str, Measured], tmp_path: Path) -> None:

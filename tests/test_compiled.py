@@ -14,24 +14,30 @@ from torch._inductor.utils import fresh_cache
 
 from backends import Backend
 from deployments.settings import Settings
+from stages.attention import Negative
 from stages.caches import make_cache
 from stages.model import ModelConfig, Quantize, load_transformer
 from stages.network import Answer, Network, Query
 from stages.noise import draw_noise
 from stages.pipeline import Pipeline
-from stages.plan import FirstBlockSpec
+from stages.plan import AttentionGuidanceSpec, FirstBlockSpec
 from stages.stage import Denoiser
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a red circle", "a small furry green square left of a large blue triangle", "a star"]
 
 
-def make_queries(pipeline: Pipeline, grid: tuple[int, int], adapters: list[str | None]) -> list[Query]:
+def make_queries(
+    pipeline: Pipeline, grid: tuple[int, int], adapters: list[str | None], avoiding: bool = False
+) -> list[Query]:
+    """The last of them avoids something, if any is to."""
+    negative = Negative(pipeline.encoder.encode("a furry shape"), AttentionGuidanceSpec())
     return [
         Query(
             draw_noise(row, 16, 2 * grid[0], 2 * grid[1]),
             sigma=1.0 - 0.2 * row,
             embeds=pipeline.encoder.encode(PROMPTS[row % len(PROMPTS)]),
+            negative=negative if avoiding and row == len(adapters) - 1 else None,
             adapter=adapter,
         )
         for row, adapter in enumerate(adapters)
@@ -77,11 +83,17 @@ def plain(config: ModelConfig, backend: Backend) -> Network:
 @pytest.mark.parametrize(
     "adapters", [[None], ["bridge"], [None, None], ["distilled", None, "bridge"], ["distilled"] * 8], ids=str
 )
+@pytest.mark.parametrize("avoiding", [False, True])
 def test_nothing_is_compiled_after_the_warm_up(
-    compiled: Network, plain: Network, pipeline: Pipeline, grid: tuple[int, int], adapters: list[str | None]
+    compiled: Network,
+    plain: Network,
+    pipeline: Pipeline,
+    grid: tuple[int, int],
+    adapters: list[str | None],
+    avoiding: bool,
 ) -> None:
     """Neither for another batch size, grid, length or mixture of adapters, nor where a cache hits or misses."""
-    queries = make_queries(pipeline, grid, adapters)
+    queries = make_queries(pipeline, grid, adapters, avoiding)
     truths = evaluate(plain, queries, grid)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert relative_error(evaluate(compiled, queries, grid), truths) < 1e-5

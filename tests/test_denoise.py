@@ -17,11 +17,12 @@ from stages.network import Network, predict_velocity
 from stages.noise import draw_noise
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
-from stages.plan import Plan, TaylorSeerSpec, TeaCacheSpec, presets
+from stages.plan import AttentionGuidanceSpec, Plan, TaylorSeerSpec, TeaCacheSpec, presets
 from stages.sigmas import stage_sigmas
 
 PROMPTS = ["a red circle", "two small green squares left of a large blue triangle on a white background", " "]
 GRID = (4, 6)
+AVOIDING = AttentionGuidanceSpec(scale=4.0, tau=2.5, alpha=0.5)
 
 # In float32, which orders its sums by the shape of the batch.
 TOLERANCE = 1e-5
@@ -51,6 +52,7 @@ def varied_rows(embeds: list[torch.Tensor]) -> list[Row]:
         make_row(embeds, 1, None, 1.0, [0.7, 0.2, 0.1], seed=2),
         make_row(embeds, 2, 1, 2.5, [0.3, 0.1, 0.0], seed=3),
         make_row(embeds, 0, None, 1.0, [0.02, 0.01, 0.0], seed=4),
+        replace(make_row(embeds, 0, 1, 1.0, [0.6, 0.3, 0.0], seed=5), attention_guidance=AVOIDING),
     ]
 
 
@@ -78,14 +80,14 @@ def plan_of(steps: int, *, sigma_end: float = 0.0, guidance_scale: float = 1.0) 
 
 @pytest.fixture
 def packet(pipeline: Pipeline) -> LatentPacket:
-    return pipeline.encoder.begin("test", 0, 7, "64x64", PROMPTS[0], PROMPTS[2])
+    return pipeline.encoder.begin("test", 0, 7, "64x64", PROMPTS[0], PROMPTS[1])
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_rows_together_equal_rows_alone(network: Network, embeds: list[torch.Tensor], cached: bool) -> None:
     assert len({len(embed) for embed in embeds}) == 3
     together, alone = varied_rows(embeds), varied_rows(embeds)
-    if cached:  # one of four rows, and never at its first two steps: all go through the blocks, that one on its own way
+    if cached:  # one of five rows, and never at its first two steps: all go through the blocks, that one on its own way
         together[0].cache = make_cache(TaylorSeerSpec(interval=2), steps=2)
     for _ in range(2):
         step(network, together)
@@ -134,8 +136,7 @@ def test_rows_of_several_adapters_share_a_pass_and_are_what_peft_computes_one_by
     adapters = ["bridge", None, "distilled", "distilled"]
     rows = varied_rows(embeds)[1:2] * 4
     queries = [
-        replace(row.query(row.prompt_embeds, None), adapter=adapter, adapter_scale=scale)
-        for row, adapter in zip(rows, adapters, strict=True)
+        replace(row.query(), adapter=adapter, adapter_scale=scale) for row, adapter in zip(rows, adapters, strict=True)
     ]
     with torch.inference_mode():
         answers = network.evaluate(queries, GRID)
@@ -210,7 +211,7 @@ def test_packets_record_what_was_done_to_them(pipeline: Pipeline, packet: Latent
     spans = history[-1].spans
     assert [(span.stage, span.nfe) for span in spans] == [("encode", 0), ("base", 6), ("bridge", 1), ("distilled", 1)]
     assert all(span.start <= span.end for span in spans)
-    assert [after.negative_embeds is None for after in history] == [False, False, True, True]
+    assert [after.negative_embeds is None for after in history] == [False, False, False, True]
     assert (history[-1].request_id, history[-1].seed, history[-1].grid) == ("test", 7, (4, 4))
 
 
@@ -260,8 +261,49 @@ def test_a_stage_that_reads_the_negative_prompt_evaluates_once_with_both(
     assert difference(after.latent, deaf.latent) > 1e-2
 
 
+AVOIDS = Plan(
+    stages=[
+        {"name": "base", "sigma_start": 1.0, "sigma_end": 0.9, "steps": 1},
+        {"name": "bridge", "sigma_start": 0.9, "sigma_end": 0.0, "steps": 1, "attention_guidance": AVOIDING},
+    ]
+)
+
+
+def test_a_stage_with_attention_guidance_evaluates_once_with_both_prompts(
+    pipeline: Pipeline, network: Network, packet: LatentPacket
+) -> None:
+    (between,) = pipeline.denoiser.denoise([packet], AVOIDS)
+    (after,) = pipeline.denoiser.denoise([between], AVOIDS)
+    assert (after.spans[-1].nfe, after.negative_embeds) == (1, None)
+
+    row = Row(between.latent, torch.tensor([0.9, 0.0]), packet.grid, packet.prompt_embeds)
+    deaf, alike = replace(row), replace(row, negative_embeds=packet.prompt_embeds, attention_guidance=AVOIDING)
+    avoiding = replace(row, negative_embeds=packet.negative_embeds, attention_guidance=AVOIDING)
+    for each in (deaf, alike, avoiding):
+        step(network, [each])
+    assert difference(after.latent, avoiding.latent) < TOLERANCE
+    assert difference(after.latent, deaf.latent) > 1e-2
+    assert difference(alike.latent, deaf.latent) < TOLERANCE  # nothing leads away from the prompt itself
+
+
+def test_attention_is_guided_away_from_negative_prompts_that_were_asked_for_alone(
+    pipeline: Pipeline, network: Network
+) -> None:
+    empty = pipeline.encoder.begin("test", 0, 7, "64x64", PROMPTS[0], " ")
+    assert not empty.avoids
+    assert empty.negative_embeds is not None  # for classifier-free guidance
+    (between,) = pipeline.denoiser.denoise([empty], AVOIDS)
+    assert between.negative_embeds is None
+    (after,) = pipeline.denoiser.denoise([between], AVOIDS)
+    row = Row(between.latent, torch.tensor([0.9, 0.0]), empty.grid, empty.prompt_embeds)
+    step(network, [row])
+    assert difference(after.latent, row.latent) < TOLERANCE
+
+
 @pytest.mark.parametrize(
-    ("plan", "stage"), [(plan_of(1, guidance_scale=4.0), "base"), (READS_NEGATIVE, "bridge")], ids=["guided", "reads"]
+    ("plan", "stage"),
+    [(plan_of(1, guidance_scale=4.0), "base"), (READS_NEGATIVE, "bridge"), (AVOIDS, "bridge")],
+    ids=["guided", "reads", "avoids"],
 )
 def test_a_packet_without_the_negative_prompt_that_its_stage_needs_is_refused(
     pipeline: Pipeline, packet: LatentPacket, plan: Plan, stage: str
@@ -353,10 +395,8 @@ def test_skipped_blocks_are_left_out_row_by_row(
 ) -> None:
     skips = [frozenset[int](), frozenset({0, 3}), frozenset({5}), frozenset({3})]
     count = network.blocks
-    rows = varied_rows(embeds)
-    queries = [
-        replace(row.query(row.prompt_embeds, None), skip_blocks=skip) for row, skip in zip(rows, skips, strict=True)
-    ]
+    rows = varied_rows(embeds)[:4]
+    queries = [replace(row.query(), skip_blocks=skip) for row, skip in zip(rows, skips, strict=True)]
     with torch.inference_mode():
         together = network.evaluate(queries, GRID)
     assert sum(blocks_run) == sum(count - len(skip) for skip in skips)

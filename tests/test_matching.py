@@ -39,7 +39,7 @@ def samples(teacher: QwenImagePipeline) -> Samples:
     prompts = Prompts(teacher)
     embeds, negatives = prompts.embed(["a red star", "a moon"]), prompts.embed(["a furry shape", " "])
     clean = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    return Samples(clean, 0.5, embeds, negatives, embeds, GRID)
+    return Samples(clean, 0.5, embeds, negatives, conditional(teacher.transformer, embeds, GRID), GRID)
 
 
 def matching(teacher: QwenImagePipeline, critic: Lora, guidance_scale: float) -> Matching:

@@ -26,6 +26,7 @@ def make_packet(dtype: torch.dtype = torch.float32, *, negative: bool = True, pr
         grid=(2, 3),
         sigma=0.9,
         position=1,
+        avoids=negative,
         spans=(Span("encode", 1764000000.125, 1764000000.25), Span("base", 1764000001.0, 1764000002.5, nfe=3.5)),
         latent=draw(6, 8),
         prompt_embeds=draw(5, 4),

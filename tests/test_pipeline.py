@@ -20,7 +20,7 @@ from diffusers import (
 from PIL import Image
 
 from backends import Backend
-from stages.encode import PromptTooLong
+from stages.encode import PromptTooLong, negative_for
 from stages.model import ModelConfig
 from stages.noise import MAX_SEED, draw_noise
 from stages.packet import LatentPacket
@@ -33,6 +33,21 @@ NEGATIVE = "green"
 
 # Of the largest value of a latent (about 5), in float32, which orders its sums by the shape of the batch.
 TOLERANCE = 1e-5
+
+# Sees a negative prompt by attention guidance alone.
+AVOIDS = Plan(
+    name="avoids",
+    stages=[
+        {
+            "name": "distilled",
+            "sigma_start": 1.0,
+            "sigma_end": 0.0,
+            "steps": 4,
+            "adapter": "distilled",
+            "attention_guidance": {},
+        }
+    ],
+)
 
 DenoiseAll = Callable[..., list[LatentPacket]]
 
@@ -267,6 +282,35 @@ def test_embeddings_are_those_of_diffusers(pipeline: Pipeline, diffusers_base: Q
         embeds, mask = diffusers_base.encode_prompt(prompt)
     assert mask is None
     assert difference(pipeline.encoder.encode(prompt), embeds[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("plan", "asked", "encoded"),
+    [
+        ("base", "a red shape", "a red shape"),
+        ("base", None, " "),
+        ("base", "", " "),
+        ("distilled", "a red shape", None),
+        (AVOIDS, "a red shape", "a red shape"),
+        (AVOIDS, None, None),
+    ],
+    ids=str,
+)
+def test_which_negative_prompt_is_encoded(plan: str | Plan, asked: str | None, encoded: str | None) -> None:
+    assert negative_for(presets()[plan] if isinstance(plan, str) else plan, asked) == encoded
+
+
+def test_a_distilled_stage_with_attention_guidance_hears_negative_prompts(denoise_all: DenoiseAll) -> None:
+    distilled = presets()["distilled"]
+    plain, deaf = (latents_of(denoise_all(distilled, PROMPT, text, seeds=(5,), size="64x64")) for text in (None, "red"))
+    assert torch.equal(plain, deaf)
+    silent, avoiding = (
+        latents_of(denoise_all(AVOIDS, PROMPT, text, seeds=(5,), size="64x64")) for text in (None, "red")
+    )
+    assert error(avoiding, silent) > 1e-2
+    stage = distilled.stages[0].model_copy(update={"shift": AVOIDS.stages[0].shift})
+    (alone,) = denoise_all(Plan(stages=[stage]), PROMPT, None, seeds=(5,), size="64x64")
+    assert torch.equal(silent, alone.latent[None])
 
 
 def test_a_prompt_of_too_many_tokens_is_refused_by_the_name_of_its_parameter(pipeline: Pipeline) -> None:

@@ -156,13 +156,14 @@ def test_presets_and_their_network_evaluations() -> None:
 
 def test_which_presets_are_guided() -> None:
     assert {name for name, plan in presets().items() if plan.guided} == {"base", "cached", "hybrid"}
-    assert {name for name, plan in presets().items() if plan.needs_negative} == {"base", "cached", "hybrid"}
+    assert {name for name, plan in presets().items() if plan.needs_negative()} == {"base", "cached", "hybrid"}
 
 
 def test_a_stage_may_read_the_negative_prompt_instead_of_being_guided_by_it() -> None:
     plan = Plan(stages=[base(sigma_end=0.9, guidance_scale=1.0), bridge(sigma_end=0.0, reads_negative=True)])
-    assert (plan.guided, plan.needs_negative) == (False, True)
-    assert [stage.needs_negative for stage in plan.stages] == [False, True]
+    assert (plan.guided, plan.needs_negative()) == (False, True)
+    assert [stage.needs_negative() for stage in plan.stages] == [False, True]
+    assert plan.needs_negative(avoids=False)  # it learned to read the empty one
     assert plan.nfe == 11
     with pytest.raises(ValidationError, match="reads_negative needs an adapter that learned it"):
         StageSpec(**base(guidance_scale=1.0, reads_negative=True))
@@ -172,6 +173,23 @@ def test_the_stand_in_for_a_bridge_that_reads_the_negative_prompt_does_not() -> 
     plan = Plan(stages=[base(sigma_end=0.9), bridge(sigma_end=0.0, reads_negative=True)])
     assert not plan.with_adapters({"distilled"}).stages[1].reads_negative
     assert plan.with_adapters({"bridge"}) == plan
+
+
+def test_a_stage_may_guide_attention_instead_of_velocities() -> None:
+    avoiding = {"scale": 4.0, "tau": 2.0, "alpha": 0.5}
+    plan = Plan(stages=[base(sigma_end=0.9, guidance_scale=1.0), bridge(sigma_end=0.0, attention_guidance=avoiding)])
+    assert (plan.guided, plan.needs_negative(), plan.needs_negative(avoids=False)) == (False, True, False)
+    assert [stage.needs_negative() for stage in plan.stages] == [False, True]
+    assert plan.nfe == 11
+    for other in ({"guidance_scale": 4.0}, {"guidance_scale": 1.0, "adapter": "bridge", "reads_negative": True}):
+        with pytest.raises(ValidationError, match="attention_guidance takes the place of"):
+            StageSpec(**base(**other, attention_guidance=avoiding))
+
+
+@pytest.mark.parametrize(("name", "value"), [("scale", 0.0), ("tau", 0.5), ("alpha", 1.5), ("phi", 1.0)])
+def test_attention_guidance_out_of_range_is_named(name: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=f"attention_guidance.{name}"):
+        StageSpec(**base(guidance_scale=1.0, attention_guidance={name: value}))
 
 
 def test_with_guidance_changes_guided_stages_alone() -> None:

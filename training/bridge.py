@@ -25,8 +25,8 @@ from stages.sigmas import stage_sigmas
 from training.adapters import active, save_lora
 from training.loop import begin, load_pipeline, train
 from training.matching import Samples, prepare
-from training.prompts import Prompts
-from training.sampling import integrate, of_stage, read_by, run_stage, sample_grid
+from training.prompts import Prompts, Texts
+from training.sampling import integrate, of_stage, run_stage, sample_grid
 from training.trajectories import Trajectories
 
 
@@ -47,48 +47,41 @@ def main() -> None:
     @torch.no_grad()
     def coarse(rows: list[int]) -> torch.Tensor:
         """What the base stage leaves of the trajectories' noises, in bfloat16."""
-        embeds = prompts.embed([taught.prompts[row] for row in rows])
+        texts = taught.texts(prompts, rows)
         with accelerator.autocast():
-            negatives = prompts.embed([taught.negative_prompts[row] for row in rows])
             noise = taught.latents[rows, 0].float().to(accelerator.device)
-            return run_stage(pipeline, base, noise, embeds, negatives, taught.grid).bfloat16().cpu()
+            return run_stage(pipeline, base, noise, texts, taught.grid).bfloat16().cpu()
 
     every = list(range(len(taught.prompts)))
     starts = torch.cat([coarse(every[first : first + 64]) for first in range(0, len(every), 64)])
 
-    def regress(rows: list[int], embeds: list[torch.Tensor], negatives: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def regress(rows: list[int], texts: Texts) -> dict[str, torch.Tensor]:
         """Reach the teacher's trajectory where the bridge ends."""
         target = taught.latents[rows, target_level].float().to(accelerator.device)
         with accelerator.autocast(), active(transformer, "bridge"):
-            velocity = of_stage(transformer, bridge, embeds, negatives, taught.grid)
+            velocity = of_stage(transformer, bridge, texts, taught.grid)
             reached = integrate(velocity, starts[rows].float().to(accelerator.device), sigmas)[-1]
         # In units of velocity, whatever the length of the bridge.
         loss = F.mse_loss(reached, target) / (bridge.sigma_start - bridge.sigma_end) ** 2
         lora.descend(accelerator, loss)
         return {"regression": loss.detach()}
 
-    def match(
-        rows: list[int], embeds: list[torch.Tensor], negatives: list[torch.Tensor], generator: torch.Generator
-    ) -> dict[str, torch.Tensor]:
+    def match(rows: list[int], texts: Texts, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Make what the bridge's last step foresees likely."""
         with accelerator.autocast(), active(transformer, "bridge"):
-            velocity = of_stage(transformer, bridge, embeds, negatives, taught.grid)
+            velocity = of_stage(transformer, bridge, texts, taught.grid)
             with torch.no_grad():
                 latents = integrate(velocity, starts[rows].float().to(accelerator.device), sigmas[:-1])[-1]
             clean = latents - sigmas[-2] * velocity(latents, sigmas[-2].expand(len(rows)))
-        samples = Samples(clean, float(sigmas[-2]), embeds, negatives, read_by(bridge, embeds, negatives), taught.grid)
+        samples = Samples(clean, float(sigmas[-2]), texts.embeds, texts.negatives, velocity, taught.grid)
         return matching.update(lora, samples, generator)
 
     def step(index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{schedule.seed} {index}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         rows = [rng.randrange(len(every)) for _ in range(schedule.batch_size)]
-        embeds = prompts.embed([taught.prompts[row] for row in rows])
-        negatives = prompts.embed([taught.negative_prompts[row] for row in rows])
-        if index < config["regression_steps"]:
-            losses = regress(rows, embeds, negatives)
-        else:
-            losses = match(rows, embeds, negatives, generator)
+        texts = taught.texts(prompts, rows)
+        losses = regress(rows, texts) if index < config["regression_steps"] else match(rows, texts, generator)
         scheduler.step()
         return losses
 

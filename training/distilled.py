@@ -88,7 +88,7 @@ def main() -> None:
                     latents = integrate(walk, noise.to(accelerator.device), sigmas[: index + 1])[-1]
             clean = latents - sigmas[index] * walk(latents, sigmas[index].expand(count))
 
-        samples = Samples(clean, float(sigmas[index]), embeds, [negative] * count, embeds, grid)
+        samples = Samples(clean, float(sigmas[index]), embeds, [negative] * count, walk, grid)
         return matching.update(lora, samples, generator)
 
     def step(index: int) -> dict[str, torch.Tensor]:

@@ -76,7 +76,7 @@ class Grader:
         wanted = list(zip(range(captions), _combinations(), strict=False))
         readings = self._read([Prompted(_phrase(color, shape), seed) for seed, (color, shape) in wanted])
         pairs = [(reading, color, shape) for reading, (_, (color, shape)) in zip(readings, wanted, strict=True)]
-        removed = self._remove(-(-captions // 5)) if presets()[self._plan].needs_negative else None
+        removed = self._remove(-(-captions // 5)) if presets()[self._plan].needs_negative() else None
         return Report(
             plan=self._plan,
             captions=captions,

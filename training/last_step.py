@@ -22,8 +22,8 @@ from stages.vae import convolve_images
 from training.adapters import Lora, active, lora_parameters, save_lora
 from training.decoder import contrast
 from training.loop import begin, load_pipeline, one_cycle, train
-from training.prompts import Prompts
-from training.sampling import conditional, run_stage, sample_grid
+from training.prompts import Prompts, Texts
+from training.sampling import conditional, of_stage, run_stage, sample_grid
 from training.trajectories import Trajectories, draw_trajectories, grid_of
 
 
@@ -53,12 +53,12 @@ def main() -> None:
         guidance_scale=config["guidance_scale"],
     )
 
-    def walk(noise: torch.Tensor, embeds: list[torch.Tensor], negatives: list[torch.Tensor]) -> list[torch.Tensor]:
+    def walk(noise: torch.Tensor, texts: Texts) -> list[torch.Tensor]:
         """Where the plan hands over, and where the teacher goes from there."""
         handed_over = noise
         for stage in before:
-            handed_over = run_stage(pipeline, stage, handed_over, embeds, negatives, grid)
-        return [handed_over, run_stage(pipeline, rest, handed_over, embeds, negatives, grid)]
+            handed_over = run_stage(pipeline, stage, handed_over, texts, grid)
+        return [handed_over, run_stage(pipeline, rest, handed_over, texts, grid)]
 
     kept = arguments.run / "pairs"
     if not kept.exists():
@@ -74,7 +74,7 @@ def main() -> None:
         rng = Random(f"{schedule.seed} {index}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         rows = [rng.randrange(len(taught.prompts)) for _ in range(schedule.batch_size)]
-        embeds = prompts.embed([taught.prompts[row] for row in rows])
+        texts = taught.texts(prompts, rows)
         start, end = taught.latents[rows].float().to(accelerator.device).unbind(1)
         sigma = taught.sigmas[0].expand(len(rows)).to(start)
 
@@ -85,12 +85,10 @@ def main() -> None:
         noisy = torch.lerp(end[others], noise, elsewhere[:, None, None])
         with accelerator.autocast():
             with torch.no_grad(), active(transformer, "before"):
-                as_before = conditional(transformer, embeds[others], grid)(noisy, elsewhere)
+                as_before = conditional(transformer, texts.embeds[others], grid)(noisy, elsewhere)
             with active(transformer, "distilled"):
-                velocity = conditional(transformer, [*embeds, *embeds[others]], grid)(
-                    torch.cat([start, noisy]), torch.cat([sigma, elsewhere])
-                )
-        foreseen, now = velocity.split([len(rows), others.stop])
+                now = conditional(transformer, texts.embeds[others], grid)(noisy, elsewhere)
+                foreseen = of_stage(transformer, last, texts, grid)(start, sigma)
         clean = start - sigma[:, None, None] * foreseen
         decoded = slice(config["decoded"])
         drawn = contrast(decode_pixels(pipeline.vae, clean[decoded], grid))

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from training.adapters import Lora, active, add_lora
 from training.base import draw_sigmas
 from training.loop import Schedule, one_cycle
-from training.sampling import conditional, guided
+from training.sampling import Velocity, guided
 
 _HIGHEST = 0.88  # there is little to see in more noise, around which a first step's levels would be
 
@@ -33,7 +33,7 @@ class Samples:
         clean: (batch, tokens, channels), with its gradient.
         sigma: noise level of the step that foresaw them.
         embeds, negatives: a prompt and a negative prompt each, for the teacher.
-        read: the text that made it, as the LoRA read it.
+        walk: how they were asked for; under the critic's LoRA, how it is.
         grid: rows and columns of tokens.
     """
 
@@ -41,7 +41,7 @@ class Samples:
     sigma: float
     embeds: list[torch.Tensor]
     negatives: list[torch.Tensor]
-    read: list[torch.Tensor]
+    walk: Velocity
     grid: tuple[int, int]
 
 
@@ -83,7 +83,7 @@ class Matching:
                 teacher = guided(self.transformer, samples.embeds, samples.negatives, samples.grid, self.guidance_scale)
                 real = teacher(noisy, sigma)
             with active(self.transformer, self.critic.name):
-                fake = conditional(self.transformer, samples.read, samples.grid)(noisy, sigma)
+                fake = samples.walk(noisy, sigma)
         level = sigma.to(noisy)[:, None, None]
         real_clean, fake_clean = noisy - level * real, noisy - level * fake
         clean = samples.clean.detach()
@@ -94,7 +94,7 @@ class Matching:
         """Flow matching on the samples, under the critic's LoRA."""
         noisy, sigma, noise = self._diffuse(samples, generator)
         with self.accelerator.autocast(), active(self.transformer, self.critic.name):
-            velocity = conditional(self.transformer, samples.read, samples.grid)(noisy, sigma)
+            velocity = samples.walk(noisy, sigma)
         return F.mse_loss(velocity, noise - samples.clean.detach())
 
     def _diffuse(self, samples: Samples, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

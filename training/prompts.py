@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Self
@@ -17,6 +18,20 @@ def _draw_value(rng: Random) -> str:
     """As a word or as a caption; each attribute as often, however many values it has."""
     attribute = rng.choice(list(ATTRIBUTES))
     return rng.choice((name_value, describe_value))(attribute, rng.choice(ATTRIBUTES[attribute]))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the images of a batch are drawn for.
+
+    Attributes:
+        embeds, negatives: of the prompts and of what to avoid, (length, width) an image.
+        avoids: whether there is something to avoid, or the negative prompt is the empty one.
+    """
+
+    embeds: list[torch.Tensor]
+    negatives: list[torch.Tensor]
+    avoids: list[bool]
 
 
 class Prompts:
@@ -55,6 +70,11 @@ class Prompts:
         else:
             return EMPTY_PROMPT
         return EMPTY_PROMPT if avoided in prompt else avoided
+
+    def texts(self, prompts: list[str], negative_prompts: list[str]) -> Texts:
+        """Both embedded."""
+        avoids = [negative != EMPTY_PROMPT for negative in negative_prompts]
+        return Texts(self.embed(prompts), self.embed(negative_prompts), avoids)
 
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
+from stages.attention import Negative
 from stages.decode import decode_latents
 from stages.denoise import guide, join_negative
 from stages.encode import EMPTY_PROMPT
@@ -18,7 +19,7 @@ from stages.noise import draw_noise
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
 from training.adapters import active
-from training.prompts import Prompts
+from training.prompts import Prompts, Texts
 from training.vae import grid
 
 # (latents, sigma) -> velocity, both (batch, tokens, channels).
@@ -50,24 +51,22 @@ def guided(
     return velocity
 
 
-def read_by(stage: StageSpec, embeds: list[torch.Tensor], negatives: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The text of one evaluation of `stage`'s adapter."""
-    if not stage.reads_negative:
-        return embeds
-    return [join_negative(*pair) for pair in zip(embeds, negatives, strict=True)]
-
-
 def of_stage(
-    transformer: QwenImageTransformer2DModel,
-    stage: StageSpec,
-    embeds: list[torch.Tensor],
-    negatives: list[torch.Tensor],
-    grid: tuple[int, int],
+    transformer: QwenImageTransformer2DModel, stage: StageSpec, texts: Texts, grid: tuple[int, int]
 ) -> Velocity:
     """What `stage` integrates, once its adapter is active."""
     if stage.guided:
-        return guided(transformer, embeds, negatives, grid, stage.guidance_scale)
-    return conditional(transformer, read_by(stage, embeds, negatives), grid)
+        return guided(transformer, texts.embeds, texts.negatives, grid, stage.guidance_scale)
+    if stage.reads_negative:
+        joined = [join_negative(*pair) for pair in zip(texts.embeds, texts.negatives, strict=True)]
+        return conditional(transformer, joined, grid)
+    if (guidance := stage.attention_guidance) is None:
+        return conditional(transformer, texts.embeds, grid)
+    avoided = [
+        Negative(negative, guidance) if avoids else None
+        for negative, avoids in zip(texts.negatives, texts.avoids, strict=True)
+    ]
+    return lambda latents, sigma: predict_velocity(transformer, latents, sigma, texts.embeds, grid, avoided)
 
 
 def integrate(velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor) -> list[torch.Tensor]:
@@ -83,14 +82,13 @@ def run_stage(
     pipeline: QwenImagePipeline,
     stage: StageSpec,
     latents: torch.Tensor,
-    embeds: list[torch.Tensor],
-    negatives: list[torch.Tensor],
+    texts: Texts,
     grid: tuple[int, int],
 ) -> torch.Tensor:
     """Latents (batch, tokens, channels) where `stage` leaves them; its adapter must be loaded."""
     transformer = pipeline.transformer
     sigmas = stage_sigmas(stage, pipeline.scheduler, tokens=latents.shape[1])
-    velocity = of_stage(transformer, stage, embeds, negatives, grid)
+    velocity = of_stage(transformer, stage, texts, grid)
     with active(transformer, stage.adapter):
         return integrate(velocity, latents, sigmas)[-1]
 
@@ -113,12 +111,11 @@ def sample_grid(
     seeds = range(4)
     transformer, prompts = pipeline.transformer, Prompts(pipeline)
     grid_shape = (size[1] // PIXELS_PER_TOKEN, size[0] // PIXELS_PER_TOKEN)
-    embeds = prompts.embed([prompt for prompt in PROMPTS for _ in seeds])
-    negatives = prompts.embed([EMPTY_PROMPT]) * len(embeds)
+    texts = prompts.texts([prompt for prompt in PROMPTS for _ in seeds], [EMPTY_PROMPT] * len(PROMPTS) * len(seeds))
     channels = transformer.config.in_channels // 4
     noises = [draw_noise(seed, channels, 2 * grid_shape[0], 2 * grid_shape[1]) for seed in seeds]
     latents = torch.stack(noises * len(PROMPTS)).to(transformer.device)
     for stage in stages:
-        latents = run_stage(pipeline, stage, latents, embeds, negatives, grid_shape)
+        latents = run_stage(pipeline, stage, latents, texts, grid_shape)
     images = decode_latents(pipeline.vae, latents, grid_shape)
     grid(images, len(seeds)).save(path)

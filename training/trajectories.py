@@ -25,7 +25,7 @@ from stages.model import PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
 from training.loop import load_pipeline, make_accelerator, parse_arguments, read_config
-from training.prompts import Prompts
+from training.prompts import Prompts, Texts
 from training.sampling import guided, integrate
 
 
@@ -53,6 +53,10 @@ class Trajectories:
             raise ValueError(f"no level at sigma {sigma:g}; there are {[round(s, 3) for s in self.sigmas.tolist()]}")
         return nearest
 
+    def texts(self, prompts: Prompts, rows: Sequence[int]) -> Texts:
+        """Of some of the trajectories, embedded."""
+        return prompts.texts([self.prompts[row] for row in rows], [self.negative_prompts[row] for row in rows])
+
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         save_file({"sigmas": self.sigmas, "latents": self.latents}, directory / "trajectories.safetensors")
@@ -68,8 +72,8 @@ class Trajectories:
         )
 
 
-# (noise, embeds, negatives) -> latents, (batch, tokens, channels) at each level.
-Walk = Callable[[torch.Tensor, list[torch.Tensor], list[torch.Tensor]], Sequence[torch.Tensor]]
+# (noise, texts) -> latents, (batch, tokens, channels) at each level.
+Walk = Callable[[torch.Tensor, Texts], Sequence[torch.Tensor]]
 
 
 @torch.no_grad()
@@ -97,7 +101,7 @@ def draw_trajectories(
         avoided = [prompts.draw_negative(rng, prompt, config["negative_share"]) for prompt in batch]
         noise = torch.randn(len(batch), grid[0] * grid[1], channels, generator=generator)
         with accelerator.autocast():
-            trail = walk(noise.to(accelerator.device), prompts.embed(batch), prompts.embed(avoided))
+            trail = walk(noise.to(accelerator.device), prompts.texts(batch, avoided))
         latents.append(torch.stack(list(trail), dim=1).bfloat16().cpu())
         texts += batch
         negative_texts += avoided
@@ -136,8 +140,8 @@ def main() -> None:
     levels = stage_sigmas(plan, pipeline.scheduler, tokens)
     sigmas, marks = teacher_sigmas(pipeline.scheduler, levels.tolist(), config["steps"], tokens)
 
-    def walk(noise: torch.Tensor, embeds: list[torch.Tensor], negatives: list[torch.Tensor]) -> list[torch.Tensor]:
-        teacher = guided(pipeline.transformer, embeds, negatives, grid, config["guidance_scale"])
+    def walk(noise: torch.Tensor, texts: Texts) -> list[torch.Tensor]:
+        teacher = guided(pipeline.transformer, texts.embeds, texts.negatives, grid, config["guidance_scale"])
         trail = integrate(teacher, noise, sigmas)
         return [trail[mark] for mark in marks]
 
