@@ -228,19 +228,18 @@ def test_negative_prompt_stays_as_long_as_a_later_stage_is_guided(pipeline: Pipe
     assert after.spans[-1].nfe == 2
 
 
-READS_NEGATIVE = Plan(
-    stages=[
-        {"name": "base", "sigma_start": 1.0, "sigma_end": 0.9, "steps": 1},
-        {
-            "name": "bridge",
-            "sigma_start": 0.9,
-            "sigma_end": 0.0,
-            "steps": 1,
-            "adapter": "bridge",
-            "reads_negative": True,
-        },
-    ]
-)
+def ends_with(**bridge: object) -> Plan:
+    """A step of the base model, and one of a bridge like this to the end."""
+    return Plan(
+        stages=[
+            {"name": "base", "sigma_start": 1.0, "sigma_end": 0.9, "steps": 1},
+            {"name": "bridge", "sigma_start": 0.9, "sigma_end": 0.0, "steps": 1, **bridge},
+        ]
+    )
+
+
+READS_NEGATIVE = ends_with(adapter="bridge", reads_negative=True)
+AVOIDS = ends_with(attention_guidance=AVOIDING)
 
 
 def test_a_stage_that_reads_the_negative_prompt_evaluates_once_with_both(
@@ -259,14 +258,6 @@ def test_a_stage_that_reads_the_negative_prompt_evaluates_once_with_both(
     deaf = Row(between.latent, sigmas, packet.grid, packet.prompt_embeds, adapter="bridge")
     step(network, [deaf])
     assert difference(after.latent, deaf.latent) > 1e-2
-
-
-AVOIDS = Plan(
-    stages=[
-        {"name": "base", "sigma_start": 1.0, "sigma_end": 0.9, "steps": 1},
-        {"name": "bridge", "sigma_start": 0.9, "sigma_end": 0.0, "steps": 1, "attention_guidance": AVOIDING},
-    ]
-)
 
 
 def test_a_stage_with_attention_guidance_evaluates_once_with_both_prompts(

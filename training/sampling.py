@@ -27,10 +27,13 @@ Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def conditional(
-    transformer: QwenImageTransformer2DModel, embeds: list[torch.Tensor], grid: tuple[int, int]
+    transformer: QwenImageTransformer2DModel,
+    embeds: list[torch.Tensor],
+    grid: tuple[int, int],
+    negatives: Sequence[Negative | None] = (),
 ) -> Velocity:
-    """The model's velocity for the prompts alone."""
-    return lambda latents, sigma: predict_velocity(transformer, latents, sigma, embeds, grid)
+    """The model's velocity for the prompts, by one evaluation; see `predict_velocity`."""
+    return lambda latents, sigma: predict_velocity(transformer, latents, sigma, embeds, grid, negatives)
 
 
 def guided(
@@ -66,7 +69,7 @@ def of_stage(
         Negative(negative, guidance) if avoids else None
         for negative, avoids in zip(texts.negatives, texts.avoids, strict=True)
     ]
-    return lambda latents, sigma: predict_velocity(transformer, latents, sigma, texts.embeds, grid, avoided)
+    return conditional(transformer, texts.embeds, grid, avoided)
 
 
 def integrate(velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor) -> list[torch.Tensor]:
