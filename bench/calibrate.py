@@ -59,10 +59,11 @@ def calibrate(
     width, height = parse_size(size)
     with threads(REPLICA_THREADS):
         one, eight = (_seconds(pipeline, plan, prompted[:count]) for count in (1, _BATCH))
-    steps: dict[str, int] = {stage.name: stage.steps for stage in plan.stages}
-    most: dict[str, int] = {
-        stage.name: batch_tokens // (prod(token_grid(size)) * stage.evaluations) for stage in plan.stages
-    }
+    steps: dict[str, int] = defaultdict(int)
+    most: dict[str, int] = defaultdict(lambda: batch_tokens)
+    for stage in plan.stages:
+        steps[stage.name] += stage.steps
+        most[stage.name] = min(most[stage.name], batch_tokens // (prod(token_grid(size)) * stage.evaluations))
     stages = {"http": Stage(device="core", per_image=one_client.elsewhere)}
     for name in ("encode", *steps, "decode"):
         stages[name] = _stage(
@@ -80,11 +81,12 @@ def calibrate(
 
 def _seconds(pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted]) -> dict[str, float]:
     """Median seconds of each stage for a batch of all, after one to warm up."""
-    seconds: dict[str, list[float]] = defaultdict(list)
+    runs: list[dict[str, float]] = []
     for _ in range(6):
+        runs.append(defaultdict(float))
         for span in pipeline.run_batch(plan, prompted)[0].spans:
-            seconds[span.stage].append(span.end - span.start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+            runs[-1][span.stage] += span.end - span.start
+    return {name: statistics.median(run[name] for run in runs[1:]) for name in runs[0]}
 
 
 def _stage(alone: float, growth: float, steps: int, most: int) -> Stage:

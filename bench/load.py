@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -102,7 +103,10 @@ async def _send(client: httpx.AsyncClient, body: dict[str, Any], due: float) -> 
     if answer.status_code != 200:
         return Sent(due, end, {}, f"{answer.status_code}: {answer.text[:200]}")
     image = answer.json()["data"][0]
-    return Sent(due, end, {timing["stage"]: timing["seconds"] for timing in image.get("timings", ())}, None)
+    stages: dict[str, float] = defaultdict(float)  # one that came in parts has several timings
+    for timing in image.get("timings", ()):
+        stages[timing["stage"]] += timing["seconds"]
+    return Sent(due, end, stages, None)
 
 
 async def closed_loop(url: str, bodies: Sequence[dict[str, Any]], concurrency: int, count: int) -> list[Sent]:

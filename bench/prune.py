@@ -19,7 +19,7 @@ from bench.cases import Cases
 from stages.model import ModelConfig
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline, Prompted
-from stages.plan import STAGES, Plan, presets
+from stages.plan import Plan, presets
 
 
 def without(plan: Plan, position: int, blocks: frozenset[int]) -> Plan:
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=root.parent / "configs" / "scenes.yaml")
     parser.add_argument("--cases", type=Path, default=root / "cases" / "scenes-dev.yaml")
     parser.add_argument("--plan", default="hybrid", choices=sorted(presets()), metavar="PLAN")
-    parser.add_argument("--stage", default="base", choices=STAGES)
+    parser.add_argument("--stage", type=int, default=0, help="number of the plan's stage, from 0")
     parser.add_argument("--drop", type=int, default=2, help="most blocks to skip")
     parser.add_argument("--prompts", type=int, default=32)
 
@@ -86,16 +86,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"))
     plan = presets()[arguments.plan].with_adapters(pipeline.config.adapters)
-    names = [stage.name for stage in plan.stages]
-    if arguments.stage not in names:
-        raise SystemExit(f"--stage must be one of {', '.join(names)} for plan {plan.name}, not {arguments.stage}")
+    position = arguments.stage
+    if not 0 <= position < len(plan.stages):
+        raise SystemExit(f"--stage must be 0 to {len(plan.stages) - 1} for plan {plan.name}, not {position}")
     if not 1 <= arguments.drop < pipeline.denoiser.blocks:
         raise SystemExit(f"--drop must be 1 to {pipeline.denoiser.blocks - 1}, not {arguments.drop}")
     prompted = Cases.read(arguments.cases).plain[: arguments.prompts]
-    position = names.index(arguments.stage)
     plans = {plan.name: plan}
     for pruned in prune(pipeline, plan, position, prompted, arguments.drop):
         skipped = ", ".join(map(str, sorted(pruned.stages[position].skip_blocks)))
-        plans[f"{plan.name}, {arguments.stage} without {skipped}"] = pruned
+        plans[f"{plan.name}, stage {position} without {skipped}"] = pruned
     stages = {name: made.model_dump(mode="json", exclude_defaults=True)["stages"] for name, made in plans.items()}
     arguments.output.write_text(yaml.safe_dump({"pruned": stages}, sort_keys=False, width=1000))

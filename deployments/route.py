@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from deployments.encode import ImageRequest
 from deployments.settings import DECODE, ENCODE, ServedStage
@@ -17,7 +18,7 @@ class Route:
 
     Attributes:
         quality: 1 to 100, of formats that lose something.
-        partial_images: after how many of the plan's stages to send what the image will look like.
+        partial_images: after how many of the plan's stages, in all their parts, to send what the image will look like.
         deadline: seconds since the epoch, after which to give up.
     """
 
@@ -35,7 +36,7 @@ class Leg:
 
     Attributes:
         deployment: that runs them.
-        stages: how many of the plan's.
+        stages: how many of the plan's, each part counted.
         preview: whether the image that the last of them foresees will be sent.
         decodes: whether the call ends with the image.
     """
@@ -49,11 +50,13 @@ class Leg:
 def split(plan: Plan, deployments: Mapping[ServedStage, str], partial_images: int) -> list[Leg]:
     """As few legs as the stages' deployments, and partial images after the first of the plan's stages, allow."""
     legs = [Leg(deployments[ENCODE])]
-    for position, stage in enumerate(plan.stages):
+    shown = 0
+    for stage, following in zip_longest(plan.stages, plan.stages[1:]):
         deployment = deployments[stage.name]
         if legs[-1].preview or legs[-1].deployment != deployment:
             legs.append(Leg(deployment))
-        preview = position < min(partial_images, len(plan.stages) - 1)
+        preview = shown < partial_images and following is not None and following.name != stage.name
+        shown += preview
         legs[-1] = replace(legs[-1], stages=legs[-1].stages + 1, preview=preview)
     if legs[-1].deployment != deployments[DECODE]:
         legs.append(Leg(deployments[DECODE]))

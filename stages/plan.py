@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 StageName = Literal["base", "bridge", "distilled"]
 STAGES: tuple[StageName, ...] = ("base", "bridge", "distilled")
 
+MOST_PARTS = 8  # of a plan
+
 # A distilled adapter at part of its strength stands in for a bridge that nobody trained.
 UNTRAINED_BRIDGE_SCALE = 0.5
 
@@ -116,7 +118,7 @@ class AttentionGuidanceSpec(_Strict):
 
 
 class StageSpec(_Strict):
-    """One stage's share of a trajectory.
+    """One stage's share of a trajectory, or a part of it.
 
     Attributes:
         name: which deployment runs it.
@@ -181,10 +183,13 @@ class StageSpec(_Strict):
 
 
 class Plan(_Strict):
-    """Stages that lead from pure noise to a clean latent; pydantic's ValidationError where they do not."""
+    """Stages that lead from pure noise to a clean latent; pydantic's ValidationError where they do not.
+
+    A stage may come in parts, which differ in all but the name: base without guidance at first, say.
+    """
 
     name: str = "inline"
-    stages: Annotated[tuple[StageSpec, ...], Field(min_length=1, max_length=len(STAGES))]
+    stages: Annotated[tuple[StageSpec, ...], Field(min_length=1, max_length=MOST_PARTS)]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -199,8 +204,8 @@ class Plan(_Strict):
                     f"stages[{index}].sigma_start must be {before.sigma_end}, where {before.name} ends, "
                     f"not {after.sigma_start}"
                 )
-            if STAGES.index(after.name) <= STAGES.index(before.name):
-                raise ValueError(f"stages[{index}].name must come after {before.name} in the order {', '.join(STAGES)}")
+            if STAGES.index(after.name) < STAGES.index(before.name):
+                raise ValueError(f"stages[{index}].name must not be before {before.name} in {', '.join(STAGES)}")
         return self
 
     @property

@@ -155,6 +155,19 @@ def test_adapters_of_one_plan_leave_no_trace_in_the_next(denoise_all: DenoiseAll
     assert difference(before, hybrid) > 1e-2
 
 
+def test_a_stage_in_parts_is_the_whole_stage(denoise_all: DenoiseAll) -> None:
+    whole = {"name": "base", "sigma_start": 1.0, "sigma_end": 0.0, "steps": 6, "guidance_scale": 4.0, "shift": 2.0}
+    level = 0.8  # after two of the steps: 2 t / (1 + t) at t = 2 / 3
+    parts = [{**whole, "sigma_end": level, "steps": 2}, {**whole, "sigma_start": level, "steps": 4}]
+    together, apart, unguided = (
+        denoise_all(Plan(stages=stages), PROMPT, NEGATIVE, seeds=(5, 6), size="64x64")
+        for stages in ([whole], parts, [{**parts[0], "guidance_scale": 1.0}, parts[1]])
+    )
+    assert error(latents_of(apart), latents_of(together)) < TOLERANCE
+    assert difference(latents_of(unguided), latents_of(together)) > 1e-2
+    assert [sum(span.nfe for span in made[0].spans) for made in (together, apart, unguided)] == [12, 12, 10]
+
+
 MAGNITUDES = (1.0, 1.1, 0.97, 1.03, 0.9)
 
 

@@ -83,14 +83,14 @@ def test_stages_of_the_hybrid_plan_meet_at_the_hand_over(
 ) -> None:
     stages = presets()["hybrid"].stages
     schedules = [stage_sigmas(stage, scheduler, tokens) for stage in stages]
-    assert [len(sigmas) for sigmas in schedules] == [4, 2, 2]
+    assert [len(sigmas) for sigmas in schedules] == [3, 3, 2, 2]
     assert schedules[0][0] == 1
     assert schedules[-1][-1] == 0
     for (before, after), (stage, _) in zip(pairwise(schedules), pairwise(stages), strict=True):
         assert before[-1] == after[0] == np.float32(stage.sigma_end)
     # The stages after the base step where the distilled plan does.
-    assert schedules[1].tolist() == pytest.approx([0.75, 0.5])
-    assert schedules[2].tolist() == pytest.approx([0.5, 0.0], abs=1e-6)
+    assert schedules[-2].tolist() == pytest.approx([0.75, 0.5])
+    assert schedules[-1].tolist() == pytest.approx([0.5, 0.0], abs=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])

@@ -39,18 +39,20 @@ def main() -> None:
     prompts = Prompts(pipeline)
     taught = Trajectories.load(arguments.trajectories)
     plan = presets()[config["plan"]]
-    base, bridge, _ = plan.stages
+    *before, bridge, _ = plan.stages
     tokens = taught.latents.shape[2]
     sigmas = stage_sigmas(bridge, pipeline.scheduler, tokens)
     target_level = taught.level(bridge.sigma_end)
 
     @torch.no_grad()
     def coarse(rows: list[int]) -> torch.Tensor:
-        """What the base stage leaves of the trajectories' noises, in bfloat16."""
+        """Where base leaves the trajectories' noises, in bfloat16."""
         texts = taught.texts(prompts, rows)
         with accelerator.autocast():
-            noise = taught.latents[rows, 0].float().to(accelerator.device)
-            return run_stage(pipeline, base, noise, texts, taught.grid).bfloat16().cpu()
+            latents = taught.latents[rows, 0].float().to(accelerator.device)
+            for stage in before:
+                latents = run_stage(pipeline, stage, latents, texts, taught.grid)
+            return latents.bfloat16().cpu()
 
     every = list(range(len(taught.prompts)))
     starts = torch.cat([coarse(every[first : first + 64]) for first in range(0, len(every), 64)])

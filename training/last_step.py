@@ -5,7 +5,8 @@
 From where base and bridge leave an image, the guided base model goes on in many steps; the student must get there in
 one. The way is an ordinary differential equation's, so that there is one right answer; but where a network cannot
 foresee each hair, errors of latents are least without any. So the image's contrast by place and direction counts as
-well (`training.decoder`). At all other noise levels the student stays as it was.
+well (`training.decoder`). At all other noise levels the student stays as it was. Attention guidance, if the plan's step
+has it, is left out of the training: it works by going further than the student's own answer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from training.adapters import Lora, active, lora_parameters, save_lora
 from training.decoder import contrast
 from training.loop import begin, load_pipeline, one_cycle, train
 from training.prompts import Prompts, Texts
-from training.sampling import conditional, of_stage, run_stage, sample_grid
+from training.sampling import conditional, run_stage, sample_grid
 from training.trajectories import Trajectories, draw_trajectories, grid_of
 
 
@@ -88,7 +89,7 @@ def main() -> None:
                 as_before = conditional(transformer, texts.embeds[others], grid)(noisy, elsewhere)
             with active(transformer, "distilled"):
                 now = conditional(transformer, texts.embeds[others], grid)(noisy, elsewhere)
-                foreseen = of_stage(transformer, last, texts, grid)(start, sigma)
+                foreseen = conditional(transformer, texts.embeds, grid)(start, sigma)
         clean = start - sigma[:, None, None] * foreseen
         decoded = slice(config["decoded"])
         drawn = contrast(decode_pixels(pipeline.vae, clean[decoded], grid))
