@@ -33,23 +33,25 @@ class Transformer:
         if not self._device.is_alive():
             raise RuntimeError("the thread that uses the device has died")
 
-    async def denoise(self, packet: LatentPacket, plan: Plan, preview: bool, deadline: float) -> LatentPacket:
-        """Take a packet through the next stage of `plan`; see `stages.stage.Denoiser.begin`.
+    async def denoise(
+        self, packet: LatentPacket, plan: Plan, stages: int, preview: bool, deadline: float
+    ) -> LatentPacket:
+        """Take a packet through the next stages of `plan`, so many; see `stages.stage.Denoiser.begin`.
 
         A caller that cancels stops the work before its next step.
 
         Args:
             deadline: seconds since the epoch; who has less time goes first.
         """
-        submitted = self._batcher.submit(packet, plan, preview=preview, deadline=deadline)
+        submitted = self._batcher.submit(packet, plan, stages=stages, preview=preview, deadline=deadline)
         try:
             done = await asyncio.wrap_future(submitted)
         except asyncio.CancelledError:
             logger.info("cancelled by the caller")
             raise
-        span = done.spans[-1]
-        logger.info(
-            f"{span.stage}: image {done.image_index} of {done.request_id}, sigma {packet.sigma:g} to {done.sigma:g}, "
-            f"{span.nfe:g} evaluations, {1000 * (span.end - span.start):.0f} ms"
+        work = ", ".join(
+            f"{span.stage} {span.nfe:g} evaluations {1000 * (span.end - span.start):.0f} ms"
+            for span in done.spans[-stages:]
         )
+        logger.info(f"image {done.image_index} of {done.request_id}, sigma {packet.sigma:g} to {done.sigma:g}: {work}")
         return done

@@ -42,9 +42,8 @@ class StageReplica:
             ValueError: see `stages.stage.Denoiser.begin`.
         """
         current = await self._encoder.encode(route.image) if packet is None else LatentPacket.from_bytes(packet)
-        for left in reversed(range(leg.stages)):
-            preview = leg.preview and not left
-            current = await self._transformer.denoise(current, route.plan, preview, route.deadline)
+        if leg.stages:
+            current = await self._transformer.denoise(current, route.plan, leg.stages, leg.preview, route.deadline)
         if leg.decodes:
             return await self._decoder.decode(current, route.format, route.quality)
         return current.to_bytes()

@@ -22,6 +22,7 @@ class _Entry:
     number: int  # by arrival
     packet: LatentPacket = field(compare=False)
     plan: Plan = field(compare=False)
+    left: int = field(compare=False)  # of the plan's stages, this one included
     preview: bool = field(compare=False)
     future: Future[LatentPacket] = field(compare=False, default_factory=Future)
     task: Task | None = field(compare=False, default=None)
@@ -52,20 +53,27 @@ class StepBatcher:
         self._closed = False
 
     def submit(
-        self, packet: LatentPacket, plan: Plan, *, preview: bool = False, deadline: float = math.inf
+        self,
+        packet: LatentPacket,
+        plan: Plan,
+        *,
+        stages: int = 1,
+        preview: bool = False,
+        deadline: float = math.inf,
     ) -> Future[LatentPacket]:
-        """Queue a packet for the stage that it waits for; from any thread.
+        """Queue a packet for the stages of `plan` from the one that it waits for; from any thread.
 
         Cancelling the future takes the packet off the device before the next step.
 
         Args:
-            preview: see `Denoiser.begin`, whose errors the future also raises.
+            stages: how many to take it through, parts counted.
+            preview: of the last of them, see `Denoiser.begin`, whose errors the future also raises.
             deadline: seconds since the epoch; who has less time goes first.
 
         Raises:
             RuntimeError: closed.
         """
-        entry = _Entry(deadline, next(self._numbers), packet, plan, preview)
+        entry = _Entry(deadline, next(self._numbers), packet, plan, stages, preview)
         with self._changed:
             if self._closed:
                 raise RuntimeError("this replica takes no more work")
@@ -91,6 +99,7 @@ class StepBatcher:
     def step(self) -> list[LatentPacket]:
         """One step of the most urgent batch; its packets as they came, none if nothing is here."""
         batch = self._choose()
+        packets = [entry.packet for entry in batch]
         tasks = [entry.task for entry in batch if entry.task]
         if tasks:
             try:
@@ -100,8 +109,17 @@ class StepBatcher:
             else:
                 for entry in batch:
                     if entry.task and entry.task.row.done:
-                        self._leave([entry], entry.task.finish())
-        return [entry.packet for entry in batch]
+                        self._finish(entry, entry.task)
+        return packets
+
+    def _finish(self, entry: _Entry, task: Task) -> None:
+        """End a stage: the entry goes on to its next, or leaves."""
+        packet = task.finish()
+        entry.left -= 1
+        if entry.left:
+            entry.packet, entry.task = packet, None
+        else:
+            self._leave([entry], packet)
 
     def _choose(self) -> list[_Entry]:
         with self._changed:
@@ -121,7 +139,7 @@ class StepBatcher:
         """Whether the entry is under way; if it cannot be, its future says why."""
         if entry.task is None:
             try:
-                entry.task = self._denoiser.begin(entry.packet, entry.plan, preview=entry.preview)
+                entry.task = self._denoiser.begin(entry.packet, entry.plan, preview=entry.preview and entry.left == 1)
             except Exception as error:
                 self._leave([entry], error)
                 return False
