@@ -15,7 +15,7 @@ from bench.load import LoadFigures
 from cluster.simulate import Device, Scenario, Stage, circulate
 from stages.model import parse_size, token_grid
 from stages.pipeline import Pipeline, Prompted
-from stages.plan import Plan
+from stages.plan import Plan, StageSpec
 
 REPLICA_THREADS = 1  # Ray gives a replica one for every core that it asks for, and no fewer
 _BATCH = 8
@@ -59,11 +59,12 @@ def calibrate(
     width, height = parse_size(size)
     with threads(REPLICA_THREADS):
         one, eight = (_seconds(pipeline, plan, prompted[:count]) for count in (1, _BATCH))
-    steps: dict[str, int] = defaultdict(int)
-    most: dict[str, int] = defaultdict(lambda: batch_tokens)
+    parts: dict[str, list[StageSpec]] = defaultdict(list)
     for stage in plan.stages:
-        steps[stage.name] += stage.steps
-        most[stage.name] = min(most[stage.name], batch_tokens // (prod(token_grid(size)) * stage.evaluations))
+        parts[stage.name].append(stage)
+    steps = {name: sum(part.steps for part in stage) for name, stage in parts.items()}
+    rows = {name: max(part.evaluations for part in stage) for name, stage in parts.items()}
+    most = {name: batch_tokens // (prod(token_grid(size)) * evaluations) for name, evaluations in rows.items()}
     stages = {"http": Stage(device="core", per_image=one_client.elsewhere)}
     for name in ("encode", *steps, "decode"):
         stages[name] = _stage(

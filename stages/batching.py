@@ -22,7 +22,7 @@ class _Entry:
     number: int  # by arrival
     packet: LatentPacket = field(compare=False)
     plan: Plan = field(compare=False)
-    left: int = field(compare=False)  # of the plan's stages, this one included
+    end: int = field(compare=False)  # position of the packet when it leaves
     preview: bool = field(compare=False)
     future: Future[LatentPacket] = field(compare=False, default_factory=Future)
     task: Task | None = field(compare=False, default=None)
@@ -73,7 +73,7 @@ class StepBatcher:
         Raises:
             RuntimeError: closed.
         """
-        entry = _Entry(deadline, next(self._numbers), packet, plan, stages, preview)
+        entry = _Entry(deadline, next(self._numbers), packet, plan, packet.position + stages, preview)
         with self._changed:
             if self._closed:
                 raise RuntimeError("this replica takes no more work")
@@ -115,8 +115,7 @@ class StepBatcher:
     def _finish(self, entry: _Entry, task: Task) -> None:
         """End a stage: the entry goes on to its next, or leaves."""
         packet = task.finish()
-        entry.left -= 1
-        if entry.left:
+        if packet.position < entry.end:
             entry.packet, entry.task = packet, None
         else:
             self._leave([entry], packet)
@@ -139,7 +138,8 @@ class StepBatcher:
         """Whether the entry is under way; if it cannot be, its future says why."""
         if entry.task is None:
             try:
-                entry.task = self._denoiser.begin(entry.packet, entry.plan, preview=entry.preview and entry.left == 1)
+                preview = entry.preview and entry.packet.position == entry.end - 1
+                entry.task = self._denoiser.begin(entry.packet, entry.plan, preview=preview)
             except Exception as error:
                 self._leave([entry], error)
                 return False

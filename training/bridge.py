@@ -26,7 +26,7 @@ from training.adapters import active, save_lora
 from training.loop import begin, load_pipeline, train
 from training.matching import Samples, prepare
 from training.prompts import Prompts, Texts
-from training.sampling import integrate, of_stage, run_stage, sample_grid
+from training.sampling import integrate, of_stage, run_stages, sample_grid
 from training.trajectories import Trajectories
 
 
@@ -49,10 +49,8 @@ def main() -> None:
         """Where base leaves the trajectories' noises, in bfloat16."""
         texts = taught.texts(prompts, rows)
         with accelerator.autocast():
-            latents = taught.latents[rows, 0].float().to(accelerator.device)
-            for stage in before:
-                latents = run_stage(pipeline, stage, latents, texts, taught.grid)
-            return latents.bfloat16().cpu()
+            noise = taught.latents[rows, 0].float().to(accelerator.device)
+            return run_stages(pipeline, before, noise, texts, taught.grid).bfloat16().cpu()
 
     every = list(range(len(taught.prompts)))
     starts = torch.cat([coarse(every[first : first + 64]) for first in range(0, len(every), 64)])

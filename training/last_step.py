@@ -24,7 +24,7 @@ from training.adapters import Lora, active, lora_parameters, save_lora
 from training.decoder import contrast
 from training.loop import begin, load_pipeline, one_cycle, train
 from training.prompts import Prompts, Texts
-from training.sampling import conditional, run_stage, sample_grid
+from training.sampling import conditional, run_stages, sample_grid
 from training.trajectories import Trajectories, draw_trajectories, grid_of
 
 
@@ -56,10 +56,8 @@ def main() -> None:
 
     def walk(noise: torch.Tensor, texts: Texts) -> list[torch.Tensor]:
         """Where the plan hands over, and where the teacher goes from there."""
-        handed_over = noise
-        for stage in before:
-            handed_over = run_stage(pipeline, stage, handed_over, texts, grid)
-        return [handed_over, run_stage(pipeline, rest, handed_over, texts, grid)]
+        handed_over = run_stages(pipeline, before, noise, texts, grid)
+        return [handed_over, run_stages(pipeline, [rest], handed_over, texts, grid)]
 
     kept = arguments.run / "pairs"
     if not kept.exists():

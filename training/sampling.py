@@ -81,19 +81,21 @@ def integrate(velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor) -
     return trail
 
 
-def run_stage(
+def run_stages(
     pipeline: QwenImagePipeline,
-    stage: StageSpec,
+    stages: Sequence[StageSpec],
     latents: torch.Tensor,
     texts: Texts,
     grid: tuple[int, int],
 ) -> torch.Tensor:
-    """Latents (batch, tokens, channels) where `stage` leaves them; its adapter must be loaded."""
+    """Latents (batch, tokens, channels) where the last of `stages` leaves them; their adapters must be loaded."""
     transformer = pipeline.transformer
-    sigmas = stage_sigmas(stage, pipeline.scheduler, tokens=latents.shape[1])
-    velocity = of_stage(transformer, stage, texts, grid)
-    with active(transformer, stage.adapter):
-        return integrate(velocity, latents, sigmas)[-1]
+    for stage in stages:
+        sigmas = stage_sigmas(stage, pipeline.scheduler, tokens=latents.shape[1])
+        velocity = of_stage(transformer, stage, texts, grid)
+        with active(transformer, stage.adapter):
+            latents = integrate(velocity, latents, sigmas)[-1]
+    return latents
 
 
 PROMPTS = (
@@ -117,8 +119,7 @@ def sample_grid(
     texts = prompts.texts([prompt for prompt in PROMPTS for _ in seeds], [EMPTY_PROMPT] * len(PROMPTS) * len(seeds))
     channels = transformer.config.in_channels // 4
     noises = [draw_noise(seed, channels, 2 * grid_shape[0], 2 * grid_shape[1]) for seed in seeds]
-    latents = torch.stack(noises * len(PROMPTS)).to(transformer.device)
-    for stage in stages:
-        latents = run_stage(pipeline, stage, latents, texts, grid_shape)
+    noise = torch.stack(noises * len(PROMPTS)).to(transformer.device)
+    latents = run_stages(pipeline, stages, noise, texts, grid_shape)
     images = decode_latents(pipeline.vae, latents, grid_shape)
     grid(images, len(seeds)).save(path)
