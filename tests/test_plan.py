@@ -146,10 +146,10 @@ def test_presets_and_their_network_evaluations() -> None:
         "base": 100,
         "cached": 100,
         "distilled": 4,
-        "hybrid": 8,
+        "hybrid": 7,
     }
     assert all(plan.name == name for name, plan in presets().items())
-    assert [stage.nfe for stage in presets()["hybrid"].stages] == [2, 4, 1, 1]
+    assert [stage.nfe for stage in presets()["hybrid"].stages] == [1, 4, 1, 1]
     assert presets()["cached"].stages[0].cache == FirstBlockSpec(threshold=0.1)
 
 
@@ -195,7 +195,7 @@ def test_with_guidance_changes_guided_stages_alone() -> None:
     plan = presets()["hybrid"].with_guidance(2.5)
     assert plan.name == "hybrid"
     assert [stage.guidance_scale for stage in plan.stages] == [1.0, 2.5, 1.0, 1.0]
-    assert plan.with_guidance(7.0) == presets()["hybrid"]
+    assert plan.with_guidance(8.0) == presets()["hybrid"]
 
 
 def test_guidance_of_one_halves_the_network_evaluations() -> None:

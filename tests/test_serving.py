@@ -65,7 +65,7 @@ def test_reply_carries_seed_timings_nfe_and_megapixels(client: OpenAI) -> None:
         stages = [timing["stage"] for timing in image["timings"]]
         assert stages == ["encode", "base", "base", "bridge", "distilled", "decode"]
         assert all(timing["seconds"] > 0 for timing in image["timings"])
-        assert image["nfe"] == 8
+        assert image["nfe"] == 7
         assert pixels(image).shape == (128, 192, 3)
     assert response["seed"] == response["data"][0]["seed"]
 
