@@ -133,7 +133,7 @@ def test_a_packet_that_cannot_enter_fails_alone(pipeline: Pipeline, batcher: Ste
         "name": "bridge", "sigma_start": 0.5, "sigma_end": 0.0, "steps": 1}]))  # fmt: skip
     good = batcher.submit(packet_of(pipeline, 1), plan_of(1))
     steps(batcher)
-    with pytest.raises(ValueError, match=r"packet at sigma 0\.93 cannot enter bridge at 0\.5"):
+    with pytest.raises(ValueError, match=r"packet at sigma 0\.95 cannot enter bridge at 0\.5"):
         bad.result(0)
     assert good.result(0).seed == 1
 
