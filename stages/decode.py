@@ -20,10 +20,11 @@ def decode_pixels(vae: AutoencoderKLQwenImage, latents: torch.Tensor, grid: tupl
     """Pixels (batch, 3, 1, height, width), about -1 to 1, of latents (batch, rows * columns, channels)."""
     scale = vae.spatial_compression_ratio
     height, width = (2 * scale * side for side in grid)
-    unpacked = QwenImagePipeline._unpack_latents(latents.to(vae.device), height, width, scale)
-    mean = torch.tensor(vae.config.latents_mean, device=vae.device).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std, device=vae.device).view(1, -1, 1, 1, 1)
-    return vae.decode((unpacked * std + mean).to(vae.dtype), return_dict=False)[0]
+    weight = next(vae.parameters())  # diffusers' own `device` and `dtype` visit every module each time
+    unpacked = QwenImagePipeline._unpack_latents(latents.to(weight.device), height, width, scale)
+    mean = torch.tensor(vae.config.latents_mean, device=weight.device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, device=weight.device).view(1, -1, 1, 1, 1)
+    return vae.decode((unpacked * std + mean).to(weight.dtype), return_dict=False)[0]
 
 
 @torch.inference_mode()
