@@ -20,10 +20,11 @@ from diffusers import (
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from stages.vae import convolve_images
-from training.data import SceneLatents, SizeShare
+from training.base import encode_captions
+from training.data import LABELS, NO_OBJECT, SceneBatches, SceneLatents, SizeShare, in_order, object_labels
 from training.decoder import contrast
 from training.loop import Schedule, one_cycle, read_config, train
-from training.scenes import caption, examples, render, sample_scene
+from training.scenes import COLORS, FILLS, SHAPES, Scene, SceneObject, caption, examples, render, sample_scene
 from training.vae import to_pixels
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "scenes"
@@ -53,6 +54,47 @@ def test_kept_latents_are_those_of_the_scenes_that_they_are_captioned_as(tmp_pat
     assert first.scenes == again.scenes
     assert first.scenes != other.scenes
     assert (first.latents - other.latents).abs().max() > 0.1
+
+
+def test_batches_drawn_ahead_are_those_of_their_indices(tmp_path: Path) -> None:
+    vae = AutoencoderKLQwenImage.from_pretrained(CHECKPOINT / "vae")
+    sizes = [SizeShare(width=64, height=64, count=6, share=0.5), SizeShare(width=64, height=128, count=6, share=0.5)]
+    batches = SceneBatches([SceneLatents(vae, size, tmp_path, 0, workers=1) for size in sizes], tokens=32, seed=7)
+    draw = in_order(batches, workers=2)
+    for index in range(3, 9):
+        ahead, here = draw(index), batches[index]
+        assert ahead.captions == here.captions
+        assert torch.equal(ahead.latents, here.latents)
+        assert torch.equal(ahead.labels, here.labels)
+        assert ahead.latents.shape[:2].numel() == 32
+    assert batches[3].captions != batches[4].captions
+
+
+def test_labels_name_the_object_that_a_token_shows() -> None:
+    def thing(shape: str, color: str, x: float) -> SceneObject:
+        return SceneObject(shape=shape, color=color, size="small", fill="furry", x=x, y=0.5, radius=0.2)
+
+    two = Scene((thing("star", "red", 0.25), thing("moon", "blue", 0.75)), "white")
+    one = Scene((thing("ring", "green", 0.25),), "white")
+    labels = object_labels([two, one], SizeShare(64, 64, count=2, share=1.0), patch=16).view(2, 4, 4, len(LABELS))
+
+    def indices(shape: str, color: str) -> list[int]:
+        return [SHAPES.index(shape), list(COLORS).index(color), FILLS.index("furry")]
+
+    assert labels[0, 1, 0].tolist() == indices("star", "red")
+    assert labels[0, 2, 3].tolist() == indices("moon", "blue")
+    assert labels[1, 1, 1].tolist() == indices("ring", "green")
+    assert (labels[1, :, 3] == NO_OBJECT).all()
+
+
+@torch.no_grad()
+def test_captions_are_embedded_as_the_pipeline_embeds_prompts() -> None:
+    pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT)
+    captions = ["a red star", "", "a large furry blue heart on a white background"]
+    embeds, mask = encode_captions(pipeline, captions)
+    expected, expected_mask = pipeline.encode_prompt(captions)
+    assert torch.equal(mask, expected_mask.bool())
+    torch.testing.assert_close(embeds[mask], expected[mask])
 
 
 class _Stop(Exception):

@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from random import Random
 
 import torch
 import torch.nn.functional as F
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.training_utils import EMAModel
 
 from stages.plan import StageSpec
-from training.data import LABELS, NO_OBJECT, SceneBatches, SizeShare
+from training.data import LABELS, NO_OBJECT, SceneBatches, SceneLatents, SizeShare, in_order
 from training.loop import begin, load_pipeline, one_cycle, train
 from training.optimize import make_optimizers
 from training.sampling import sample_grid
@@ -49,14 +48,28 @@ class ObjectHead(torch.nn.Module):
 
 def draw_sigmas(count: int, mean: float, deviation: float, generator: torch.Generator) -> torch.Tensor:
     """Logit-normal noise levels (count,), Stable Diffusion 3 (arXiv 2403.03206, section 3.1)."""
-    return torch.sigmoid(mean + deviation * torch.randn(count, generator=generator))
+    return torch.sigmoid(mean + deviation * torch.randn(count, generator=generator, device=generator.device))
+
+
+def encode_captions(pipeline: QwenImagePipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (B, length, width), padded on the right, and the mask (B, length) of what is no padding.
+
+    What `encode_prompt` of the pipeline does, except that it takes the batch apart and pads it anew, row by row, which
+    costs a device that is fast enough most of a step.
+    """
+    texts = [pipeline.prompt_template_encode.format(caption) for caption in captions]
+    tokens = pipeline.tokenizer(texts, padding=True, return_tensors="pt").to(pipeline.text_encoder.device)
+    hidden = pipeline.text_encoder(**tokens, output_hidden_states=True).hidden_states[-1]
+    start = pipeline.prompt_template_encode_start_idx
+    return hidden[:, start:], tokens.attention_mask[:, start:].bool()
 
 
 def main() -> None:
     arguments, config, schedule, accelerator = begin(__doc__, "base", "pipeline", "run")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
-    sizes = [SizeShare(**size) for size in config["sizes"]]
-    batches = SceneBatches(pipeline.vae, sizes, arguments.run, config["scenes_seed"])
+    seed, workers = config["scenes_seed"], config["workers"]
+    sets = [SceneLatents(pipeline.vae, SizeShare(**size), arguments.run, seed, workers) for size in config["sizes"]]
+    draw = in_order(SceneBatches(sets, schedule.batch_size * config["tokens"], schedule.seed), workers)
 
     model = torch.nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder.model})
     head = ObjectHead(pipeline.transformer, config["head_depth"])
@@ -68,25 +81,23 @@ def main() -> None:
     accelerator.register_for_checkpointing(ema)
 
     def step(index: int) -> dict[str, torch.Tensor]:
-        rng = Random(f"{schedule.seed} {index}")
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        batch = batches.draw(rng, schedule.batch_size * config["tokens"])
-        clean = batch.latents
-        noise = torch.randn(clean.shape, generator=generator)
+        generator = torch.Generator(accelerator.device).manual_seed(schedule.seed + index)
+        batch = draw(index)
+        clean = batch.latents.to(accelerator.device, torch.float32)
+        noise = torch.randn(clean.shape, generator=generator, device=accelerator.device)
         sigma = draw_sigmas(len(clean), config["sigma_mean"], config["sigma_deviation"], generator)
-        noisy = torch.lerp(clean, noise, sigma[:, None, None])
         with accelerator.autocast():
-            embeds, mask = pipeline.encode_prompt(batch.captions, device=accelerator.device)
+            embeds, mask = encode_captions(pipeline, batch.captions)
             velocity = model["transformer"](
-                hidden_states=noisy.to(accelerator.device),
-                timestep=sigma.to(accelerator.device),
+                hidden_states=torch.lerp(clean, noise, sigma[:, None, None]),
+                timestep=sigma,
                 encoder_hidden_states=embeds,
                 encoder_hidden_states_mask=mask,
                 img_shapes=[[batch.shape]] * len(clean),
                 return_dict=False,
             )[0]
             naming = head.loss(batch.labels)
-        loss = (velocity.float() - (noise - clean).to(accelerator.device)).square().mean()
+        loss = F.mse_loss(velocity.float(), noise - clean)
         accelerator.backward(loss + config["head_weight"] * naming)
         norm = accelerator.clip_grad_norm_(trained.parameters(), 1.0)
         for mover in movers:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
 
 from stages.vae import convolve_images
 from training.scenes import COLORS, FILLS, SHAPES, Scene, caption, render, sample_scene
@@ -51,16 +55,22 @@ def object_labels(scenes: list[Scene], size: SizeShare, patch: int) -> torch.Ten
     tops = torch.arange(0, size.height, patch)[:, None]
     lefts = torch.arange(0, size.width, patch)[None, :]
 
-    def gap(start: torch.Tensor, point: float) -> torch.Tensor:
-        return (start - point).clamp(min=0) + (point - start - patch).clamp(min=0)
+    def gap(start: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        points = points[:, None, None]
+        return (start - points).clamp(min=0) + (points - start - patch).clamp(min=0)
 
     labels = torch.full((len(scenes), len(tops), lefts.shape[1], len(LABELS)), NO_OBJECT)
-    for row, scene in zip(labels, scenes, strict=True):
-        for thing in scene.objects:
-            across, down = gap(lefts, thing.x * size.width), gap(tops, thing.y * size.height)
-            touched = torch.hypot(across, down) < thing.radius * min(size.width, size.height)
-            indices = SHAPES.index(thing.shape), list(COLORS).index(thing.color), FILLS.index(thing.fill)
-            row[touched] = torch.tensor(indices)
+    # All first objects, then all second ones, and so on: a scene's last is on top.
+    for things in itertools.zip_longest(*(scene.objects for scene in scenes)):
+        shown = [(row, thing) for row, thing in enumerate(things) if thing is not None]
+        rows = torch.tensor([row for row, _ in shown])
+        x, y, radius = torch.tensor([(thing.x, thing.y, thing.radius) for _, thing in shown]).unbind(1)
+        across, down = gap(lefts, x * size.width), gap(tops, y * size.height)
+        at, row, column = torch.nonzero(
+            torch.hypot(across, down) < radius[:, None, None] * min(size.width, size.height), as_tuple=True
+        )
+        indices = [(SHAPES.index(t.shape), list(COLORS).index(t.color), FILLS.index(t.fill)) for _, t in shown]
+        labels[rows[at], row, column] = torch.tensor(indices)[at]
     return labels.flatten(1, 2)
 
 
@@ -69,7 +79,7 @@ class Examples:
     """A batch of one size.
 
     Attributes:
-        latents: float32 (B, tokens, 4 * C).
+        latents: bfloat16 (B, tokens, 4 * C).
         captions: B texts.
         labels: int64 (B, tokens, 3), see `object_labels`.
         shape: (1, h / 2, w / 2) of the latents, for rotary embeddings.
@@ -81,10 +91,29 @@ class Examples:
     shape: tuple[int, int, int]
 
 
+class _Renders(Dataset[Image.Image]):
+    """Each of `scenes` in pixels."""
+
+    def __init__(self, scenes: list[Scene], size: SizeShare, seed: int) -> None:
+        self._scenes, self._size, self._seed = scenes, size, seed
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        rng = Random(f"{self._seed} {index}")
+        return render(self._scenes[index], rng, self._size.width, self._size.height)
+
+
 class SceneLatents:
     """Scenes of one size with their latents, made on first use and kept in `directory`."""
 
-    def __init__(self, vae: AutoencoderKLQwenImage, size: SizeShare, directory: Path, seed: int) -> None:
+    def __init__(
+        self, vae: AutoencoderKLQwenImage, size: SizeShare, directory: Path, seed: int, workers: int = 0
+    ) -> None:
+        """Args:
+        workers: processes that render, or 0 to do so in this one.
+        """
         rng = Random(f"{seed} {size.width}x{size.height}")
         self.size = size
         self.patch = vae.spatial_compression_ratio * 2
@@ -93,39 +122,62 @@ class SceneLatents:
         path = directory / f"latents-{size.width}x{size.height}-{size.count}-seed-{seed}.safetensors"
         if not path.exists():
             directory.mkdir(parents=True, exist_ok=True)
-            save_file({"latents": self._encode(vae, rng)}, path)
+            renders = DataLoader(
+                _Renders(self.scenes, size, seed), batch_size=32, num_workers=workers, collate_fn=to_pixels
+            )
+            save_file({"latents": _encode(vae, renders)}, path)
         self.latents = load_file(path)["latents"]
-
-    @torch.no_grad()
-    def _encode(self, vae: AutoencoderKLQwenImage, rng: Random) -> torch.Tensor:
-        def encode(scenes: list[Scene]) -> torch.Tensor:
-            pixels = to_pixels([render(scene, rng, self.size.width, self.size.height) for scene in scenes])
-            posterior = vae.encode(pixels).latent_dist
-            return pack(normalise(vae, posterior.mode())).bfloat16()
-
-        vae = convolve_images(vae)
-        return torch.cat([encode(self.scenes[start : start + 32]) for start in range(0, len(self.scenes), 32)])
 
     def draw(self, rng: Random, count: int) -> Examples:
         """`count` scenes, captioned anew."""
         rows = [rng.randrange(len(self.scenes)) for _ in range(count)]
         scenes = [self.scenes[row] for row in rows]
         return Examples(
-            self.latents[rows].float(),
+            self.latents[rows],
             [caption(scene, rng) for scene in scenes],
             object_labels(scenes, self.size, self.patch),
             (1, self.size.height // self.patch, self.size.width // self.patch),
         )
 
 
-class SceneBatches:
+@torch.no_grad()
+def _encode(vae: AutoencoderKLQwenImage, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Normalised tokens of images (B, 3, 1, H, W), in bfloat16 on the CPU."""
+    convolve_images(vae)
+    return torch.cat(
+        [
+            pack(normalise(vae, vae.encode(pixels.to(vae.device)).latent_dist.mode())).bfloat16().cpu()
+            for pixels in batches
+        ]
+    )
+
+
+class SceneBatches(Dataset[Examples]):
     """Batches over several sizes; a batch has one size and about the same number of tokens as any other."""
 
-    def __init__(self, vae: AutoencoderKLQwenImage, sizes: list[SizeShare], directory: Path, seed: int) -> None:
-        self._sets = [SceneLatents(vae, size, directory, seed) for size in sizes]
-        self._shares = [size.share for size in sizes]
+    def __init__(self, sets: Sequence[SceneLatents], tokens: int, seed: int) -> None:
+        """Args:
+        tokens: image tokens of a batch, about.
+        seed: of the batches.
+        """
+        self._sets, self._tokens, self._seed = sets, tokens, seed
 
-    def draw(self, rng: Random, tokens: int) -> Examples:
-        """As many scenes as have about `tokens` image tokens together."""
-        chosen = rng.choices(self._sets, self._shares)[0]
-        return chosen.draw(rng, max(1, tokens * chosen.patch**2 // (chosen.size.width * chosen.size.height)))
+    def __getitem__(self, index: int) -> Examples:
+        rng = Random(f"{self._seed} {index}")
+        (chosen,) = rng.choices(self._sets, [scenes.size.share for scenes in self._sets])
+        size = chosen.size
+        return chosen.draw(rng, max(1, self._tokens * chosen.patch**2 // (size.width * size.height)))
+
+
+def in_order(batches: SceneBatches, workers: int) -> Callable[[int], Examples]:
+    """Draws `batches[index]`, each `index` one above the last, ahead of time where there are `workers`: processes."""
+    ahead: Iterator[Examples] | None = None
+
+    def draw(index: int) -> Examples:
+        nonlocal ahead
+        if ahead is None:
+            loader = DataLoader(batches, batch_size=None, sampler=itertools.count(index), num_workers=workers)
+            ahead = iter(loader)
+        return next(ahead)
+
+    return draw

@@ -5,8 +5,9 @@
 From where base and bridge leave an image, the guided base model goes on in many steps; the student must get there in
 one. The way is an ordinary differential equation's, so that there is one right answer; but where a network cannot
 foresee each hair, errors of latents are least without any. So the image's contrast by place and direction counts as
-well (`training.decoder`). At all other noise levels the student stays as it was. Attention guidance, if the plan's step
-has it, is left out of the training: it works by going further than the student's own answer.
+well (`training.decoder`). At all other noise levels the student stays as it was, or as it was on another base: that is
+how it moves to a base that was trained further. Attention guidance, if the plan's step has it, is left out of the
+training: it works by going further than the student's own answer.
 """
 
 from __future__ import annotations
@@ -34,15 +35,19 @@ def main() -> None:
     pipeline.transformer.requires_grad_(False)
     convolve_images(pipeline.vae).requires_grad_(False)
     pipeline.load_lora_weights(arguments.bridge, adapter_name="bridge")
-    for name in ("before", "distilled"):
-        pipeline.load_lora_weights(arguments.distilled, adapter_name=name)
+    pipeline.load_lora_weights(arguments.distilled, adapter_name="distilled")
+    former = pipeline
+    if config["made_on"]:
+        former = load_pipeline(Path(config["made_on"]), accelerator.device)
+        former.transformer.requires_grad_(False)
+    former.load_lora_weights(arguments.distilled, adapter_name="before")
     parameters = lora_parameters(pipeline.transformer, "distilled")
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     transformer, optimizer, scheduler = accelerator.prepare(
         pipeline.transformer, optimizer, one_cycle(optimizer, schedule)
     )
     lora = Lora("distilled", parameters, optimizer)
-    prompts = Prompts.read(pipeline, config)
+    prompts, former_prompts = Prompts.read(pipeline, config), Prompts.read(former, config)
     plan = presets()[config["plan"]]
     *before, last = plan.stages
     grid = grid_of(config["pairs"])
@@ -83,8 +88,9 @@ def main() -> None:
         noise = torch.randn(end[others].shape, generator=generator).to(start)
         noisy = torch.lerp(end[others], noise, elsewhere[:, None, None])
         with accelerator.autocast():
-            with torch.no_grad(), active(transformer, "before"):
-                as_before = conditional(transformer, texts.embeds[others], grid)(noisy, elsewhere)
+            with torch.no_grad(), active(former.transformer, "before"):
+                embeds = former_prompts.embed([taught.prompts[row] for row in rows[others]])
+                as_before = conditional(former.transformer, embeds, grid)(noisy, elsewhere)
             with active(transformer, "distilled"):
                 now = conditional(transformer, texts.embeds[others], grid)(noisy, elsewhere)
                 foreseen = conditional(transformer, texts.embeds, grid)(start, sigma)
