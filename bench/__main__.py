@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from importlib import import_module
 
-from bench import grid, latency, prune, quality, ratios, serving
-
-COMMANDS = {
-    "quality": quality,
-    "latency": latency,
-    "serving": serving,
-    "grid": grid,
-    "prune": prune,
-    "ratios": ratios,
-}
+COMMANDS = ("quality", "latency", "serving", "grid", "prune", "ratios")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(
-            name, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
+    parser.add_argument("command", choices=COMMANDS)
+    name = parser.parse_args(sys.argv[1:2]).command
+    module = import_module(f"bench.{name}")  # alone: what the others need may not be installed
+    command = argparse.ArgumentParser(
+        prog=f"python -m bench {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(command)
+    module.run(command.parse_args(sys.argv[2:]))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
-from backends import Backend, get_backend
+from backends import Backend, Quantization, get_backend
 from bench.machine import machine_name
 from bench.results import add_output_argument, output_directory, write_json
 from stages.decode import decode_latents
@@ -51,9 +52,10 @@ class Latency:
 class RandomModel:
     """A denoiser and an autoencoder of an architecture, with random weights."""
 
-    def __init__(self, source: str | None, backend: Backend) -> None:
+    def __init__(self, source: str | None, backend: Backend, quantize: Quantization | None = None) -> None:
         """Args:
         source: directory of a pipeline whose architecture to take, or None for Qwen-Image's.
+        quantize: the transformer's blocks by this, if at all.
         """
         self.backend = backend
         before = torch.get_default_dtype()
@@ -77,7 +79,10 @@ class RandomModel:
                     )
         finally:
             torch.set_default_dtype(before)
-        self.denoiser = Denoiser(Network(backend.place(transformer)), scheduler, backend)
+        backend.place(transformer)
+        if quantize:
+            backend.quantize(transformer.transformer_blocks, quantize)
+        self.denoiser = Denoiser(Network(transformer), scheduler, backend)
         self._vae = convolve_images(backend.place(vae))
         self._width = transformer.config.joint_attention_dim
         self._channels = transformer.config.in_channels // 4
@@ -129,6 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="1024x1024")
     parser.add_argument("--tokens", type=int, default=64, help="of either prompt")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quantize", choices=get_args(Quantization), help="the transformer's blocks")
+    parser.add_argument("--compile", action="store_true", help="the transformer's blocks")
     add_output_argument(parser)
 
 
@@ -136,7 +143,9 @@ def run(arguments: argparse.Namespace) -> None:
     full = arguments.model == "qwen-image"
     source = None if full else ModelConfig.read(Path(arguments.model)).source
     name = arguments.model if full else Path(arguments.model).stem
-    model = RandomModel(source, get_backend(arguments.backend))
+    model = RandomModel(source, get_backend(arguments.backend), arguments.quantize)
+    if arguments.compile:
+        model.denoiser.compile([arguments.size])
     rows = measure(model, arguments.size, arguments.tokens, arguments.repeats)
     for row in rows:
         print(
@@ -150,6 +159,9 @@ def run(arguments: argparse.Namespace) -> None:
         "size": arguments.size,
         "prompt_tokens": arguments.tokens,
         "dtype": str(model.backend.default_dtype),
+        "quantize": arguments.quantize,
+        "compile": arguments.compile,
         "rows": [asdict(row) for row in rows],
     }
-    write_json(output_directory(arguments) / f"latency-{name}.json", content)
+    variant = "-".join([name, *filter(None, [arguments.quantize, arguments.compile and "compiled"])])
+    write_json(output_directory(arguments) / f"latency-{variant}.json", content)

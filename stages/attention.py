@@ -113,14 +113,16 @@ class _Stream:
         """By the layers to queries, keys and values, and the norms of queries and keys."""
         *projections, norm_query, norm_key = layers
         query, key, value = (project(tokens).unflatten(-1, (heads, -1)) for project in projections)
-        return cls(norm_query(query), norm_key(key), value)
+        return _Stream(norm_query(query), norm_key(key), value)
 
-    def at(self, frequencies: torch.Tensor, tokens: slice = slice(None)) -> _Stream:
-        """Some of the tokens, turned to their positions (tokens, half the width of a head)."""
-        query, key = (
-            apply_rotary_emb_qwen(of[:, tokens], frequencies, use_real=False) for of in (self.query, self.key)
-        )
-        return _Stream(query, key, self.value[:, tokens])
+    def part(self, start: int, end: int) -> _Stream:
+        """Those tokens alone."""
+        return _Stream(self.query[:, start:end], self.key[:, start:end], self.value[:, start:end])
+
+    def at(self, frequencies: torch.Tensor) -> _Stream:
+        """The tokens turned to their positions (tokens, half the width of a head)."""
+        query, key = (apply_rotary_emb_qwen(of, frequencies, use_real=False) for of in (self.query, self.key))
+        return _Stream(query, key, self.value)
 
 
 class GuidedAttention(QwenDoubleStreamAttnProcessor2_0):
@@ -147,13 +149,14 @@ class GuidedAttention(QwenDoubleStreamAttnProcessor2_0):
         assert encoder_hidden_states_mask is not None  # `collate_text` makes both
         assert image_rotary_emb is not None
         image_frequencies, text_frequencies = image_rotary_emb
-        length = encoder_hidden_states.shape[1] - avoided.mask.shape[1]
+        total, avoided_length = encoder_hidden_states.shape[1], avoided.mask.shape[1]
+        length = total - avoided_length
         of_image = (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
         of_text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
         image = _Stream.project(hidden_states, of_image, attn.heads).at(image_frequencies)
         text = _Stream.project(encoder_hidden_states, of_text, attn.heads)
-        prompt = text.at(text_frequencies[:length], slice(length))
-        negative = text.at(text_frequencies[: avoided.mask.shape[1]], slice(length, None))
+        prompt = text.part(0, length).at(text_frequencies[:length])
+        negative = text.part(length, total).at(text_frequencies[:avoided_length])
 
         prompt_answer, towards = self._attend(prompt, image, encoder_hidden_states_mask[:, :length])
         negative_answer, away = self._attend(negative, image, avoided.mask)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -19,7 +21,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from backends import Backend
-from bench import metrics
+from bench import latency, metrics
 from bench.__main__ import main
 from bench.calibrate import calibrate
 from bench.cases import Cases, scene_cases
@@ -35,7 +37,7 @@ from bench.scorers import clip_scorer
 from cluster.simulate import circulate, replay
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
-from stages.plan import Plan, presets
+from stages.plan import Plan, StageSpec, presets
 from training.oracle import read
 from training.scenes import Scene, render, sample_scene
 
@@ -303,6 +305,27 @@ def test_latency_of_a_model_without_its_weights(config: ModelConfig, backend: Ba
     assert {name: row.nfe for name, row in rows.items()} == {"base": 100, "cached": 38, "distilled": 4, "hybrid": 7}
     assert rows["base"].speed_up == 1
     assert rows["base"].denoise > rows["cached"].denoise > rows["hybrid"].denoise > 0
+
+
+def test_latency_of_a_quantized_model_is_kept_apart(
+    monkeypatch: pytest.MonkeyPatch, config: ModelConfig, tmp_path: Path
+) -> None:
+    stage = StageSpec(name="distilled", steps=2, sigma_start=1.0, sigma_end=0.0)
+    monkeypatch.setattr(latency, "plans", lambda: [Plan(name="short", stages=(stage,))])
+    command = ["latency", "--model", str(ROOT / "configs" / "scenes.yaml"), "--size", "64x64", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", ["bench", *command, "--quantize", "int8_weight_only", "--output", str(tmp_path)])
+    main()
+    content = json.loads((tmp_path / "latency-scenes-int8_weight_only.json").read_text())
+    assert (content["quantize"], content["compile"]) == ("int8_weight_only", False)
+    assert [row["nfe"] for row in content["rows"]] == [2]
+
+
+def test_a_command_needs_only_its_own_dependencies() -> None:
+    program = """import sys
+sys.modules.update(ray=None, httpx=None, simpy=None, scipy=None)
+from bench.__main__ import main
+main()"""
+    subprocess.run([sys.executable, "-c", program, "latency", "--help"], check=True, timeout=120, cwd=ROOT)
 
 
 def test_figures_of_a_load() -> None:
