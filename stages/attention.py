@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -106,10 +105,8 @@ class _Stream:
     key: torch.Tensor
     value: torch.Tensor
 
-    @classmethod
-    def project(
-        cls, tokens: torch.Tensor, layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], heads: int
-    ) -> Self:
+    @staticmethod
+    def project(tokens: torch.Tensor, layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], heads: int) -> _Stream:
         """By the layers to queries, keys and values, and the norms of queries and keys."""
         *projections, norm_query, norm_key = layers
         query, key, value = (project(tokens).unflatten(-1, (heads, -1)) for project in projections)
