@@ -47,7 +47,7 @@ def main() -> None:
         pipeline.transformer, optimizer, one_cycle(optimizer, schedule)
     )
     lora = Lora("distilled", parameters, optimizer)
-    prompts, former_prompts = Prompts.read(pipeline, config), Prompts.read(former, config)
+    prompts, former_prompts = Prompts.read(pipeline, config), Prompts(former)
     plan = presets()[config["plan"]]
     *before, last = plan.stages
     grid = grid_of(config["pairs"])
@@ -89,7 +89,9 @@ def main() -> None:
         noisy = torch.lerp(end[others], noise, elsewhere[:, None, None])
         with accelerator.autocast():
             with torch.no_grad(), active(former.transformer, "before"):
-                embeds = former_prompts.embed([taught.prompts[row] for row in rows[others]])
+                embeds = texts.embeds[others]
+                if former is not pipeline:
+                    embeds = former_prompts.embed([taught.prompts[row] for row in rows[others]])
                 as_before = conditional(former.transformer, embeds, grid)(noisy, elsewhere)
             with active(transformer, "distilled"):
                 now = conditional(transformer, texts.embeds[others], grid)(noisy, elsewhere)
