@@ -69,7 +69,8 @@ def test_an_image_does_not_depend_on_its_batch_mates(pipeline: Pipeline, batcher
     for (packet, plan), future in zip(jobs, futures, strict=True):
         (alone,) = pipeline.denoiser.denoise([packet], plan)
         together = future.result(0)
-        assert (together.latent - alone.latent).abs().max() < TOLERANCE * alone.latent.abs().max()
+        # Rounding is of the noise that was subtracted, also where the clean latent is nearly zero.
+        assert (together.latent - alone.latent).abs().max() < TOLERANCE * packet.latent.abs().max()
         assert together.spans[-1].nfe == alone.spans[-1].nfe
         assert (together.sigma, together.position) == (alone.sigma, alone.position)
 
@@ -133,7 +134,7 @@ def test_a_packet_that_cannot_enter_fails_alone(pipeline: Pipeline, batcher: Ste
         "name": "bridge", "sigma_start": 0.5, "sigma_end": 0.0, "steps": 1}]))  # fmt: skip
     good = batcher.submit(packet_of(pipeline, 1), plan_of(1))
     steps(batcher)
-    with pytest.raises(ValueError, match=r"packet at sigma 0\.95 cannot enter bridge at 0\.5"):
+    with pytest.raises(ValueError, match=r"packet at sigma 0\.965 cannot enter bridge at 0\.5"):
         bad.result(0)
     assert good.result(0).seed == 1
 
@@ -182,11 +183,11 @@ def test_the_devices_thread_serves_many_callers_and_ends_when_closed(pipeline: P
 def test_a_packet_goes_through_several_stages_in_one_go(pipeline: Pipeline, batcher: StepBatcher) -> None:
     hybrid = presets()["hybrid"]
     packet = expected = packet_of(pipeline, 3)
-    future = batcher.submit(packet, hybrid, stages=3, preview=True)
-    assert steps(batcher) == [[3]] * 4
-    for _ in range(3):
+    future = batcher.submit(packet, hybrid, stages=4, preview=True)
+    assert steps(batcher) == [[3]] * 5
+    for _ in range(4):
         (expected,) = pipeline.denoiser.denoise([expected], hybrid)
     done = future.result(0)
-    assert (done.position, done.sigma) == (3, 0.5)
+    assert (done.position, done.sigma) == (4, 0.5)
     assert torch.equal(done.latent, expected.latent)
     assert done.preview is not None

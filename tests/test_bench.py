@@ -215,7 +215,7 @@ def test_calibrated_scenario_takes_what_the_server_took(pipeline: Pipeline) -> N
     assert replay(scenario, [0.0]).p50 == pytest.approx(1.36)
     assert circulate(scenario, 2).mean == pytest.approx(2.2, rel=0.03)
     assert scenario.devices["core"].contention > 1.05
-    assert scenario.stages["base"].steps == 3  # in two parts
+    assert scenario.stages["base"].steps == 4  # in three parts
     assert {name: stage.max_batch for name, stage in scenario.stages.items()} == {
         "http": 1, "encode": 8, "base": 8, "bridge": 16, "distilled": 16, "decode": 8
     }  # fmt: skip
@@ -227,7 +227,7 @@ def test_renders_are_nearer_to_renders_than_images_are(rows: dict[str, Measured]
 
 
 def test_attention_guidance_removes_fills_that_come_without_it(pipeline: Pipeline) -> None:
-    """Fills are drawn after the hybrid plan's guided steps."""
+    """Fills are drawn after the hybrid plan's guided step."""
     negative = Cases.read(ROOT / "bench" / "cases" / "scenes-dev.yaml").negative
     fills = [case for case in negative if case.attribute == "fill"]
     hybrid = presets()["hybrid"]

@@ -206,13 +206,13 @@ def test_packets_record_what_was_done_to_them(pipeline: Pipeline, packet: Latent
     history = [packet]
     for _ in plan.stages:
         history += pipeline.denoiser.denoise(history[-1:], plan)
-    assert [after.sigma for after in history] == [1.0, 0.95, 0.75, 0.5, 0.0]
-    assert [after.position for after in history] == [0, 1, 2, 3, 4]
+    assert [after.sigma for after in history] == [1.0, 0.965, 0.92, 0.75, 0.5, 0.0]
+    assert [after.position for after in history] == [0, 1, 2, 3, 4, 5]
     spans = history[-1].spans
-    done = [("encode", 0), ("base", 1), ("base", 4), ("bridge", 1), ("distilled", 1)]
+    done = [("encode", 0), ("base", 1), ("base", 2), ("base", 2), ("bridge", 1), ("distilled", 1)]
     assert [(span.stage, span.nfe) for span in spans] == done
     assert all(span.start <= span.end for span in spans)
-    assert [after.negative_embeds is None for after in history] == [False, False, False, False, True]
+    assert [after.negative_embeds is None for after in history] == [False, False, False, False, False, True]
     assert (history[-1].request_id, history[-1].seed, history[-1].grid) == ("test", 7, (4, 4))
 
 

@@ -88,7 +88,7 @@ def test_qwen_image_config_is_complete(qwen_image: ModelConfig, backend: Backend
 
 def test_every_preset_can_run_on_qwen_image(qwen_image: ModelConfig) -> None:
     plans = {name: plan.with_adapters(qwen_image.adapters) for name, plan in presets().items()}
-    assert [stage.adapter for stage in plans["hybrid"].stages] == [None, None, "distilled", "distilled"]
+    assert [stage.adapter for stage in plans["hybrid"].stages] == [None, None, None, "distilled", "distilled"]
     used = {stage.adapter for plan in plans.values() for stage in plan.stages}
     assert used - {None} == set(qwen_image.adapters)
 

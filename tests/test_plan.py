@@ -149,7 +149,7 @@ def test_presets_and_their_network_evaluations() -> None:
         "hybrid": 7,
     }
     assert all(plan.name == name for name, plan in presets().items())
-    assert [stage.nfe for stage in presets()["hybrid"].stages] == [1, 4, 1, 1]
+    assert [stage.nfe for stage in presets()["hybrid"].stages] == [1, 2, 2, 1, 1]
     assert presets()["cached"].stages[0].cache == FirstBlockSpec(threshold=0.1)
 
 
@@ -194,8 +194,8 @@ def test_attention_guidance_out_of_range_is_named(name: str, value: float) -> No
 def test_with_guidance_changes_guided_stages_alone() -> None:
     plan = presets()["hybrid"].with_guidance(2.5)
     assert plan.name == "hybrid"
-    assert [stage.guidance_scale for stage in plan.stages] == [1.0, 2.5, 1.0, 1.0]
-    assert plan.with_guidance(5.0) == presets()["hybrid"]
+    assert [stage.guidance_scale for stage in plan.stages] == [1.0, 2.5, 1.0, 1.0, 1.0]
+    assert plan.with_guidance(12.0) == presets()["hybrid"]
 
 
 def test_guidance_of_one_halves_the_network_evaluations() -> None:
@@ -238,8 +238,8 @@ def test_the_stand_in_for_a_weakened_bridge_is_weakened_too() -> None:
     [
         ("distilled", set(), r"stages\[0\].adapter must be one of \[\], not 'distilled'"),
         ("distilled", {"bridge"}, r"stages\[0\].adapter must be one of \['bridge'\], not 'distilled'"),
-        ("hybrid", {"bridge"}, r"stages\[3\].adapter must be one of \['bridge'\], not 'distilled'"),
-        ("hybrid", set(), r"stages\[2\].adapter must be one of \[\], not 'bridge'"),
+        ("hybrid", {"bridge"}, r"stages\[4\].adapter must be one of \['bridge'\], not 'distilled'"),
+        ("hybrid", set(), r"stages\[3\].adapter must be one of \[\], not 'bridge'"),
     ],
 )
 def test_a_missing_adapter_that_nothing_can_stand_in_for(preset: str, available: set[str], message: str) -> None:

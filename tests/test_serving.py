@@ -181,7 +181,7 @@ def test_concurrent_requests_keep_several_stages_busy_at_once(url: str) -> None:
     images = asyncio.run(send())
     assert len(images) == 16
     assert most_busy(images) >= 3
-    assert len(chrome_trace(images)["traceEvents"]) == 5 + 16 * 6  # base comes in two parts
+    assert len(chrome_trace(images)["traceEvents"]) == 5 + 16 * 7  # base comes in three parts
 
 
 def test_client_that_goes_away_stops_its_work_within_a_step(url: str) -> None:

@@ -83,7 +83,7 @@ def test_stages_of_the_hybrid_plan_meet_at_the_hand_over(
 ) -> None:
     stages = presets()["hybrid"].stages
     schedules = [stage_sigmas(stage, scheduler, tokens) for stage in stages]
-    assert [len(sigmas) for sigmas in schedules] == [2, 3, 2, 2]
+    assert [len(sigmas) for sigmas in schedules] == [2, 2, 3, 2, 2]
     assert schedules[0][0] == 1
     assert schedules[-1][-1] == 0
     for (before, after), (stage, _) in zip(pairwise(schedules), pairwise(stages), strict=True):
