@@ -1,4 +1,4 @@
-"""Latency of a model's plans without its weights: what base, cached, distilled and hybrid take on this machine.
+"""Latency of a model without its weights: what base, cached, distilled and hybrid take on this machine.
 
 Latency does not depend on the values of the weights, so that a model of any size can be measured without a download.
 Caches run at a fixed schedule (TaylorSeer), because what an adaptive one skips does depend on them. Adapters count as
@@ -20,17 +20,16 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Q
 
 from backends import Backend, Quantization, get_backend
 from bench.machine import machine_name
+from bench.methods import read_methods
 from bench.results import add_output_argument, output_directory, write_json
 from stages.decode import decode_latents
 from stages.encode import pure_noise
 from stages.model import ModelConfig
 from stages.network import Network
 from stages.packet import LatentPacket
-from stages.plan import Plan, TaylorSeerSpec, presets
+from stages.plan import Plan, TaylorSeerSpec
 from stages.stage import Denoiser
 from stages.vae import convolve_images
-
-_FIXED_CACHE = TaylorSeerSpec(interval=3)
 
 
 @dataclass(frozen=True)
@@ -97,20 +96,18 @@ class RandomModel:
         self.backend.synchronise()
 
 
-def plans() -> Iterable[Plan]:
-    """The presets, with a cache at a fixed schedule and without adapters."""
-    for plan in presets().values():
-        stages = [
-            stage.model_copy(update={"adapter": None, "cache": _FIXED_CACHE if stage.cache else None})
-            for stage in plan.stages
-        ]
-        yield plan.model_copy(update={"stages": tuple(stages)})
+def plans() -> Iterable[tuple[str, Plan]]:
+    """Name and plan of the methods of `main`, but those with a cache at no fixed schedule; without adapters."""
+    for name, plan in read_methods()["main"].items():
+        if all(stage.cache is None or isinstance(stage.cache, TaylorSeerSpec) for stage in plan.stages):
+            stages = tuple(stage.model_copy(update={"adapter": None}) for stage in plan.stages)
+            yield name, plan.model_copy(update={"stages": stages})
 
 
 def measure(model: RandomModel, size: str, length: int, repeats: int) -> list[Latency]:
     """Every plan on images of `size` and prompts of `length` tokens, after one run each to warm up."""
     rows: list[Latency] = []
-    for plan in plans():
+    for name, plan in plans():
         denoising, decoding, nfe = [], [], 0.0
         for _ in range(repeats + 1):
             packet = model.packet(size, length)
@@ -124,7 +121,7 @@ def measure(model: RandomModel, size: str, length: int, repeats: int) -> list[La
             nfe = sum(span.nfe for span in packet.spans)
         denoise = statistics.median(denoising[1:])
         first = rows[0].denoise if rows else denoise
-        rows.append(Latency(plan.name, nfe, denoise, statistics.median(decoding[1:]), first / denoise))
+        rows.append(Latency(name, nfe, denoise, statistics.median(decoding[1:]), first / denoise))
     return rows
 
 
@@ -149,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = measure(model, arguments.size, arguments.tokens, arguments.repeats)
     for row in rows:
         print(
-            f"{row.plan:<12}{row.nfe:>6.1f} NFE  denoise {row.denoise:>8.3f} s  decode {row.decode:>7.3f} s  "
+            f"{row.plan:<18}{row.nfe:>6.1f} NFE  denoise {row.denoise:>8.3f} s  decode {row.decode:>7.3f} s  "
             f"{row.speed_up:>5.1f}x"
         )
     content = {

@@ -15,7 +15,6 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from backends import get_backend
@@ -25,33 +24,21 @@ from bench.cost import Cost, take_turns
 from bench.embedding import embed
 from bench.grid import draw_figures
 from bench.machine import machine_name
+from bench.methods import METHODS, read_methods
 from bench.report import Measured, summary, write_report
 from bench.results import add_output_argument, output_directory
 from bench.scorers import Scorer, clip_scorer, hpsv2_scorer, image_reward_scorer
 from bench.spread import SpreadPipeline
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
-from stages.plan import Plan, presets
+from stages.plan import Plan
 from training.evaluate import share
 from training.oracle import Reading, holds, largest, matches, read
 from training.scenes import ATTRIBUTES, COLORS, SIZES, Scene, render, sample_scene
 
-METHODS = Path(__file__).parent / "methods.yaml"
 _FULL = ("main", "bridge")  # groups that are measured in everything
 _SWEEP_SHARE = 3  # the others draw every third case, and have distances of their own scale
 _REFERENCES = 2000  # held-out renders that images are compared with
-
-
-def read_methods(path: Path = METHODS) -> dict[str, dict[str, Plan]]:
-    """Group -> name -> plan."""
-    groups = yaml.safe_load(path.read_text())
-    return {
-        group: {
-            name: presets()[plan] if isinstance(plan, str) else Plan(name=name, stages=plan)
-            for name, plan in methods.items()
-        }
-        for group, methods in groups.items()
-    }
 
 
 class QualityBench:
