@@ -96,18 +96,18 @@ class RandomModel:
         self.backend.synchronise()
 
 
-def plans() -> Iterable[tuple[str, Plan]]:
-    """Name and plan of the methods of `main`, but those with a cache at no fixed schedule; without adapters."""
+def plans() -> Iterable[Plan]:
+    """The methods of `main` by their names, but those with a cache at no fixed schedule; without adapters."""
     for name, plan in read_methods()["main"].items():
         if all(stage.cache is None or isinstance(stage.cache, TaylorSeerSpec) for stage in plan.stages):
             stages = tuple(stage.model_copy(update={"adapter": None}) for stage in plan.stages)
-            yield name, plan.model_copy(update={"stages": stages})
+            yield plan.model_copy(update={"name": name, "stages": stages})
 
 
 def measure(model: RandomModel, size: str, length: int, repeats: int) -> list[Latency]:
     """Every plan on images of `size` and prompts of `length` tokens, after one run each to warm up."""
     rows: list[Latency] = []
-    for name, plan in plans():
+    for plan in plans():
         denoising, decoding, nfe = [], [], 0.0
         for _ in range(repeats + 1):
             packet = model.packet(size, length)
@@ -121,7 +121,7 @@ def measure(model: RandomModel, size: str, length: int, repeats: int) -> list[La
             nfe = sum(span.nfe for span in packet.spans)
         denoise = statistics.median(denoising[1:])
         first = rows[0].denoise if rows else denoise
-        rows.append(Latency(name, nfe, denoise, statistics.median(decoding[1:]), first / denoise))
+        rows.append(Latency(plan.name, nfe, denoise, statistics.median(decoding[1:]), first / denoise))
     return rows
 
 

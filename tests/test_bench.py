@@ -314,7 +314,7 @@ def test_latency_of_a_quantized_model_is_kept_apart(
     monkeypatch: pytest.MonkeyPatch, config: ModelConfig, tmp_path: Path
 ) -> None:
     stage = StageSpec(name="distilled", steps=2, sigma_start=1.0, sigma_end=0.0)
-    monkeypatch.setattr(latency, "plans", lambda: [("short", Plan(name="short", stages=(stage,)))])
+    monkeypatch.setattr(latency, "plans", lambda: [Plan(name="short", stages=(stage,))])
     command = ["latency", "--model", str(ROOT / "configs" / "scenes.yaml"), "--size", "64x64", "--repeats", "1"]
     monkeypatch.setattr("sys.argv", ["bench", *command, "--quantize", "int8_weight_only", "--output", str(tmp_path)])
     main()
