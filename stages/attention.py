@@ -55,12 +55,14 @@ class Avoided:
 
         As far as `scale` says, but with `tau` times the L1 norm at most, and by `alpha` of the way.
         """
-        extrapolated = positive + self.scale * (positive - negative)
+        # Under autocast what attends has another dtype than the latents, whose these are.
+        scale, tau, alpha = (value.to(positive.dtype) for value in (self.scale, self.tau, self.alpha))
+        extrapolated = positive + scale * (positive - negative)
         before, after = (
             answer.norm(p=1, dim=-1, keepdim=True, dtype=torch.float32) for answer in (positive, extrapolated)
         )
-        shrink = (self.tau * before / after).clamp(max=1.0).to(positive.dtype)
-        return torch.lerp(positive, shrink * extrapolated, self.alpha)
+        shrink = (tau * before / after).clamp(max=1.0).to(positive.dtype)
+        return torch.lerp(positive, shrink * extrapolated, alpha)
 
 
 def collate_text(
