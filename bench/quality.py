@@ -20,12 +20,12 @@ from PIL import Image
 from backends import get_backend
 from bench import metrics
 from bench.cases import Cases, Named, Negated, Open
-from bench.cost import Cost, take_turns
+from bench.cost import take_turns
 from bench.embedding import embed
 from bench.grid import draw_figures
 from bench.machine import machine_name
 from bench.methods import METHODS, read_methods
-from bench.report import Measured, summary, write_report
+from bench.report import Measured, read_rows, summary, write_report, write_rows
 from bench.results import add_output_argument, output_directory
 from bench.scorers import Scorer, clip_scorer, hpsv2_scorer, image_reward_scorer
 from bench.spread import SpreadPipeline
@@ -82,13 +82,15 @@ class QualityBench:
             spread=statistics.fmean(metrics.mean_pairwise_distance(embed(images)) for images in alike),
         )
 
-    def measure(self, group: str, name: str, plan: Plan, cost: Cost, *, everything: bool) -> Measured:
-        """A plan's row; without `everything` on fewer cases, and without diversity, texture and negative prompts."""
+    def measure(self, group: str, name: str, plan: Plan, *, everything: bool) -> Measured:
+        """A plan's row but for its cost; without `everything` on fewer cases, and without diversity, texture and
+        negative prompts.
+        """
         cases = self._cases if everything else self._cases.part(_SWEEP_SHARE)
-        figures, texture = asdict(cost), None
+        texture = None
         images = self._draw(plan, cases.plain)
         prompts = [case.prompt for case in cases.plain]
-        figures |= {name: scorer(images, prompts) for name, scorer in self._scorers.items()}
+        figures = {name: scorer(images, prompts) for name, scorer in self._scorers.items()}
         if not cases.of_scenes:
             return Measured(group, name, saturation=metrics.saturation(images), **figures)
         figures |= self._distances(images) | self._accuracy(plan, cases.accuracy)
@@ -213,6 +215,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", help="directory or repo id of a CLIP model, for the CLIP score")
     parser.add_argument("--image-reward", action="store_true", help="score by ImageReward, which must be installed")
     parser.add_argument("--hpsv2", action="store_true", help="score by HPSv2, which must be installed")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what the report in the output directory has of these plans, but for their seconds",
+    )
     add_output_argument(parser)
 
 
@@ -234,12 +241,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.hpsv2:
         scorers["hpsv2"] = hpsv2_scorer()
     bench = QualityBench(pipeline, cases, arguments.batch, scorers=scorers)
-    rows = [bench.renders()] if cases.of_scenes else []
-    named = [(group, name, plan) for group in groups for name, plan in methods[group].items()]
-    costs = take_turns(pipeline, [plan for _, _, plan in named], cases.plain)
-    for (group, name, plan), cost in zip(named, costs, strict=True):
-        rows.append(bench.measure(group, name, plan, cost, everything=group in _FULL))
-        print(summary(rows[-1]), flush=True)
     output = output_directory(arguments)
     head = {
         "machine": machine_name(),
@@ -247,4 +248,13 @@ def run(arguments: argparse.Namespace) -> None:
         "cases": arguments.cases.name,
         "share": f"1/{arguments.share}",
     }
+    done = read_rows(output, head) if arguments.resume else {}
+    rows = [done.get(("main", "renders")) or bench.renders()] if cases.of_scenes else []
+    named = [(group, name, plan) for group in groups for name, plan in methods[group].items()]
+    costs = take_turns(pipeline, [plan for _, _, plan in named], cases.plain)
+    for (group, name, plan), cost in zip(named, costs, strict=True):
+        measured = done.get((group, name)) or bench.measure(group, name, plan, everything=group in _FULL)
+        rows.append(replace(measured, **asdict(cost)))
+        print(summary(rows[-1]), flush=True)
+        write_rows(output, head, rows)
     write_report(output, head, rows, draw_figures(pipeline, methods[groups[0]], output))

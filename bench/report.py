@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -115,6 +116,26 @@ def tables(rows: Sequence[Measured]) -> dict[str, list[list[str]]]:
     return made
 
 
+def write_rows(output: Path, head: dict[str, Any], rows: Sequence[Measured]) -> None:
+    """`quality.json` in the directory `output`, of what was measured so far."""
+    write_json(output / "quality.json", {**head, "rows": [asdict(row) for row in rows]})
+
+
+def read_rows(output: Path, head: dict[str, Any]) -> dict[tuple[str, str], Measured]:
+    """By group and name what `write_rows` left in `output`; nothing, if there is nothing.
+
+    Raises ValueError if it was measured under another `head`.
+    """
+    path = output / "quality.json"
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    rows = [Measured(**row) for row in content.pop("rows")]
+    if content != head:
+        raise ValueError(f"{path} is of {content}, and can't be resumed by a run of {head}")
+    return {(row.group, row.name): row for row in rows}
+
+
 def write_report(output: Path, head: dict[str, Any], rows: Sequence[Measured], figures: dict[str, Path]) -> None:
     """Write `quality.json`, `quality.md` and `quality.html` to the directory `output`.
 
@@ -122,7 +143,7 @@ def write_report(output: Path, head: dict[str, Any], rows: Sequence[Measured], f
         head: what was measured where, for all three.
         figures: caption -> file in `output`.
     """
-    write_json(output / "quality.json", {**head, "rows": [asdict(row) for row in rows]})
+    write_rows(output, head, rows)
     caption = ", ".join(f"{name} {value}" for name, value in head.items())
     made = tables(rows)
 

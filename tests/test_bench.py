@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -29,11 +29,12 @@ from bench.cost import take_turns
 from bench.embedding import embed
 from bench.latency import RandomModel, measure
 from bench.load import LoadFigures, Sent, figures
+from bench.machine import machine_name
 from bench.methods import read_methods
 from bench.prune import importance, prune, without
 from bench.quality import QualityBench
 from bench.ratios import measure as measure_ratios
-from bench.report import Measured, write_report
+from bench.report import Measured, read_rows, write_report, write_rows
 from bench.scorers import clip_scorer
 from cluster.simulate import circulate, replay
 from stages.model import ModelConfig
@@ -186,7 +187,7 @@ def rows(pipeline: Pipeline) -> dict[str, Measured]:
     costs = take_turns(pipeline, [methods[name] for name in names], cases.plain)
     measured = [bench.renders()]
     for name, cost in zip(names, costs, strict=True):
-        measured.append(bench.measure("main", name, methods[name], cost, everything=True))
+        measured.append(replace(bench.measure("main", name, methods[name], everything=True), **asdict(cost)))
     return {row.name: row for row in measured}
 
 
@@ -254,6 +255,29 @@ def test_report_has_every_method_and_figure(rows: dict[str, Measured], tmp_path:
         assert f"| {name} |" in table
     stored = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert [Measured(**row) for row in stored] == list(rows.values())
+
+
+def test_resumed_report_measures_what_it_lacks_and_all_costs_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cases.yaml").write_text("plain: [{prompt: a red star, seed: 1}, {prompt: a moon, seed: 2}]")
+    (tmp_path / "methods.yaml").write_text("main: {distilled: distilled, hybrid: hybrid}")
+    head = {"machine": machine_name(), "model": "scenes", "cases": "cases.yaml", "share": "1/1"}
+    write_rows(tmp_path, head, [Measured("main", "distilled", saturation=2.0, denoise=99.0)])
+
+    def resume(*options: str) -> None:
+        files = ["--cases", tmp_path / "cases.yaml", "--methods", tmp_path / "methods.yaml", "--output", tmp_path]
+        monkeypatch.setattr("sys.argv", ["bench", "quality", "--resume", *map(str, files), *options])
+        main()
+
+    with pytest.raises(ValueError, match=r"1/1.*can't be resumed by a run of.*1/2"):
+        resume("--share", "2")
+    resume()
+    rows = {row.name: row for row in read_rows(tmp_path, head).values()}
+    assert rows["distilled"].saturation == 2
+    assert rows["distilled"].denoise < 99
+    assert rows["hybrid"].saturation < 1
+    assert rows["hybrid"].nfe == 7
 
 
 @pytest.fixture(scope="module")
