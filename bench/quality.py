@@ -25,7 +25,7 @@ from bench.embedding import embed
 from bench.grid import draw_figures
 from bench.machine import machine_name
 from bench.methods import METHODS, read_methods
-from bench.report import Measured, read_rows, summary, write_report, write_rows
+from bench.report import REPORT, Measured, read_rows, summary, write_report, write_rows
 from bench.results import add_output_argument, output_directory
 from bench.scorers import Scorer, clip_scorer, hpsv2_scorer, image_reward_scorer
 from bench.spread import SpreadPipeline
@@ -37,7 +37,7 @@ from training.oracle import Reading, holds, largest, matches, read
 from training.scenes import ATTRIBUTES, COLORS, SIZES, Scene, render, sample_scene
 
 _FULL = ("main", "bridge")  # groups that are measured in everything
-_SWEEP_SHARE = 3  # the others draw every third case, and have distances of their own scale
+_SWEEP_SHARE = 4  # the others draw every fourth case, and have distances of their own scale
 _REFERENCES = 2000  # held-out renders that images are compared with
 
 
@@ -217,8 +217,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hpsv2", action="store_true", help="score by HPSv2, which must be installed")
     parser.add_argument(
         "--resume",
-        action="store_true",
-        help="keep what the report in the output directory has of these plans, but for their seconds",
+        type=Path,
+        metavar="REPORT",
+        help="a quality.json of the same plans that was cut off, or drawn on a faster machine: all but seconds is kept",
     )
     add_output_argument(parser)
 
@@ -242,13 +243,9 @@ def run(arguments: argparse.Namespace) -> None:
         scorers["hpsv2"] = hpsv2_scorer()
     bench = QualityBench(pipeline, cases, arguments.batch, scorers=scorers)
     output = output_directory(arguments)
-    head = {
-        "machine": machine_name(),
-        "model": pipeline.config.name,
-        "cases": arguments.cases.name,
-        "share": f"1/{arguments.share}",
-    }
-    done = read_rows(output, head) if arguments.resume else {}
+    drawn = {"model": pipeline.config.name, "cases": arguments.cases.name, "share": f"1/{arguments.share}"}
+    head = {"machine": machine_name(), **drawn}
+    done = read_rows(arguments.resume, drawn) if arguments.resume else {}
     rows = [done.get(("main", "renders")) or bench.renders()] if cases.of_scenes else []
     named = [(group, name, plan) for group in groups for name, plan in methods[group].items()]
     costs = take_turns(pipeline, [plan for _, _, plan in named], cases.plain)
@@ -256,5 +253,5 @@ def run(arguments: argparse.Namespace) -> None:
         measured = done.get((group, name)) or bench.measure(group, name, plan, everything=group in _FULL)
         rows.append(replace(measured, **asdict(cost)))
         print(summary(rows[-1]), flush=True)
-        write_rows(output, head, rows)
+        write_rows(output / REPORT, head, rows)
     write_report(output, head, rows, draw_figures(pipeline, methods[groups[0]], output))

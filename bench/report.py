@@ -12,6 +12,8 @@ from typing import Any
 
 from bench.results import write_json
 
+REPORT = "quality.json"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -116,34 +118,30 @@ def tables(rows: Sequence[Measured]) -> dict[str, list[list[str]]]:
     return made
 
 
-def write_rows(output: Path, head: dict[str, Any], rows: Sequence[Measured]) -> None:
-    """`quality.json` in the directory `output`, of what was measured so far."""
-    write_json(output / "quality.json", {**head, "rows": [asdict(row) for row in rows]})
+def write_rows(path: Path, head: dict[str, Any], rows: Sequence[Measured]) -> None:
+    write_json(path, {**head, "rows": [asdict(row) for row in rows]})
 
 
-def read_rows(output: Path, head: dict[str, Any]) -> dict[tuple[str, str], Measured]:
-    """By group and name what `write_rows` left in `output`; nothing, if there is nothing.
+def read_rows(path: Path, drawn: dict[str, Any]) -> dict[tuple[str, str], Measured]:
+    """By group and name, what `write_rows` wrote.
 
-    Raises ValueError if it was measured under another `head`.
+    Raises ValueError if its head has other values than `drawn`.
     """
-    path = output / "quality.json"
-    if not path.exists():
-        return {}
     content = json.loads(path.read_text())
-    rows = [Measured(**row) for row in content.pop("rows")]
-    if content != head:
-        raise ValueError(f"{path} is of {content}, and can't be resumed by a run of {head}")
+    if (other := {key: content[key] for key in drawn}) != drawn:
+        raise ValueError(f"{path} is of {other}, and can't be resumed by a run of {drawn}")
+    rows = [Measured(**row) for row in content["rows"]]
     return {(row.group, row.name): row for row in rows}
 
 
 def write_report(output: Path, head: dict[str, Any], rows: Sequence[Measured], figures: dict[str, Path]) -> None:
-    """Write `quality.json`, `quality.md` and `quality.html` to the directory `output`.
+    """Write `REPORT`, `quality.md` and `quality.html` to the directory `output`.
 
     Args:
         head: what was measured where, for all three.
         figures: caption -> file in `output`.
     """
-    write_rows(output, head, rows)
+    write_rows(output / REPORT, head, rows)
     caption = ", ".join(f"{name} {value}" for name, value in head.items())
     made = tables(rows)
 

@@ -29,12 +29,11 @@ from bench.cost import take_turns
 from bench.embedding import embed
 from bench.latency import RandomModel, measure
 from bench.load import LoadFigures, Sent, figures
-from bench.machine import machine_name
 from bench.methods import read_methods
 from bench.prune import importance, prune, without
 from bench.quality import QualityBench
 from bench.ratios import measure as measure_ratios
-from bench.report import Measured, read_rows, write_report, write_rows
+from bench.report import REPORT, Measured, read_rows, write_report, write_rows
 from bench.scorers import clip_scorer
 from cluster.simulate import circulate, replay
 from stages.model import ModelConfig
@@ -262,18 +261,23 @@ def test_resumed_report_measures_what_it_lacks_and_all_costs_anew(
 ) -> None:
     (tmp_path / "cases.yaml").write_text("plain: [{prompt: a red star, seed: 1}, {prompt: a moon, seed: 2}]")
     (tmp_path / "methods.yaml").write_text("main: {distilled: distilled, hybrid: hybrid}")
-    head = {"machine": machine_name(), "model": "scenes", "cases": "cases.yaml", "share": "1/1"}
-    write_rows(tmp_path, head, [Measured("main", "distilled", saturation=2.0, denoise=99.0)])
+    drawn = {"model": "scenes", "cases": "cases.yaml", "share": "1/1"}
+    write_rows(
+        tmp_path / "other.json",
+        {"machine": "x", **drawn},
+        [Measured("main", "distilled", saturation=2.0, denoise=99.0)],
+    )
 
     def resume(*options: str) -> None:
         files = ["--cases", tmp_path / "cases.yaml", "--methods", tmp_path / "methods.yaml", "--output", tmp_path]
-        monkeypatch.setattr("sys.argv", ["bench", "quality", "--resume", *map(str, files), *options])
+        arguments = ["--resume", tmp_path / "other.json", *files, *options]
+        monkeypatch.setattr("sys.argv", ["bench", "quality", *map(str, arguments)])
         main()
 
     with pytest.raises(ValueError, match=r"1/1.*can't be resumed by a run of.*1/2"):
         resume("--share", "2")
     resume()
-    rows = {row.name: row for row in read_rows(tmp_path, head).values()}
+    rows = {row.name: row for row in read_rows(tmp_path / REPORT, drawn).values()}
     assert rows["distilled"].saturation == 2
     assert rows["distilled"].denoise < 99
     assert rows["hybrid"].saturation < 1
