@@ -245,13 +245,16 @@ def run(arguments: argparse.Namespace) -> None:
     output = output_directory(arguments)
     drawn = {"model": pipeline.config.name, "cases": arguments.cases.name, "share": f"1/{arguments.share}"}
     head = {"machine": machine_name(), **drawn}
-    done = read_rows(arguments.resume, drawn) if arguments.resume else {}
-    rows = [done.get(("main", "renders")) or bench.renders()] if cases.of_scenes else []
-    named = [(group, name, plan) for group in groups for name, plan in methods[group].items()]
-    costs = take_turns(pipeline, [plan for _, _, plan in named], cases.plain)
-    for (group, name, plan), cost in zip(named, costs, strict=True):
-        measured = done.get((group, name)) or bench.measure(group, name, plan, everything=group in _FULL)
-        rows.append(replace(measured, **asdict(cost)))
-        print(summary(rows[-1]), flush=True)
-        write_rows(output / REPORT, head, rows)
+    known = read_rows(arguments.resume, drawn) if arguments.resume else {}
+    named = {(group, name): plan for group in groups for name, plan in methods[group].items()}
+    renders = ("main", "renders")
+    if cases.of_scenes and renders not in known:
+        known[renders] = bench.renders()
+    costs = take_turns(pipeline, list(named.values()), cases.plain)
+    for (key, plan), cost in zip(named.items(), costs, strict=True):
+        measured = known.get(key) or bench.measure(*key, plan, everything=key[0] in _FULL)
+        known[key] = replace(measured, **asdict(cost))
+        print(summary(known[key]), flush=True)
+        write_rows(output / REPORT, head, list(known.values()))  # those to come that were resumed, too
+    rows = [known[key] for key in (renders, *named) if key in known]
     write_report(output, head, rows, draw_figures(pipeline, methods[groups[0]], output))
