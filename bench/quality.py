@@ -36,6 +36,7 @@ from training.evaluate import share
 from training.oracle import Reading, holds, largest, matches, read
 from training.scenes import ATTRIBUTES, COLORS, SIZES, Scene, render, sample_scene
 
+_RENDERS = ("main", "renders")  # group and name of the renders' own row
 _FULL = ("main", "bridge")  # groups that are measured in everything
 _SWEEP_SHARE = 4  # the others draw every fourth case, and have distances of their own scale
 _REFERENCES = 2000  # held-out renders that images are compared with
@@ -74,9 +75,10 @@ class QualityBench:
         plain = [_render(sample_scene(rng), rng) for _ in self._cases.plain]
         furry = [_render(_furry_square(rng), rng) for _ in self._cases.texture]
         alike = [[_render(sample_scene(rng, 1), rng) for _ in range(case.seeds)] for case in self._cases.diversity]
+        group, name = _RENDERS
         return Measured(
-            "main",
-            "renders",
+            group,
+            name,
             **self._distances(plain),
             texture=_texture(furry),
             spread=statistics.fmean(metrics.mean_pairwise_distance(embed(images)) for images in alike),
@@ -247,14 +249,13 @@ def run(arguments: argparse.Namespace) -> None:
     head = {"machine": machine_name(), **drawn}
     known = read_rows(arguments.resume, drawn) if arguments.resume else {}
     named = {(group, name): plan for group in groups for name, plan in methods[group].items()}
-    renders = ("main", "renders")
-    if cases.of_scenes and renders not in known:
-        known[renders] = bench.renders()
+    if cases.of_scenes and _RENDERS not in known:
+        known[_RENDERS] = bench.renders()
     costs = take_turns(pipeline, list(named.values()), cases.plain)
     for (key, plan), cost in zip(named.items(), costs, strict=True):
         measured = known.get(key) or bench.measure(*key, plan, everything=key[0] in _FULL)
         known[key] = replace(measured, **asdict(cost))
         print(summary(known[key]), flush=True)
         write_rows(output / REPORT, head, list(known.values()))  # those to come that were resumed, too
-    rows = [known[key] for key in (renders, *named) if key in known]
+    rows = [known[key] for key in (_RENDERS, *named) if key in known]
     write_report(output, head, rows, draw_figures(pipeline, methods[groups[0]], output))

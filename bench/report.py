@@ -119,6 +119,7 @@ def tables(rows: Sequence[Measured]) -> dict[str, list[list[str]]]:
 
 
 def write_rows(path: Path, head: dict[str, Any], rows: Sequence[Measured]) -> None:
+    """`rows` as JSON, below what `head` says of all of them."""
     write_json(path, {**head, "rows": [asdict(row) for row in rows]})
 
 
