@@ -52,7 +52,7 @@ async def generate(body: Body) -> dict[str, Any]:
             width=width,
             height=height,
             num_inference_steps=50,
-            true_cfg_scale=4.0,
+            true_cfg_scale=3.0,
             generator=torch.Generator().manual_seed(body.seed),
         ).images[0]
         buffer = BytesIO()
