@@ -20,9 +20,11 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from stages.model import ModelConfig, parse_size
+from stages.plan import presets
 
 app = FastAPI()
 config = ModelConfig.read(Path(os.environ["RIVAL_MODEL"]))
+(base,) = presets()["base"].stages
 shared = QwenImagePipeline.from_pretrained(config.source, torch_dtype=torch.float32)
 
 
@@ -51,8 +53,8 @@ async def generate(body: Body) -> dict[str, Any]:
             negative_prompt=body.negative_prompt,
             width=width,
             height=height,
-            num_inference_steps=50,
-            true_cfg_scale=3.0,
+            num_inference_steps=base.steps,
+            true_cfg_scale=base.guidance_scale,
             generator=torch.Generator().manual_seed(body.seed),
         ).images[0]
         buffer = BytesIO()
