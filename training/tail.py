@@ -1,17 +1,18 @@
-"""Train the distilled LoRA further on what it does last in a hybrid plan: one step from the hand-over to the image.
+"""Train bridge and distilled LoRA further on what they do in a hybrid plan: from where base hands over to the image.
 
-`python -m training.last_step training/scenes.yaml PIPELINE DISTILLED_LORA BRIDGE_LORA RUN`, all four directories
+`python -m training.tail training/scenes.yaml PIPELINE DISTILLED_LORA BRIDGE_LORA RUN`, all four directories
 
-From where base and bridge leave an image, the guided base model goes on in many steps; the student must get there in
-one. The way is an ordinary differential equation's, so that there is one right answer; but where a network cannot
+From where base leaves an image, the guided base model goes on in many steps; bridge and student must get there in one
+each. The way is an ordinary differential equation's, so that there is one right answer; but where a network cannot
 foresee each hair, errors of latents are least without any. So the image's contrast by place and direction counts as
 well (`training.decoder`). At all other noise levels the student stays as it was, or as it was on another base: that is
-how it moves to a base that was trained further. Attention guidance, if the plan's step has it, is left out of the
-training: it works by going further than the student's own answer.
+how it moves to a base that was trained further. Attention guidance, if the plan's steps have it, is left out of the
+training: it works by going further than their own answers.
 """
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from random import Random
 
@@ -20,17 +21,18 @@ import torch.nn.functional as F
 
 from stages.decode import decode_pixels
 from stages.plan import StageSpec, presets
+from stages.sigmas import stage_sigmas
 from stages.vae import convolve_images
 from training.adapters import Lora, active, lora_parameters, save_lora
 from training.decoder import contrast
 from training.loop import begin, load_pipeline, one_cycle, train
 from training.prompts import Prompts, Texts
-from training.sampling import conditional, run_stages, sample_grid
+from training.sampling import conditional, integrate, of_stage, run_stages, sample_grid
 from training.trajectories import Trajectories, draw_trajectories, grid_of
 
 
 def main() -> None:
-    arguments, config, schedule, accelerator = begin(__doc__, "last_step", "pipeline", "distilled", "bridge", "run")
+    arguments, config, schedule, accelerator = begin(__doc__, "tail", "pipeline", "distilled", "bridge", "run")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     pipeline.transformer.requires_grad_(False)
     convolve_images(pipeline.vae).requires_grad_(False)
@@ -41,37 +43,45 @@ def main() -> None:
         former = load_pipeline(Path(config["made_on"]), accelerator.device)
         former.transformer.requires_grad_(False)
     former.load_lora_weights(arguments.distilled, adapter_name="before")
-    parameters = lora_parameters(pipeline.transformer, "distilled")
+    weights = config["error_weights"]
+    parameters = list(chain.from_iterable(lora_parameters(pipeline.transformer, name) for name in weights))
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     transformer, optimizer, scheduler = accelerator.prepare(
         pipeline.transformer, optimizer, one_cycle(optimizer, schedule)
     )
-    lora = Lora("distilled", parameters, optimizer)
+    loras = Lora("tail", parameters, optimizer)
     prompts, former_prompts = Prompts.read(pipeline, config), Prompts(former)
     plan = presets()[config["plan"]]
-    *before, last = plan.stages
+    before = [stage for stage in plan.stages if stage.name not in weights]
+    tail = [stage.model_copy(update={"attention_guidance": None}) for stage in plan.stages if stage.name in weights]
     grid = grid_of(config["pairs"])
-    rest = StageSpec(
-        name="base",
-        sigma_start=last.sigma_start,
-        sigma_end=0.0,
-        steps=config["teacher_steps"],
-        guidance_scale=config["guidance_scale"],
-    )
+    teacher = [
+        StageSpec(
+            name="base",
+            sigma_start=stage.sigma_start,
+            sigma_end=stage.sigma_end,
+            steps=round(config["teacher_steps"] * (stage.sigma_start - stage.sigma_end) / tail[0].sigma_start),
+            guidance_scale=config["guidance_scale"],
+        )
+        for stage in tail
+    ]
 
     def walk(noise: torch.Tensor, texts: Texts) -> list[torch.Tensor]:
-        """Where the plan hands over, and where the teacher goes from there."""
-        handed_over = run_stages(pipeline, before, noise, texts, grid)
-        return [handed_over, run_stages(pipeline, [rest], handed_over, texts, grid)]
+        """Where the plan hands over, and where the teacher is at each end of a stage from there."""
+        trail = [run_stages(pipeline, before, noise, texts, grid)]
+        for stage in teacher:
+            trail.append(run_stages(pipeline, [stage], trail[-1], texts, grid))
+        return trail
 
     kept = arguments.run / "pairs"
     if not kept.exists():
-        levels = torch.tensor([last.sigma_start, 0.0])
+        levels = torch.tensor([tail[0].sigma_start, *(stage.sigma_end for stage in tail)])
         channels = transformer.config.in_channels
         draw_trajectories(accelerator, prompts, config["pairs"], channels, levels, walk).save(kept)
     taught = Trajectories.load(kept)
+    tokens = taught.latents.shape[2]
     with torch.no_grad():
-        ends = taught.latents[:, 1].float().split(schedule.batch_size)
+        ends = taught.latents[:, -1].float().split(schedule.batch_size)
         contrasts = torch.cat([contrast(decode_pixels(pipeline.vae, end, grid)).cpu() for end in ends])
 
     def step(index: int) -> dict[str, torch.Tensor]:
@@ -79,14 +89,14 @@ def main() -> None:
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         rows = [rng.randrange(len(taught.prompts)) for _ in range(schedule.batch_size)]
         texts = taught.texts(prompts, rows)
-        start, end = taught.latents[rows].float().to(accelerator.device).unbind(1)
-        sigma = taught.sigmas[0].expand(len(rows)).to(start)
+        reached, *ends = taught.latents[rows].float().to(accelerator.device).unbind(1)
 
         # Other levels, with noise on what the teacher made.
         others = slice(round(config["kept_share"] * len(rows)))
-        elsewhere = torch.rand(others.stop, generator=generator).to(start)
-        noise = torch.randn(end[others].shape, generator=generator).to(start)
-        noisy = torch.lerp(end[others], noise, elsewhere[:, None, None])
+        elsewhere = torch.rand(others.stop, generator=generator).to(reached)
+        noise = torch.randn(ends[-1][others].shape, generator=generator).to(reached)
+        noisy = torch.lerp(ends[-1][others], noise, elsewhere[:, None, None])
+        error = torch.zeros((), device=accelerator.device)
         with accelerator.autocast():
             with torch.no_grad(), active(former.transformer, "before"):
                 embeds = texts.embeds[others]
@@ -95,20 +105,25 @@ def main() -> None:
                 as_before = conditional(former.transformer, embeds, grid)(noisy, elsewhere)
             with active(transformer, "distilled"):
                 now = conditional(transformer, texts.embeds[others], grid)(noisy, elsewhere)
-                foreseen = conditional(transformer, texts.embeds, grid)(start, sigma)
-        clean = start - sigma[:, None, None] * foreseen
+            for stage, end in zip(tail, ends, strict=True):
+                velocity = of_stage(transformer, stage, texts, grid)
+                with active(transformer, stage.adapter):
+                    reached = integrate(velocity, reached, stage_sigmas(stage, pipeline.scheduler, tokens))[-1]
+                in_velocities = F.mse_loss(reached, end) / (stage.sigma_start - stage.sigma_end) ** 2
+                error = error + weights[stage.name] * in_velocities
         decoded = slice(config["decoded"])
-        drawn = contrast(decode_pixels(pipeline.vae, clean[decoded], grid))
-        error = F.mse_loss(clean, end) / last.sigma_start**2  # in units of velocity
+        drawn = contrast(decode_pixels(pipeline.vae, reached[decoded], grid))
         blur = (drawn - contrasts[rows[decoded]].to(drawn)).abs().mean()
         away = F.mse_loss(now, as_before)
-        with active(transformer, "distilled"):
-            lora.descend(accelerator, error + config["contrast_weight"] * blur + config["kept_weight"] * away)
+        for parameter in parameters:
+            parameter.requires_grad_(True)  # `active` has left gradients to the last of them alone
+        loras.descend(accelerator, error + config["contrast_weight"] * blur + config["kept_weight"] * away)
         scheduler.step()
         return {"error": error.detach(), "contrast": blur.detach(), "kept": away.detach()}
 
     def sample(path: Path) -> None:
-        save_lora(accelerator.unwrap_model(transformer), "distilled", arguments.run / "lora", torch.bfloat16)
+        for name in weights:
+            save_lora(accelerator.unwrap_model(transformer), name, arguments.run / name, torch.bfloat16)
         sample_grid(pipeline, plan.stages, path)
 
     train(accelerator, arguments.run, schedule, step, sample)
