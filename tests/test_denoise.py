@@ -127,12 +127,13 @@ def test_rows_of_several_adapters_share_a_pass_and_are_what_peft_computes_one_by
     config: ModelConfig,
     backend: Backend,
     fused: str | None,
-    transformer: QwenImageTransformer2DModel,
     embeds: list[torch.Tensor],
     blocks_run: list[int],
     scale: float,
 ) -> None:
-    network = Network(load_transformer(config, backend), fused)
+    """In float64, where rounding needs no tolerance: fusing an adapter and taking it away again has its own."""
+    transformer = load_transformer(config, backend).double()
+    network = Network(load_transformer(config, backend).double(), fused)
     adapters = ["bridge", None, "distilled", "distilled"]
     rows = varied_rows(embeds)[1:2] * 4
     queries = [
@@ -149,9 +150,7 @@ def test_rows_of_several_adapters_share_a_pass_and_are_what_peft_computes_one_by
             transformer.enable_lora()
         with torch.inference_mode():
             alone = predict_velocity(transformer, query.latent[None], torch.tensor([query.sigma]), [query.embeds], GRID)
-        assert difference(answer.velocity, alone[0]) < TOLERANCE * alone.abs().max()
-    transformer.set_adapters(["bridge", "distilled"])
-    transformer.disable_lora()
+        assert difference(answer.velocity, alone[0]) < 1e-7 * alone.abs().max()
     assert difference(answers[0].velocity, answers[1].velocity) > 1e-3
     assert difference(answers[0].velocity, answers[2].velocity) > 1e-3
 

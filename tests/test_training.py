@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from diffusers import (
     AutoencoderKLQwenImage,
@@ -17,6 +20,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from stages.vae import convolve_images
@@ -27,7 +31,8 @@ from training.loop import Schedule, one_cycle, read_config, train
 from training.scenes import COLORS, FILLS, SHAPES, Scene, SceneObject, caption, examples, render, sample_scene
 from training.vae import to_pixels
 
-CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "scenes"
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "checkpoints" / "scenes"
 
 
 def test_scenes_are_the_same_for_the_same_seed() -> None:
@@ -137,6 +142,24 @@ def test_config_without_the_section_is_named(tmp_path: Path) -> None:
     config.write_text("base: {}\n")
     with pytest.raises(KeyError, match=r"no section 'bridge'; it has \['base'\]"):
         read_config(config, "bridge")
+
+
+def test_tail_moves_the_bridge_by_what_the_student_makes_of_its_end(tmp_path: Path) -> None:
+    config = read_config(ROOT / "training" / "scenes.yaml", "tail") | {
+        "teacher_steps": 3,
+        "error_weights": {"bridge": 0.0, "distilled": 1.0},
+        "decoded": 1,
+        "schedule": {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "save_every": 1},
+    }
+    config["pairs"] |= {"count": 4, "batch_size": 4}
+    (tmp_path / "tail.yaml").write_text(yaml.safe_dump({"tail": config}))
+    loras = {name: CHECKPOINT / "loras" / name for name in ("distilled", "bridge")}
+    command = [sys.executable, "-m", "training.tail", tmp_path / "tail.yaml", CHECKPOINT, *loras.values(), tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
+    for name, directory in loras.items():
+        before, after = (load_file(of / "pytorch_lora_weights.safetensors") for of in (directory, tmp_path / name))
+        moved = {key for key, value in after.items() if not value.equal(before[key])}
+        assert len(moved) > len(before) / 2, name
 
 
 def test_checkpoint_is_a_small_pipeline_of_the_production_classes_for_plain_diffusers() -> None:
