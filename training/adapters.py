@@ -22,14 +22,16 @@ TARGETS = [
 
 @dataclass(frozen=True)
 class Lora:
-    """One under training: its name on the transformer, its parameters, and what moves them."""
+    """One under training, or several that move together: a name, the parameters, and what moves them."""
 
     name: str
     parameters: Sequence[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
 
     def descend(self, accelerator: Accelerator, loss: torch.Tensor) -> None:
-        """One step down `loss`, by a gradient of norm 1 at most."""
+        """One step down `loss`, by a gradient of norm 1 at most; whichever LoRA is active by now."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)  # peft leaves them to the LoRA that was active last
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()

@@ -68,8 +68,7 @@ class Matching:
     def update(self, lora: Lora, samples: Samples, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """One update of the LoRA that made the samples, and those of the critic; their losses."""
         loss = self.loss(samples, generator)
-        with active(self.transformer, lora.name):
-            lora.descend(self.accelerator, loss)
+        lora.descend(self.accelerator, loss)
         for _ in range(self.critic_updates):
             critic_loss = self.critic_loss(samples, generator)
             self.critic.descend(self.accelerator, critic_loss)

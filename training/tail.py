@@ -12,7 +12,6 @@ training: it works by going further than their own answers.
 
 from __future__ import annotations
 
-from itertools import chain
 from pathlib import Path
 from random import Random
 
@@ -20,15 +19,15 @@ import torch
 import torch.nn.functional as F
 
 from stages.decode import decode_pixels
-from stages.plan import StageSpec, presets
+from stages.plan import presets
 from stages.sigmas import stage_sigmas
 from stages.vae import convolve_images
 from training.adapters import Lora, active, lora_parameters, save_lora
 from training.decoder import contrast
 from training.loop import begin, load_pipeline, one_cycle, train
 from training.prompts import Prompts, Texts
-from training.sampling import conditional, integrate, of_stage, run_stages, sample_grid
-from training.trajectories import Trajectories, draw_trajectories, grid_of
+from training.sampling import conditional, guided, integrate, of_stage, run_stages, sample_grid
+from training.trajectories import Trajectories, draw_trajectories, grid_of, teacher_sigmas
 
 
 def main() -> None:
@@ -44,7 +43,7 @@ def main() -> None:
         former.transformer.requires_grad_(False)
     former.load_lora_weights(arguments.distilled, adapter_name="before")
     weights = config["error_weights"]
-    parameters = list(chain.from_iterable(lora_parameters(pipeline.transformer, name) for name in weights))
+    parameters = [parameter for name in weights for parameter in lora_parameters(pipeline.transformer, name)]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     transformer, optimizer, scheduler = accelerator.prepare(
         pipeline.transformer, optimizer, one_cycle(optimizer, schedule)
@@ -55,31 +54,23 @@ def main() -> None:
     before = [stage for stage in plan.stages if stage.name not in weights]
     tail = [stage.model_copy(update={"attention_guidance": None}) for stage in plan.stages if stage.name in weights]
     grid = grid_of(config["pairs"])
-    teacher = [
-        StageSpec(
-            name="base",
-            sigma_start=stage.sigma_start,
-            sigma_end=stage.sigma_end,
-            steps=round(config["teacher_steps"] * (stage.sigma_start - stage.sigma_end) / tail[0].sigma_start),
-            guidance_scale=config["guidance_scale"],
-        )
-        for stage in tail
-    ]
+    tokens = grid[0] * grid[1]
+    levels = [tail[0].sigma_start, *(stage.sigma_end for stage in tail)]
+    sigmas, marks = teacher_sigmas(pipeline.scheduler, levels, config["teacher_steps"], tokens)
 
     def walk(noise: torch.Tensor, texts: Texts) -> list[torch.Tensor]:
         """Where the plan hands over, and where the teacher is at each end of a stage from there."""
-        trail = [run_stages(pipeline, before, noise, texts, grid)]
-        for stage in teacher:
-            trail.append(run_stages(pipeline, [stage], trail[-1], texts, grid))
-        return trail
+        handed_over = run_stages(pipeline, before, noise, texts, grid)
+        teacher = guided(pipeline.transformer, texts.embeds, texts.negatives, grid, config["guidance_scale"])
+        with active(pipeline.transformer, None):
+            trail = integrate(teacher, handed_over, sigmas)
+        return [trail[mark] for mark in marks]
 
     kept = arguments.run / "pairs"
     if not kept.exists():
-        levels = torch.tensor([tail[0].sigma_start, *(stage.sigma_end for stage in tail)])
         channels = transformer.config.in_channels
-        draw_trajectories(accelerator, prompts, config["pairs"], channels, levels, walk).save(kept)
+        draw_trajectories(accelerator, prompts, config["pairs"], channels, torch.tensor(levels), walk).save(kept)
     taught = Trajectories.load(kept)
-    tokens = taught.latents.shape[2]
     with torch.no_grad():
         ends = taught.latents[:, -1].float().split(schedule.batch_size)
         contrasts = torch.cat([contrast(decode_pixels(pipeline.vae, end, grid)).cpu() for end in ends])
@@ -115,8 +106,6 @@ def main() -> None:
         drawn = contrast(decode_pixels(pipeline.vae, reached[decoded], grid))
         blur = (drawn - contrasts[rows[decoded]].to(drawn)).abs().mean()
         away = F.mse_loss(now, as_before)
-        for parameter in parameters:
-            parameter.requires_grad_(True)  # `active` has left gradients to the last of them alone
         loras.descend(accelerator, error + config["contrast_weight"] * blur + config["kept_weight"] * away)
         scheduler.step()
         return {"error": error.detach(), "contrast": blur.detach(), "kept": away.detach()}

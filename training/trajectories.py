@@ -120,7 +120,7 @@ def teacher_sigmas(
     """A schedule of about `steps` in all that passes every level, and the index of each level in it."""
     parts, marks = [torch.tensor([levels[0]])], [0]
     for start, end in itertools.pairwise(levels):
-        share = max(1, round(steps * (start - end)))
+        share = max(1, round(steps * (start - end) / (levels[0] - levels[-1])))
         stage = StageSpec(name="base", sigma_start=start, sigma_end=end, steps=share)
         parts.append(stage_sigmas(stage, scheduler, tokens)[1:])
         marks.append(marks[-1] + share)
