@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,31 @@ def servers(model: Path) -> list[Server]:
     ]
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server that is ready.
+
+    Attributes:
+        process: what was started; Ray's daemons and workers descend from it.
+    """
+
+    url: str
+    process: psutil.Process
+
+    def resident_memory(self) -> int:
+        """Bytes resident in the processes that hold a model or serve HTTP, without Ray's daemons."""
+        total = 0
+        for process in (self.process, *self.process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                title = " ".join(process.cmdline())
+                if title.startswith("ray::") or "uvicorn" in title:
+                    total += process.memory_info().rss
+        return total
+
+
 @contextmanager
-def started(server: Server, model: Path) -> Iterator[str]:
-    """Run a server; its address. Raises RuntimeError with its log if it does not get ready."""
+def started(server: Server, model: Path) -> Iterator[Running]:
+    """Run a server. Raises RuntimeError with its log if it does not get ready."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -93,22 +115,30 @@ def started(server: Server, model: Path) -> Iterator[str]:
             config["http_options"]["port"] = port
             path.write_text(yaml.safe_dump(config))
         command = [part.format(port=port, config=path) for part in server.command]
-        environment = {**os.environ, "RIVAL_MODEL": str(model), "RAY_USAGE_STATS_ENABLED": "0"}
+        # A cluster of its own, whatever else of Ray runs here: Ray looks for one to join in these two.
+        environment = {**os.environ, "RIVAL_MODEL": str(model), "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": directory}
+        environment.pop("RAY_ADDRESS", None)
         with log.open("w") as file:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + _START_TIMEOUT
             while not _ready(url):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{server.name} did not get ready:\n{log.read_text()[-4000:]}")
                 time.sleep(1)
-            yield url
+            yield Running(url, process)
         finally:
-            process.terminate()
-            process.wait(timeout=60)
-            if server.config:
-                ray = Path(sys.executable).with_name("ray")
-                subprocess.run([str(ray), "stop", "--force"], check=False, capture_output=True)
+            _end(process)
+
+
+def _end(process: psutil.Popen) -> None:
+    """Stop a server, and what of its own processes outlives it."""
+    descendants = process.children(recursive=True) if process.is_running() else []
+    process.terminate()
+    psutil.wait_procs([process, *descendants], timeout=60)
+    for survivor in (process, *descendants):
+        with suppress(psutil.NoSuchProcess):
+            survivor.kill()
 
 
 def _ready(url: str) -> bool:
@@ -116,13 +146,3 @@ def _ready(url: str) -> bool:
         return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def resident_memory() -> int:
-    """Bytes resident in the server's own processes: those that hold a model or serve HTTP, without Ray's daemons."""
-    total = 0
-    for process in psutil.process_iter(["name", "cmdline"]):
-        title = " ".join(process.info["cmdline"] or ())
-        if title.startswith("ray::") or "uvicorn" in title:
-            total += process.memory_info().rss
-    return total

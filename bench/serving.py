@@ -26,7 +26,7 @@ from bench.load import LoadFigures, closed_loop, figures, open_loop
 from bench.machine import machine_name
 from bench.overhead import Overhead, overheads
 from bench.results import add_output_argument, output_directory, write_json
-from bench.servers import COLOCATED, MONOLITH, ROOT, SPREAD, Server, resident_memory, servers, started
+from bench.servers import COLOCATED, MONOLITH, ROOT, SPREAD, Running, Server, servers, started
 from bench.spread import SpreadPipeline
 from bench.traffic import body, mixed, vary
 from stages.model import ModelConfig
@@ -73,38 +73,39 @@ class Comparison:
 
     def run(self) -> None:
         for server in reversed(servers(self._model)):  # the monolith tells the rate of the open loops
-            with started(server, self._model) as url:
-                self._closed_loops(server, url)
+            with started(server, self._model) as running:
+                self._closed_loops(server, running)
                 if server.name == MONOLITH:
                     throughputs = [row.figures.throughput for row in self.rows if row.server == MONOLITH]
                     self._rate = _SATURATION * max(throughputs)
                 if server.name in self._pipelines:
-                    self._compare_with_bare(server, url)
+                    self._compare_with_bare(server, running)
                 if not server.slow:
                     count = round(self._rate * self._seconds * _OPEN_LOOP)
-                    sent = asyncio.run(open_loop(url, self._requests, self._rate, count))
-                    self._record(server, f"{self._rate:.2f} a second", figures(sent, self._deadline))
+                    sent = asyncio.run(open_loop(running.url, self._requests, self._rate, count))
+                    self._record(server, running, f"{self._rate:.2f} a second", figures(sent, self._deadline))
                 if server.name == SPREAD:
-                    self._forecast(server, url)
+                    self._forecast(server, running.url)
 
     def _closed(self, url: str, bodies: Sequence[dict[str, Any]], concurrency: int, count: int) -> LoadFigures:
         return figures(asyncio.run(closed_loop(url, bodies, concurrency, count)), self._deadline)
 
-    def _closed_loops(self, server: Server, url: str) -> None:
+    def _closed_loops(self, server: Server, running: Running) -> None:
         """One for each concurrency, after one to warm up; each as long as the throughput before makes it."""
-        made = self._closed(url, self._requests, 2, 4 if server.slow else 24)
+        made = self._closed(running.url, self._requests, 2, 4 if server.slow else 24)
         for concurrency in [1, 8] if server.slow else sorted({1, *self._concurrencies}):
             count = max(concurrency * 2, 4, round(made.throughput * self._seconds))
-            made = self._closed(url, self._requests, concurrency, count)
-            self._record(server, f"concurrency {concurrency}", made)
+            made = self._closed(running.url, self._requests, concurrency, count)
+            self._record(server, running, f"concurrency {concurrency}", made)
 
-    def _compare_with_bare(self, server: Server, url: str) -> None:
+    def _compare_with_bare(self, server: Server, running: Running) -> None:
         pipeline = self._pipelines[server.name]
-        for overhead in overheads(server.name, url, pipeline, self._plan, self._prompted[:18]):
+        for overhead in overheads(server.name, running.url, pipeline, self._plan, self._prompted[:18]):
             self.overheads.append(overhead)
             print(f"{overhead}, {overhead.ratio:.2f}x", flush=True)
         varied = vary(self._requests, self._sizes)
-        self._record(server, "concurrency 8, mixed plans and sizes", self._closed(url, varied, 8, 4 * len(varied)))
+        made = self._closed(running.url, varied, 8, 4 * len(varied))
+        self._record(server, running, "concurrency 8, mixed plans and sizes", made)
 
     def _forecast(self, server: Server, url: str) -> None:
         (application,) = (server.config or {})["applications"]
@@ -122,8 +123,8 @@ class Comparison:
             self.forecasts.append(forecast)
             print(f"{forecast}, {forecast.error:+.0%}", flush=True)
 
-    def _record(self, server: Server, load: str, made: LoadFigures) -> None:
-        self.rows.append(Row(server.name, load, made, resident_memory()))
+    def _record(self, server: Server, running: Running, load: str, made: LoadFigures) -> None:
+        self.rows.append(Row(server.name, load, made, running.resident_memory()))
         print(
             f"{server.name}, {load}: {made.throughput:.2f} images/s, p50 {made.p50:.3f}, p95 {made.p95:.3f}, "
             f"p99 {made.p99:.3f} s, goodput {made.goodput:.2f}/s, {made.failed} failed",

@@ -26,8 +26,8 @@ MODEL = Path(__file__).parents[1] / "configs" / "scenes.yaml"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with started(servers(MODEL)[1], MODEL) as address:
-        yield address
+    with started(servers(MODEL)[1], MODEL) as running:
+        yield running.url
 
 
 def test_one_deployment_runs_all_stages(url: str) -> None:

@@ -29,8 +29,8 @@ MODEL = Path(__file__).parents[1] / "configs" / "scenes.yaml"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with started(servers(MODEL)[0], MODEL) as address:
-        yield address
+    with started(servers(MODEL)[0], MODEL) as running:
+        yield running.url
 
 
 @pytest.fixture(scope="module")
