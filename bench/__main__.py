@@ -6,6 +6,8 @@ import argparse
 import sys
 from importlib import import_module
 
+from stages.yaml_file import ConfigError
+
 COMMANDS = ("quality", "latency", "serving", "grid", "prune", "ratios")
 
 
@@ -20,7 +22,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(command)
-    module.run(command.parse_args(sys.argv[2:]))
+    try:
+        module.run(command.parse_args(sys.argv[2:]))
+    except ConfigError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

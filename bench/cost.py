@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stages.pipeline import Pipeline, Prompted, Result
-from stages.plan import Plan, presets
+from stages.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def take_turns(
     Args:
         prompted: what they draw, of which `turns` are drawn alone.
     """
-    base = presets()["base"]
+    base = pipeline.config.plan("base")
     every = [*plans] if base in plans else [*plans, base]
     together = prompted[:batch]
     alone = _draw(pipeline, every, [[one] for one in prompted[:turns]])

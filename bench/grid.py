@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from backends import get_backend
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
-from stages.plan import Plan, presets
+from stages.plan import Plan
 
 PROMPTS = ("a large star", "a furry heart on a white background", "a red circle left of a blue square")
 _MARGIN = 12
@@ -78,12 +78,13 @@ def draw_figures(pipeline: Pipeline, plans: Mapping[str, Plan], output: Path) ->
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--plans", nargs="+", choices=list(presets()), default=["base", "distilled", "hybrid"])
+    parser.add_argument("--plans", nargs="+", default=["base", "distilled", "hybrid"])
     parser.add_argument("--seeds", type=int, default=4)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"))
-    plans = {name: presets()[name] for name in arguments.plans}
+    config = ModelConfig.read(arguments.config)
+    plans = {name: config.plan(name) for name in arguments.plans}
+    pipeline = Pipeline(config, get_backend("cpu"))
     rows = {prompt: [Prompted(prompt, seed) for seed in range(arguments.seeds)] for prompt in PROMPTS}
     draw_grid(pipeline, plans, rows).save(arguments.output)

@@ -31,6 +31,8 @@ from stages.plan import Plan, TaylorSeerSpec
 from stages.stage import Denoiser
 from stages.vae import convolve_images
 
+QWEN_IMAGE = Path(__file__).parent.parent / "configs" / "qwen_image.yaml"
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -96,18 +98,21 @@ class RandomModel:
         self.backend.synchronise()
 
 
-def plans() -> Iterable[Plan]:
+def plans(config: ModelConfig) -> Iterable[Plan]:
     """The methods of `main` by their names, but those with a cache at no fixed schedule; without adapters."""
-    for name, plan in read_methods()["main"].items():
+    for name, plan in read_methods(config.plans)["main"].items():
         if all(stage.cache is None or isinstance(stage.cache, TaylorSeerSpec) for stage in plan.stages):
             stages = tuple(stage.model_copy(update={"adapter": None}) for stage in plan.stages)
             yield plan.model_copy(update={"name": name, "stages": stages})
 
 
-def measure(model: RandomModel, size: str, length: int, repeats: int) -> list[Latency]:
-    """Every plan on images of `size` and prompts of `length` tokens, after one run each to warm up."""
+def measure(model: RandomModel, plans: Iterable[Plan], size: str, length: int, repeats: int) -> list[Latency]:
+    """Every plan on images of `size` and prompts of `length` tokens, after one run each to warm up.
+
+    Speed-ups are over the first plan.
+    """
     rows: list[Latency] = []
-    for plan in plans():
+    for plan in plans:
         denoising, decoding, nfe = [], [], 0.0
         for _ in range(repeats + 1):
             packet = model.packet(size, length)
@@ -138,12 +143,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     full = arguments.model == "qwen-image"
-    source = None if full else ModelConfig.read(Path(arguments.model)).source
+    config = ModelConfig.read(QWEN_IMAGE if full else Path(arguments.model))
     name = arguments.model if full else Path(arguments.model).stem
-    model = RandomModel(source, get_backend(arguments.backend), arguments.quantize)
+    model = RandomModel(None if full else config.source, get_backend(arguments.backend), arguments.quantize)
     if arguments.compile:
         model.denoiser.compile([arguments.size])
-    rows = measure(model, arguments.size, arguments.tokens, arguments.repeats)
+    rows = measure(model, plans(config), arguments.size, arguments.tokens, arguments.repeats)
     for row in rows:
         print(
             f"{row.plan:<18}{row.nfe:>6.1f} NFE  denoise {row.denoise:>8.3f} s  decode {row.decode:>7.3f} s  "

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
-from stages.plan import Plan, presets
+from stages.plan import Plan
+from stages.yaml_file import read_mapping
 
 METHODS = Path(__file__).parent / "methods.yaml"
 
 
-def read_methods(path: Path = METHODS) -> dict[str, dict[str, Plan]]:
-    """Group -> name -> plan."""
-    groups = yaml.safe_load(path.read_text())
+def read_methods(plans: Mapping[str, Plan], path: Path = METHODS) -> dict[str, dict[str, Plan]]:
+    """Group -> name -> plan; a method may be the name of one of `plans`, which are the model's own."""
     return {
         group: {
-            name: presets()[plan] if isinstance(plan, str) else Plan(name=name, stages=plan)
+            name: plans[plan] if isinstance(plan, str) else Plan(name=name, stages=plan)
             for name, plan in methods.items()
         }
-        for group, methods in groups.items()
+        for group, methods in read_mapping(path).items()
     }

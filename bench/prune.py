@@ -19,7 +19,7 @@ from bench.cases import Cases
 from stages.model import ModelConfig
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline, Prompted
-from stages.plan import Plan, presets
+from stages.plan import Plan
 
 
 def without(plan: Plan, position: int, blocks: frozenset[int]) -> Plan:
@@ -77,15 +77,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, help="file of methods for `python -m bench quality --methods`")
     parser.add_argument("--config", type=Path, default=root.parent / "configs" / "scenes.yaml")
     parser.add_argument("--cases", type=Path, default=root / "cases" / "scenes-dev.yaml")
-    parser.add_argument("--plan", default="hybrid", choices=sorted(presets()), metavar="PLAN")
+    parser.add_argument("--plan", default="hybrid", help="one of the config's")
     parser.add_argument("--stage", type=int, default=0, help="number of the plan's stage, from 0")
     parser.add_argument("--drop", type=int, default=2, help="most blocks to skip")
     parser.add_argument("--prompts", type=int, default=32)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"))
-    plan = presets()[arguments.plan].with_adapters(pipeline.config.adapters)
+    config = ModelConfig.read(arguments.config)
+    plan = config.plan(arguments.plan)
+    pipeline = Pipeline(config, get_backend("cpu"))
     position = arguments.stage
     if not 0 <= position < len(plan.stages):
         raise SystemExit(f"--stage must be 0 to {len(plan.stages) - 1} for plan {plan.name}, not {position}")

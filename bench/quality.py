@@ -227,14 +227,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    methods = read_methods(arguments.methods)
+    config = ModelConfig.read(arguments.config)
+    methods = read_methods(config.plans, arguments.methods)
     groups = arguments.groups or list(methods)
     if unknown := set(groups) - set(methods):
         raise SystemExit(f"--groups must be of {', '.join(methods)}, not {', '.join(sorted(unknown))}")
     backend = get_backend(arguments.backend)
     # Or prompts drawn before would cost nothing to encode.
     make = Pipeline if arguments.colocated else SpreadPipeline
-    pipeline = make(ModelConfig.read(arguments.config), backend, remembered=0)
+    pipeline = make(config, backend, remembered=0)
     cases = Cases.read(arguments.cases).part(arguments.share)
     scorers: dict[str, Scorer] = {}
     if arguments.clip:

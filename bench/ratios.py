@@ -19,7 +19,7 @@ from bench.cases import Cases
 from stages.caches import Evaluation, StepCache
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
-from stages.plan import Plan, presets
+from stages.plan import Plan
 
 
 class _Recorder(StepCache):
@@ -55,12 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     root = Path(__file__).parent
     parser.add_argument("--config", type=Path, default=root.parent / "configs" / "scenes.yaml")
     parser.add_argument("--cases", type=Path, default=root / "cases" / "scenes-dev.yaml")
-    parser.add_argument("--plan", default="base", choices=sorted(presets()), metavar="PLAN")
+    parser.add_argument("--plan", default="base", help="one of the config's")
     parser.add_argument("--prompts", type=int, default=16)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"))
-    plan = presets()[arguments.plan].with_adapters(pipeline.config.adapters)
+    config = ModelConfig.read(arguments.config)
+    plan = config.plan(arguments.plan)
+    pipeline = Pipeline(config, get_backend("cpu"))
     ratios = measure(pipeline, plan, Cases.read(arguments.cases).plain[: arguments.prompts])
     print(f"cache: {{kind: magcache, threshold: 0.1, ratios: [{', '.join(f'{ratio:.4f}' for ratio in ratios)}]}}")

@@ -31,7 +31,6 @@ from bench.spread import SpreadPipeline
 from bench.traffic import body, mixed, vary
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline
-from stages.plan import presets
 
 _SATURATION = 0.7  # of the monolith's throughput, for the open loop
 _OPEN_LOOP = 6  # times as long as a closed one: its tail is what counts
@@ -64,7 +63,7 @@ class Comparison:
         self._concurrencies = concurrencies
         self._seconds = seconds
         self._deadline = deadline
-        self._plan = presets()["hybrid"].with_adapters(config.adapters)
+        self._plan = config.plan("hybrid")
         self._pipelines = {SPREAD: SpreadPipeline(config, backend), COLOCATED: Pipeline(config, backend)}
         self._sizes = config.sizes
         self._prompted = mixed(Cases.read(Path(__file__).parent / "cases" / "scenes-dev.yaml"))

@@ -28,7 +28,7 @@ from deployments.router import Partial, Router
 from deployments.settings import Settings
 from stages.encode import PromptTooLong, negative_for
 from stages.noise import MAX_SEED
-from stages.plan import Plan, presets
+from stages.plan import Plan
 
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="Images", description="Text-to-image generation through base, bridge and distilled stages.")
@@ -74,7 +74,6 @@ class Ingress:
         self._settings = settings
         self._model = settings.read_model()
         self._blocks = self._model.read_transformer()["num_layers"]
-        self._plans = {name: plan.with_adapters(self._model.adapters) for name, plan in presets().items()}
         deployments = {stage: name for name, placement in settings.placement.items() for stage in placement.stages}
         # In this process: a deployment of its own would be one more call, and what it does is to wait.
         self._router = Router(replicas, deployments)
@@ -100,8 +99,8 @@ class Ingress:
 
     @app.get("/v1/plans")
     async def plans(self) -> dict[str, Any]:
-        """The presets that a request may name, as this model runs them."""
-        data = [{"nfe": plan.nfe, **plan.model_dump(mode="json")} for plan in self._plans.values()]
+        """The model's plans, which a request may name."""
+        data = [{"nfe": plan.nfe, **plan.model_dump(mode="json")} for plan in self._model.plans.values()]
         return {"object": "list", "data": data, "default": self._settings.default_plan}
 
     @app.get("/healthz")
@@ -170,10 +169,10 @@ class Ingress:
                 raise APIError(400, "invalid_value", f"plan.{error}", "plan") from error
         else:
             name = body.plan or self._settings.default_plan
-            if name not in self._plans:
-                allowed = ", ".join(self._plans)
+            if name not in self._model.plans:
+                allowed = ", ".join(self._model.plans)
                 raise APIError(400, "invalid_value", f"plan must be one of {allowed}, or stages, not {name!r}", "plan")
-            plan = self._plans[name]
+            plan = self._model.plans[name]
         if body.guidance_scale is None:
             return plan
         try:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from backends import Quantization, get_backend
 from stages.model import ModelConfig
-from stages.plan import STAGES, StageName, presets
+from stages.plan import STAGES, StageName
 
 
 def _known_backend(name: str) -> str:
@@ -62,7 +62,7 @@ class Settings(BaseModel):
 
     Attributes:
         model: path of the model's config, from the working directory or from the project's root.
-        default_plan: preset for requests that name none.
+        default_plan: the model's plan for requests that name none.
         placement: deployments that share the stages out, by name.
         max_images: largest `n` of a request.
         request_timeout_s: longest time that a request may take, queues included.
@@ -82,11 +82,13 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _runnable(self) -> Settings:
-        if self.default_plan not in presets():
-            raise ValueError(f"default_plan must be one of {sorted(presets())}, not {self.default_plan!r}")
         model = self.read_model()
+        if self.default_plan not in model.plans:
+            raise ValueError(
+                f"default_plan must be one of the plans of {self.model}: {', '.join(model.plans)}; "
+                f"not {self.default_plan!r}"
+            )
         adapters = model.adapters
-        presets()[self.default_plan].with_adapters(adapters)
         shared_out = [stage for placement in self.placement.values() for stage in placement.stages]
         if sorted(shared_out) != sorted(SERVED_STAGES):
             raise ValueError(
@@ -110,5 +112,5 @@ class Settings(BaseModel):
             raise ValueError(f"quantize.{part} of {self.model} {error}") from error
 
     def read_model(self) -> ModelConfig:
-        """The model's config; raises FileNotFoundError or pydantic's ValidationError."""
+        """The model's config; raises FileNotFoundError or `stages.yaml_file.ConfigError`."""
         return ModelConfig.read(self.model)

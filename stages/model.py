@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
-import yaml
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from backends import Backend, Quantization
+from stages.plan import Plan, Plans, read_plans
 from stages.vae import convolve_images
+from stages.yaml_file import ConfigError, read_mapping, validate
 
 # Eight pixels to a latent, two latents to a token: fixed by Qwen-Image's architecture.
 PIXELS_PER_TOKEN = 16
@@ -51,6 +52,7 @@ class ModelConfig(BaseModel):
         dtype: of the weights, or None for the backend's default.
         sizes: `WIDTHxHEIGHT` in pixels, the first one the default.
         adapters: LoRA by the name that plans use.
+        plans: those that a request may name, its presets, by their names and as the adapters allow.
         quantize: eight bits for the text encoder or the transformer.
         max_prompt_tokens: longest prompt, in tokens of the model's own tokenizer.
     """
@@ -62,6 +64,7 @@ class ModelConfig(BaseModel):
     dtype: str | None = None
     sizes: Annotated[tuple[str, ...], Field(min_length=1)]
     adapters: dict[str, AdapterSource] = {}
+    plans: Plans = {}
     quantize: Quantize = Quantize()
     max_prompt_tokens: Annotated[int, Field(ge=1, le=1024)] = 1024
 
@@ -81,15 +84,32 @@ class ModelConfig(BaseModel):
                 raise ValueError(f"{size}: width and height must be multiples of {PIXELS_PER_TOKEN}")
         return value
 
+    @field_validator("plans")
+    @classmethod
+    def _runnable_plans(cls, value: dict[str, Plan], info: ValidationInfo) -> dict[str, Plan]:
+        runnable = {}
+        for name, plan in value.items():
+            try:
+                runnable[name] = plan.with_adapters(info.data.get("adapters", {}))
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from error
+        return runnable
+
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a YAML file; relative directories in it are found from the working directory or from its parent's.
+        """Read a YAML file.
+
+        Relative directories in it are found from the working directory or from the file's parent's. `plans` may be
+        the name of a file, beside this one or in a directory there, that has them.
 
         Raises:
-            FileNotFoundError: no such file.
-            pydantic.ValidationError: names the key that is wrong.
+            FileNotFoundError: no such file, or no such file of plans.
+            ConfigError: names the file and the key that is wrong.
         """
-        config = cls(**yaml.safe_load(path.read_text()))
+        content = read_mapping(path)
+        if isinstance(plans := content.get("plans"), str):
+            content["plans"] = read_plans(path.parent / plans)
+        config = validate(path, cls, content)
         root = path.resolve().parent.parent
 
         def locate(source: str) -> str:
@@ -100,6 +120,12 @@ class ModelConfig(BaseModel):
             for name, adapter in config.adapters.items()
         }
         return config.model_copy(update={"source": locate(config.source), "adapters": adapters})
+
+    def plan(self, name: str) -> Plan:
+        """A plan by its name; raises ConfigError that tells which there are."""
+        if name not in self.plans:
+            raise ConfigError(f"plan must be one of {', '.join(self.plans)}, not {name!r}")
+        return self.plans[name]
 
     def read_transformer(self) -> dict[str, Any]:
         """The transformer's own config, with `num_layers` and `in_channels`."""

@@ -14,7 +14,7 @@ from stages.decode import Decoder
 from stages.encode import REMEMBERED, Encoder, negative_for
 from stages.model import ModelConfig
 from stages.packet import LatentPacket, Span
-from stages.plan import Plan, presets
+from stages.plan import Plan
 from stages.stage import Denoiser
 
 
@@ -78,14 +78,14 @@ class Pipeline:
         """Images of any prompts in one batch.
 
         Args:
-            plan: or the name of a preset.
+            plan: or the name of one of the config's.
             size: one of the config's, by default the first.
 
         Raises:
-            KeyError: no such preset.
-            ValueError: the plan needs an adapter that the model lacks, or the size is not one of the model's.
+            ValueError: no plan has that name, it needs an adapter that the model lacks, or the size is not one of the
+                model's.
         """
-        plan = (presets()[plan] if isinstance(plan, str) else plan).with_adapters(self.config.adapters)
+        plan = (self.config.plan(plan) if isinstance(plan, str) else plan).with_adapters(self.config.adapters)
         packets = self.enter(plan, images, size)
         for _ in plan.stages:
             packets = self.denoise(packets, plan)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from functools import cache
-from importlib.resources import files
-from typing import Annotated, Literal, Self
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from stages.yaml_file import read_mapping, validate
 
 StageName = Literal["base", "bridge", "distilled"]
 STAGES: tuple[StageName, ...] = ("base", "bridge", "distilled")
@@ -264,8 +264,23 @@ class Plan(_Strict):
         return self.model_copy(update={"stages": tuple(stages)})
 
 
-@cache
-def presets() -> dict[str, Plan]:
-    """The plans of `plans.yaml` by name."""
-    data = yaml.safe_load((files("stages") / "plans.yaml").read_text())
-    return {name: Plan(name=name, stages=stages) for name, stages in data.items()}
+def _named(plans: Any) -> Any:
+    if not isinstance(plans, Mapping):
+        return plans
+    return {
+        name: stages if isinstance(stages, Plan) else {"name": name, "stages": stages} for name, stages in plans.items()
+    }
+
+
+# The presets of a model: stages by the plan's name.
+Plans = Annotated[dict[str, Plan], BeforeValidator(_named)]
+
+
+def read_plans(path: Path) -> dict[str, Plan]:
+    """The plans of a YAML file that has a plan's stages under its name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: names the file and the key that is wrong.
+    """
+    return validate(path, Plans, read_mapping(path))

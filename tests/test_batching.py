@@ -8,11 +8,12 @@ from threading import Thread
 
 import pytest
 import torch
+from plans import PLANS
 
 from stages.batching import StepBatcher
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
-from stages.plan import Plan, presets
+from stages.plan import Plan
 
 TOLERANCE = 1e-5  # of the latent's largest value: float32 orders its sums by the shape of the batch
 SMALL, LARGE = "64x64", "128x128"  # 16 and 64 tokens
@@ -52,11 +53,11 @@ def test_a_packet_joins_and_leaves_between_steps(pipeline: Pipeline, batcher: St
 
 def test_an_image_does_not_depend_on_its_batch_mates(pipeline: Pipeline, batcher: StepBatcher) -> None:
     """Other plans, stages, adapters, prompts, guidance and caches, joining at other steps."""
-    hybrid = presets()["hybrid"]
+    hybrid = PLANS["hybrid"]
     jobs: list[tuple[LatentPacket, Plan]] = [
         (packet_of(pipeline, seed, prompt=prompt), plan)
         for seed, (plan, prompt) in enumerate(
-            [(GUIDED, "a star"), (CACHED, "a small striped heart on the left"), (presets()["distilled"], "a moon")],
+            [(GUIDED, "a star"), (CACHED, "a small striped heart on the left"), (PLANS["distilled"], "a moon")],
             start=3,  # from 0 the first latent ends so near zero that rounding alone is 1e-5 of it
         )
     ]
@@ -129,7 +130,7 @@ def test_a_cancelled_packet_takes_no_further_step(
 
 
 def test_a_packet_that_cannot_enter_fails_alone(pipeline: Pipeline, batcher: StepBatcher) -> None:
-    (late,) = pipeline.denoiser.denoise([packet_of(pipeline, 0)], presets()["hybrid"])
+    (late,) = pipeline.denoiser.denoise([packet_of(pipeline, 0)], PLANS["hybrid"])
     bad = batcher.submit(late, Plan(stages=[{**STAGE, "steps": 1, "sigma_end": 0.5}, {
         "name": "bridge", "sigma_start": 0.5, "sigma_end": 0.0, "steps": 1}]))  # fmt: skip
     good = batcher.submit(packet_of(pipeline, 1), plan_of(1))
@@ -181,7 +182,7 @@ def test_the_devices_thread_serves_many_callers_and_ends_when_closed(pipeline: P
 
 
 def test_a_packet_goes_through_several_stages_in_one_go(pipeline: Pipeline, batcher: StepBatcher) -> None:
-    hybrid = presets()["hybrid"]
+    hybrid = PLANS["hybrid"]
     packet = expected = packet_of(pipeline, 3)
     future = batcher.submit(packet, hybrid, stages=4, preview=True)
     assert steps(batcher) == [[3]] * 5

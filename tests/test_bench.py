@@ -17,6 +17,7 @@ import torch
 import yaml
 from diffusers import MagCacheConfig, QwenImagePipeline
 from PIL import Image, ImageFilter
+from plans import PLANS
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -38,7 +39,7 @@ from bench.scorers import clip_scorer
 from cluster.simulate import circulate, replay
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
-from stages.plan import Plan, StageSpec, presets
+from stages.plan import Plan, StageSpec
 from training.oracle import read
 from training.scenes import Scene, render, sample_scene
 
@@ -114,7 +115,7 @@ def test_embedding_tells_a_narrow_or_blurred_set_from_renders() -> None:
 
 def test_pruning_takes_the_least_important_block_first(pipeline: Pipeline) -> None:
     prompted = [Prompted("a red circle", 0), Prompted("a furry star", 1, "a blue shape")]
-    plan = presets()["hybrid"].with_adapters(pipeline.config.adapters)
+    plan = PLANS["hybrid"].with_adapters(pipeline.config.adapters)
     packets = pipeline.enter(plan, prompted)
     moved = importance(pipeline, plan, 0, packets, range(6))
     assert importance(pipeline, without(plan, 0, frozenset({2})), 0, packets, [2])[2] == pytest.approx(moved[2])
@@ -168,7 +169,7 @@ def test_splits_share_no_seed() -> None:
 
 
 def test_every_method_is_a_plan_that_the_model_can_run(pipeline: Pipeline) -> None:
-    methods = read_methods()
+    methods = read_methods(pipeline.config.plans)
     assert next(iter(methods["main"])) == "base"  # what speed-ups are over
     for plans in methods.values():
         for plan in plans.values():
@@ -181,7 +182,7 @@ def rows(pipeline: Pipeline) -> dict[str, Measured]:
     every = Cases.read(ROOT / "bench" / "cases" / "scenes-dev.yaml")
     cases = every.part(25).model_copy(update={"plain": every.plain[:100]})
     bench = QualityBench(pipeline, cases, references=300)
-    methods = read_methods()["main"]
+    methods = read_methods(pipeline.config.plans)["main"]
     names = ("base", "distilled, 4 steps", "hybrid")
     costs = take_turns(pipeline, [methods[name] for name in names], cases.plain)
     measured = [bench.renders()]
@@ -205,7 +206,7 @@ def test_calibrated_scenario_takes_what_the_server_took(pipeline: Pipeline) -> N
 
     scenario = calibrate(
         pipeline,
-        presets()["hybrid"],
+        PLANS["hybrid"],
         [Prompted("a red circle", seed) for seed in range(8)],
         one_client=took(1.36),
         two_clients=took(2.2),
@@ -231,7 +232,7 @@ def test_attention_guidance_removes_fills_that_come_without_it(pipeline: Pipelin
     """Fills are drawn after the hybrid plan's guided step."""
     negative = Cases.read(ROOT / "bench" / "cases" / "scenes-dev.yaml").negative
     fills = [case for case in negative if case.attribute == "fill"]
-    hybrid = presets()["hybrid"]
+    hybrid = PLANS["hybrid"]
     deaf = Plan(stages=[stage.model_copy(update={"attention_guidance": None}) for stage in hybrid.stages])
 
     def left(plan: Plan) -> int:
@@ -330,7 +331,8 @@ def test_model_that_no_oracle_reads_is_scored_by_its_prompts(
 
 
 def test_latency_of_a_model_without_its_weights(config: ModelConfig, backend: Backend) -> None:
-    rows = {row.plan: row for row in measure(RandomModel(config.source, backend), "64x64", length=8, repeats=1)}
+    model = RandomModel(config.source, backend)
+    rows = {row.plan: row for row in measure(model, latency.plans(config), "64x64", length=8, repeats=1)}
     assert {name: row.nfe for name, row in rows.items()} == {
         "base": 100, "base + TaylorSeer": 38, "distilled, 4 steps": 4, "distilled, 8 steps": 8, "hybrid": 7,
     }  # fmt: skip
@@ -342,7 +344,7 @@ def test_latency_of_a_quantized_model_is_kept_apart(
     monkeypatch: pytest.MonkeyPatch, config: ModelConfig, tmp_path: Path
 ) -> None:
     stage = StageSpec(name="distilled", steps=2, sigma_start=1.0, sigma_end=0.0)
-    monkeypatch.setattr(latency, "plans", lambda: [Plan(name="short", stages=(stage,))])
+    monkeypatch.setattr(latency, "plans", lambda config: [Plan(name="short", stages=(stage,))])
     command = ["latency", "--model", str(ROOT / "configs" / "scenes.yaml"), "--size", "64x64", "--repeats", "1"]
     monkeypatch.setattr("sys.argv", ["bench", *command, "--quantize", "int8_weight_only", "--output", str(tmp_path)])
     main()

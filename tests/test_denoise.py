@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from plans import PLANS
 
 from backends import Backend
 from stages.caches import make_cache
@@ -17,7 +18,7 @@ from stages.network import Network, predict_velocity
 from stages.noise import draw_noise
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
-from stages.plan import AttentionGuidanceSpec, Plan, TaylorSeerSpec, TeaCacheSpec, presets
+from stages.plan import AttentionGuidanceSpec, Plan, TaylorSeerSpec, TeaCacheSpec
 from stages.sigmas import stage_sigmas
 
 PROMPTS = ["a red circle", "two small green squares left of a large blue triangle on a white background", " "]
@@ -201,7 +202,7 @@ def test_preview_of_the_last_stage_is_its_result(pipeline: Pipeline, packet: Lat
 
 
 def test_packets_record_what_was_done_to_them(pipeline: Pipeline, packet: LatentPacket) -> None:
-    plan = presets()["hybrid"]
+    plan = PLANS["hybrid"]
     history = [packet]
     for _ in plan.stages:
         history += pipeline.denoiser.denoise(history[-1:], plan)
@@ -325,7 +326,7 @@ def test_packets_of_several_grids_are_refused_even_with_as_many_tokens(
 
 
 def test_packets_at_several_stages_are_each_taken_through_their_own(pipeline: Pipeline, packet: LatentPacket) -> None:
-    plan = presets()["hybrid"]
+    plan = PLANS["hybrid"]
     (after,) = pipeline.denoiser.denoise([packet], plan)
     together = pipeline.denoiser.denoise([after, packet], plan)
     for single, joint in zip((after, packet), together, strict=True):

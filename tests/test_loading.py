@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import QwenImageTransformer2DModel
-from pydantic import ValidationError
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from plans import PLANS
 from safetensors.torch import load_file, save_file
 
 from backends import Backend
@@ -17,8 +18,10 @@ from stages.encode import Encoder
 from stages.model import AdapterSource, ModelConfig, load_adapters, load_transformer
 from stages.network import predict_velocity
 from stages.packet import LatentPacket
-from stages.plan import presets
+from stages.plan import FirstBlockSpec, Plan, StageSpec
+from stages.sigmas import stage_sigmas
 from stages.stage import Denoiser
+from stages.yaml_file import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,11 +89,30 @@ def test_qwen_image_config_is_complete(qwen_image: ModelConfig, backend: Backend
     assert qwen_image.adapters["distilled"].weight_name.endswith(".safetensors")
 
 
-def test_every_preset_can_run_on_qwen_image(qwen_image: ModelConfig) -> None:
-    plans = {name: plan.with_adapters(qwen_image.adapters) for name, plan in presets().items()}
-    assert [stage.adapter for stage in plans["hybrid"].stages] == [None, None, None, "distilled", "distilled"]
-    used = {stage.adapter for plan in plans.values() for stage in plan.stages}
-    assert used - {None} == set(qwen_image.adapters)
+def test_qwen_images_own_plans(qwen_image: ModelConfig) -> None:
+    assert {name: plan.nfe for name, plan in qwen_image.plans.items()} == {
+        "base": 100,
+        "cached": 100,
+        "distilled": 4,
+        "hybrid": 7,
+    }
+    (base,) = qwen_image.plans["base"].stages
+    assert (base.steps, base.guidance_scale, base.cache) == (50, 4.0, None)
+    assert qwen_image.plans["cached"].stages == (base.model_copy(update={"cache": FirstBlockSpec(threshold=0.08)}),)
+    adapters = {stage.adapter for plan in qwen_image.plans.values() for stage in plan.stages}
+    assert adapters == {None, *qwen_image.adapters}
+    assert "4steps" in qwen_image.adapters["distilled"].weight_name
+
+
+@pytest.mark.parametrize("tokens", [4096, 6889])
+def test_qwen_images_hybrid_plan_hands_over_on_the_students_grid(
+    qwen_image: ModelConfig, scheduler: FlowMatchEulerDiscreteScheduler, tokens: int
+) -> None:
+    student, (base, finish) = qwen_image.plans["distilled"].stages[0], qwen_image.plans["hybrid"].stages
+    grid = stage_sigmas(student, scheduler, tokens)
+    torch.testing.assert_close(stage_sigmas(finish, scheduler, tokens), grid[1:], atol=1e-6, rtol=0)
+    assert (base.steps, base.guidance_scale, base.adapter) == (2, 4.0, None)
+    assert finish.model_copy(update={"sigma_start": 1.0, "steps": 4}) == student
 
 
 def test_full_transformer_has_twenty_billion_parameters(full_transformer: QwenImageTransformer2DModel) -> None:
@@ -197,9 +219,9 @@ def test_half_precision_is_used_from_prompt_to_image(config: ModelConfig, backen
     encoder, denoiser, decoder = Encoder(config, backend), Denoiser.load(config, backend), Decoder(config, backend)
     packet = encoder.begin("test", 0, 5, "64x64", "a red circle", " ")
     assert packet.latent.dtype == packet.prompt_embeds.dtype == packet.negative_embeds.dtype == torch.bfloat16
-    for _ in presets()["hybrid"].stages:
+    for _ in PLANS["hybrid"].stages:
         packet = LatentPacket.from_bytes(packet.to_bytes())
-        (packet,) = denoiser.denoise([packet], presets()["hybrid"], preview=True)
+        (packet,) = denoiser.denoise([packet], PLANS["hybrid"], preview=True)
         assert packet.latent.dtype == packet.preview.dtype == torch.bfloat16
     (image,) = decoder.decode(packet.latent[None], packet.grid)
     assert image.size == (64, 64)
@@ -208,8 +230,8 @@ def test_half_precision_is_used_from_prompt_to_image(config: ModelConfig, backen
     reference = precise.begin("test", 0, 5, "64x64", "a red circle", " ")
     assert reference.latent.dtype == torch.float32
     denoiser = Denoiser.load(config.model_copy(update={"dtype": None}), backend)
-    for _ in presets()["hybrid"].stages:
-        (reference,) = denoiser.denoise([reference], presets()["hybrid"])
+    for _ in PLANS["hybrid"].stages:
+        (reference,) = denoiser.denoise([reference], PLANS["hybrid"])
     assert (packet.latent - reference.latent).norm() / reference.latent.norm() < 0.05
 
 
@@ -223,30 +245,72 @@ def test_directories_of_a_config_are_found_from_anywhere(
     assert all(Path(adapter.source).is_dir() for adapter in config.adapters.values())
 
 
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Call it with lines of a model's config; those of a sound one stand where none of the same key is given."""
+
+    def write(*lines: str) -> Path:
+        sound = {"name": "name: small", "source": "source: somewhere", "sizes": "sizes: [64x64]"}
+        path = tmp_path / "model.yaml"
+        path.write_text("\n".join({**sound, **{line.split(":")[0]: line for line in lines}}.values()))
+        return path
+
+    return write
+
+
 @pytest.mark.parametrize(
-    ("line", "field"),
+    ("line", "message"),
     [
-        ("size: [64x64]", "size\n"),
-        ("dtype: float8", "dtype\n"),
-        ("sizes: []", "sizes\n"),
-        ("sizes: [64x72]", "64x72: width and height must be multiples of 16"),
-        ("sizes: [64]", "sizes"),
-        ("sizes: [64by64]", "size must be WIDTHxHEIGHT, not '64by64'"),
-        ("max_prompt_tokens: 0", "max_prompt_tokens\n"),
-        ("max_prompt_tokens: 1025", "max_prompt_tokens\n"),
-        ("adapters: {distilled: {source: somewhere, scale: 2}}", "adapters.distilled.scale\n"),
-        ("adapters: {distilled: {weight_name: file.safetensors}}", "adapters.distilled.source\n"),
+        ("size: [64x64]", "size: Extra inputs are not permitted"),
+        ("dtype: float8", "dtype: must be float32, bfloat16 or float16, not 'float8'"),
+        ("sizes: []", "sizes: "),
+        ("sizes: [64x72]", "sizes: 64x72: width and height must be multiples of 16"),
+        ("sizes: [64]", "sizes.0: "),
+        ("sizes: [64by64]", "sizes: size must be WIDTHxHEIGHT, not '64by64'"),
+        ("max_prompt_tokens: 0", "max_prompt_tokens: "),
+        ("max_prompt_tokens: 1025", "max_prompt_tokens: "),
+        ("adapters: {distilled: {source: somewhere, scale: 2}}", "adapters.distilled.scale: "),
+        ("adapters: {distilled: {weight_name: file.safetensors}}", "adapters.distilled.source: Field required"),
+        ("plans: {short: [{name: base, sigma_start: 1, sigma_end: 0}]}", "plans.short.stages.0.steps: Field required"),
+        (
+            "plans: {short: [{name: distilled, sigma_start: 1, sigma_end: 0, steps: 4, adapter: distilled}]}",
+            "plans: short.stages[0].adapter must be one of [], not 'distilled'",
+        ),
     ],
 )
-def test_a_wrong_key_of_a_config_is_named(tmp_path: Path, line: str, field: str) -> None:
-    lines = {"name": "name: small", "source": "source: somewhere", "sizes": "sizes: [64x64]"}
-    path = tmp_path / "model.yaml"
-    path.write_text("\n".join(lines.values()))
-    assert ModelConfig.read(path).adapters == {}
-    path.write_text("\n".join({**lines, line.split(":")[0]: line}.values()))
-    with pytest.raises(ValidationError) as caught:
+def test_a_wrong_key_of_a_config_is_named(write: Callable[..., Path], line: str, message: str) -> None:
+    assert ModelConfig.read(write()).adapters == {}
+    path = write(line)
+    with pytest.raises(ConfigError) as caught:
         ModelConfig.read(path)
-    assert field in str(caught.value), str(caught.value)
+    assert str(caught.value).startswith(f"{path}: {message}"), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_there_twice_is_refused(write: Callable[..., Path]) -> None:
+    path = write("adapters: {distilled: {source: here}, distilled: {source: there}}")
+    with pytest.raises(ConfigError, match=r"model\.yaml, line 4, column 39: 'distilled' is there twice"):
+        ModelConfig.read(path)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "", "name: [", "name: \x00"])
+def test_a_file_that_holds_no_config_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"model\.yaml"):
+        ModelConfig.read(tmp_path / "model.yaml")
+
+
+def test_plans_stand_in_the_config_or_in_a_file_beside_it(write: Callable[..., Path], tmp_path: Path) -> None:
+    stages = "short: [{name: base, sigma_start: 1, sigma_end: 0, steps: 4}]"
+    (tmp_path / "plans.yaml").write_text(stages)
+    in_file, inline = ModelConfig.read(write("plans: plans.yaml")), ModelConfig.read(write(f"plans: {{{stages}}}"))
+    stage = StageSpec(name="base", sigma_start=1.0, sigma_end=0.0, steps=4)
+    assert in_file.plans == inline.plans == {"short": Plan(name="short", stages=(stage,))}
+    (tmp_path / "plans.yaml").write_text(stages.replace("steps: 4", "steps: 0"))
+    with pytest.raises(ConfigError, match=r"plans\.yaml: short\.stages\.0\.steps: Input should be"):
+        ModelConfig.read(write("plans: plans.yaml"))
+    with pytest.raises(FileNotFoundError, match=r"other\.yaml"):
+        ModelConfig.read(write("plans: other.yaml"))
 
 
 def test_a_missing_config_is_not_found(tmp_path: Path) -> None:

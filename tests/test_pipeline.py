@@ -18,6 +18,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from PIL import Image
+from plans import PLANS
 
 from backends import Backend
 from stages.encode import PromptTooLong, negative_for
@@ -25,7 +26,7 @@ from stages.model import ModelConfig
 from stages.noise import MAX_SEED, draw_noise
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
-from stages.plan import Plan, presets
+from stages.plan import Plan
 from stages.stage import Denoiser
 
 PROMPT = "a large red circle above a small blue square on a white background"
@@ -99,7 +100,7 @@ def base_plan(**changes: object) -> Plan:
         (base_plan(), (5,), "192x128"),
         (base_plan(), (5, 6), "128x192"),
         (base_plan(guidance_scale=1.0), (5,), "128x128"),
-        (presets()["base"], (7,), "64x64"),
+        (PLANS["base"], (7,), "64x64"),
     ],
     ids=["6 steps, wide", "6 steps, tall, two seeds", "6 steps without guidance", "the preset's 50 steps"],
 )
@@ -127,14 +128,14 @@ def test_images_equal_those_of_diffusers(pipeline: Pipeline, diffusers_base: Qwe
 def test_distilled_plan_equals_diffusers_with_lightnings_scheduler(
     denoise_all: DenoiseAll, diffusers_distilled: QwenImagePipeline, diffusers_base: QwenImagePipeline, size: str
 ) -> None:
-    plan = presets()["distilled"]
+    plan = PLANS["distilled"]
     latents = latents_of(denoise_all(plan, PROMPT, seeds=(5, 6), size=size))
     assert error(latents, run_diffusers(diffusers_distilled, plan, (5, 6), size)) < TOLERANCE
     assert difference(latents, run_diffusers(diffusers_base, plan, (5, 6), size)) > 1e-2
 
 
 def test_adapter_scale_is_that_of_diffusers(denoise_all: DenoiseAll, diffusers_distilled: QwenImagePipeline) -> None:
-    full = presets()["distilled"]
+    full = PLANS["distilled"]
     half = Plan(stages=[full.stages[0].model_copy(update={"adapter_scale": 0.5})])
     latents = latents_of(denoise_all(half, PROMPT, seeds=(5,), size="64x64"))
     try:
@@ -149,7 +150,7 @@ def test_adapter_scale_is_that_of_diffusers(denoise_all: DenoiseAll, diffusers_d
 
 def test_adapters_of_one_plan_leave_no_trace_in_the_next(denoise_all: DenoiseAll) -> None:
     before = latents_of(denoise_all(base_plan(), PROMPT, NEGATIVE, seeds=(5,), size="64x64"))
-    hybrid = latents_of(denoise_all(presets()["hybrid"], PROMPT, NEGATIVE, seeds=(5,), size="64x64"))
+    hybrid = latents_of(denoise_all(PLANS["hybrid"], PROMPT, NEGATIVE, seeds=(5,), size="64x64"))
     after = latents_of(denoise_all(base_plan(), PROMPT, NEGATIVE, seeds=(5,), size="64x64"))
     assert torch.equal(before, after)
     assert difference(before, hybrid) > 1e-2
@@ -257,7 +258,7 @@ def test_rows_of_a_batch_have_caches_of_their_own(denoise_all: DenoiseAll, block
         assert len({packet.spans[-1].nfe for packet in together}) > 1
 
 
-@pytest.mark.parametrize("plan", [base_plan(), presets()["distilled"], presets()["hybrid"]], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("plan", [base_plan(), PLANS["distilled"], PLANS["hybrid"]], ids=lambda plan: plan.name)
 def test_a_seed_gives_the_same_latent_alone_and_among_others(denoise_all: DenoiseAll, plan: Plan) -> None:
     negative = NEGATIVE if plan.guided else None
     batch = latents_of(denoise_all(plan, PROMPT, negative, seeds=(0, 1, 12345, MAX_SEED), size="64x64"))
@@ -310,11 +311,11 @@ def test_embeddings_are_those_of_diffusers(pipeline: Pipeline, diffusers_base: Q
     ids=str,
 )
 def test_which_negative_prompt_is_encoded(plan: str | Plan, asked: str | None, encoded: str | None) -> None:
-    assert negative_for(presets()[plan] if isinstance(plan, str) else plan, asked) == encoded
+    assert negative_for(PLANS[plan] if isinstance(plan, str) else plan, asked) == encoded
 
 
 def test_a_distilled_stage_with_attention_guidance_hears_negative_prompts(denoise_all: DenoiseAll) -> None:
-    distilled = presets()["distilled"]
+    distilled = PLANS["distilled"]
     plain, deaf = (latents_of(denoise_all(distilled, PROMPT, text, seeds=(5,), size="64x64")) for text in (None, "red"))
     assert torch.equal(plain, deaf)
     silent, avoiding = (
@@ -336,7 +337,7 @@ def test_a_prompt_of_too_many_tokens_is_refused_by_the_name_of_its_parameter(pip
 
 
 def test_packets_that_cross_as_bytes_lead_to_the_same_latent(pipeline: Pipeline, denoise_all: DenoiseAll) -> None:
-    plan = presets()["hybrid"]
+    plan = PLANS["hybrid"]
     packet = pipeline.encoder.begin("test", 0, 5, "64x64", PROMPT, PROMPT)
     for _ in plan.stages:
         (packet,) = pipeline.denoiser.denoise([LatentPacket.from_bytes(packet.to_bytes())], plan)
@@ -348,21 +349,21 @@ def test_without_a_trained_bridge_the_hybrid_plan_runs_on_the_distilled_adapter(
     pipeline: Pipeline, config: ModelConfig, backend: Backend, denoise_all: DenoiseAll
 ) -> None:
     config = config.model_copy(update={"adapters": {"distilled": config.adapters["distilled"]}})
-    plan = presets()["hybrid"].with_adapters(config.adapters)
+    plan = PLANS["hybrid"].with_adapters(config.adapters)
     denoiser = Denoiser.load(config, backend)
     packets = [pipeline.encoder.begin("test", 0, 5, "64x64", PROMPT, NEGATIVE)]
     for _ in plan.stages:
         packets = denoiser.denoise(packets, plan)
     expected = denoise_all(plan, PROMPT, NEGATIVE, seeds=(5,), size="64x64")
     assert error(latents_of(packets), latents_of(expected)) < TOLERANCE
-    bridged = denoise_all(presets()["hybrid"], PROMPT, NEGATIVE, seeds=(5,), size="64x64")
+    bridged = denoise_all(PLANS["hybrid"], PROMPT, NEGATIVE, seeds=(5,), size="64x64")
     assert difference(latents_of(packets), latents_of(bridged)) > 1e-3
 
 
 def test_run_uses_the_named_preset_the_first_size_and_an_empty_negative_prompt(pipeline: Pipeline) -> None:
     (result,) = pipeline.run("hybrid", PROMPT)
-    (explicit,) = pipeline.run(presets()["hybrid"], PROMPT, negative_prompt=" ", seeds=(0,), size="128x128")
-    (other,) = pipeline.run(presets()["hybrid"], PROMPT, negative_prompt=NEGATIVE, seeds=(0,), size="128x128")
+    (explicit,) = pipeline.run(PLANS["hybrid"], PROMPT, negative_prompt=" ", seeds=(0,), size="128x128")
+    (other,) = pipeline.run(PLANS["hybrid"], PROMPT, negative_prompt=NEGATIVE, seeds=(0,), size="128x128")
     assert (result.image.size, result.nfe) == ((128, 128), 7)
     assert pixel_difference(result.image, explicit.image) == 0
     assert pixel_difference(result.image, other.image) > 0
@@ -373,6 +374,6 @@ def test_run_refuses_what_the_model_lacks(pipeline: Pipeline) -> None:
         pipeline.run("fastest", PROMPT)
     with pytest.raises(ValueError, match=r"size must be one of .*, not '128x64'"):
         pipeline.run("distilled", PROMPT, size="128x64")
-    plan = Plan(stages=[presets()["distilled"].stages[0].model_copy(update={"adapter": "turbo"})])
+    plan = Plan(stages=[PLANS["distilled"].stages[0].model_copy(update={"adapter": "turbo"})])
     with pytest.raises(ValueError, match=r"stages\[0\].adapter must be one of \['bridge', 'distilled'\]"):
         pipeline.run(plan, PROMPT)

@@ -6,9 +6,10 @@ import re
 from typing import Any
 
 import pytest
+from plans import PLANS
 from pydantic import ValidationError
 
-from stages.plan import FirstBlockSpec, Plan, StageSpec, presets
+from stages.plan import FirstBlockSpec, Plan, StageSpec
 
 
 def base(**changes: Any) -> dict[str, Any]:
@@ -142,20 +143,20 @@ def test_unknown_key_of_the_plan_is_refused() -> None:
 
 
 def test_presets_and_their_network_evaluations() -> None:
-    assert {name: plan.nfe for name, plan in presets().items()} == {
+    assert {name: plan.nfe for name, plan in PLANS.items()} == {
         "base": 100,
         "cached": 100,
         "distilled": 4,
         "hybrid": 7,
     }
-    assert all(plan.name == name for name, plan in presets().items())
-    assert [stage.nfe for stage in presets()["hybrid"].stages] == [1, 2, 2, 1, 1]
-    assert presets()["cached"].stages[0].cache == FirstBlockSpec(threshold=0.1)
+    assert all(plan.name == name for name, plan in PLANS.items())
+    assert [stage.nfe for stage in PLANS["hybrid"].stages] == [1, 2, 2, 1, 1]
+    assert PLANS["cached"].stages[0].cache == FirstBlockSpec(threshold=0.1)
 
 
 def test_which_presets_are_guided() -> None:
-    assert {name for name, plan in presets().items() if plan.guided} == {"base", "cached", "hybrid"}
-    assert {name for name, plan in presets().items() if plan.needs_negative()} == {"base", "cached", "hybrid"}
+    assert {name for name, plan in PLANS.items() if plan.guided} == {"base", "cached", "hybrid"}
+    assert {name for name, plan in PLANS.items() if plan.needs_negative()} == {"base", "cached", "hybrid"}
 
 
 def test_a_stage_may_read_the_negative_prompt_instead_of_being_guided_by_it() -> None:
@@ -192,35 +193,35 @@ def test_attention_guidance_out_of_range_is_named(name: str, value: float) -> No
 
 
 def test_with_guidance_changes_guided_stages_alone() -> None:
-    plan = presets()["hybrid"].with_guidance(2.5)
+    plan = PLANS["hybrid"].with_guidance(2.5)
     assert plan.name == "hybrid"
     assert [stage.guidance_scale for stage in plan.stages] == [1.0, 2.5, 1.0, 1.0, 1.0]
-    assert plan.with_guidance(9.0) == presets()["hybrid"]
+    assert plan.with_guidance(9.0) == PLANS["hybrid"]
 
 
 def test_guidance_of_one_halves_the_network_evaluations() -> None:
-    plan = presets()["base"].with_guidance(1.0)
+    plan = PLANS["base"].with_guidance(1.0)
     assert (plan.nfe, plan.guided) == (50, False)
 
 
 def test_with_guidance_refuses_plans_that_would_ignore_it() -> None:
     with pytest.raises(ValueError, match="guidance_scale has no effect on plan 'distilled'"):
-        presets()["distilled"].with_guidance(4.0)
+        PLANS["distilled"].with_guidance(4.0)
 
 
 @pytest.mark.parametrize("scale", [0.5, 20.5])
 def test_with_guidance_refuses_a_scale_out_of_range(scale: float) -> None:
     with pytest.raises(ValueError, match="guidance_scale"):
-        presets()["base"].with_guidance(scale)
+        PLANS["base"].with_guidance(scale)
 
 
 def test_with_adapters_leaves_a_plan_that_the_model_can_run() -> None:
-    assert presets()["hybrid"].with_adapters({"bridge", "distilled"}) == presets()["hybrid"]
-    assert presets()["base"].with_adapters(set()) == presets()["base"]
+    assert PLANS["hybrid"].with_adapters({"bridge", "distilled"}) == PLANS["hybrid"]
+    assert PLANS["base"].with_adapters(set()) == PLANS["base"]
 
 
 def test_without_a_trained_bridge_the_distilled_adapter_at_half_strength_stands_in() -> None:
-    before = presets()["hybrid"]
+    before = PLANS["hybrid"]
     after = before.with_adapters({"distilled"})
     *base, bridge, distilled = after.stages
     assert (bridge.adapter, bridge.adapter_scale) == ("distilled", 0.5)
@@ -244,12 +245,12 @@ def test_the_stand_in_for_a_weakened_bridge_is_weakened_too() -> None:
 )
 def test_a_missing_adapter_that_nothing_can_stand_in_for(preset: str, available: set[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        presets()[preset].with_adapters(available)
+        PLANS[preset].with_adapters(available)
 
 
 @pytest.mark.parametrize("name", ["base", "cached", "distilled", "hybrid"])
 def test_json_round_trip(name: str) -> None:
-    plan = presets()[name]
+    plan = PLANS[name]
     again = Plan.model_validate_json(plan.model_dump_json())
     assert again == plan
     assert again != plan.model_copy(update={"name": "other"})
@@ -257,9 +258,9 @@ def test_json_round_trip(name: str) -> None:
 
 def test_plans_cannot_be_changed_in_place() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        presets()["base"].stages[0].steps = 1
+        PLANS["base"].stages[0].steps = 1
     with pytest.raises(ValidationError, match="frozen"):
-        presets()["base"].name = "other"
+        PLANS["base"].name = "other"
 
 
 def test_guided_means_a_scale_above_one() -> None:

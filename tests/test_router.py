@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from plans import PLANS
 
 from deployments.route import Leg, split
 from deployments.settings import ServedStage
-from stages.plan import presets
 
 SPREAD = {"encode": "Text", "base": "Base", "bridge": "Bridge", "distilled": "Distilled", "decode": "Pixels"}
 TOGETHER = dict.fromkeys(SPREAD, "All")
@@ -30,7 +30,7 @@ def test_stages_of_one_deployment_are_one_call_unless_an_image_is_sent_between(
     deployments: dict[ServedStage, str], partial_images: int, legs: list[str]
 ) -> None:
     """The hybrid plan's base comes in three parts."""
-    assert [str_of(leg) for leg in split(presets()["hybrid"], deployments, partial_images)] == legs
+    assert [str_of(leg) for leg in split(PLANS["hybrid"], deployments, partial_images)] == legs
 
 
 def str_of(leg: Leg) -> str:

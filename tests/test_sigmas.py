@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
+from plans import PLANS
 
-from stages.plan import StageSpec, presets
+from stages.plan import StageSpec
 from stages.sigmas import shift_time, stage_sigmas
 
 # 64x64, 128x128, 192x128, 256x256, 1024x1024, 1328x1328 and 1664x928 pixels.
@@ -73,7 +74,7 @@ def test_shift_of_three_is_lightnings_schedule(
 def test_distilled_plan_steps_at_the_levels_that_its_comment_promises(
     scheduler: FlowMatchEulerDiscreteScheduler,
 ) -> None:
-    sigmas = stage_sigmas(presets()["distilled"].stages[0], scheduler, 64)
+    sigmas = stage_sigmas(PLANS["distilled"].stages[0], scheduler, 64)
     assert sigmas.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0], abs=1e-6)
 
 
@@ -81,7 +82,7 @@ def test_distilled_plan_steps_at_the_levels_that_its_comment_promises(
 def test_stages_of_the_hybrid_plan_meet_at_the_hand_over(
     scheduler: FlowMatchEulerDiscreteScheduler, tokens: int
 ) -> None:
-    stages = presets()["hybrid"].stages
+    stages = PLANS["hybrid"].stages
     schedules = [stage_sigmas(stage, scheduler, tokens) for stage in stages]
     assert [len(sigmas) for sigmas in schedules] == [2, 2, 3, 2, 2]
     assert schedules[0][0] == 1

@@ -20,7 +20,7 @@ from random import Random
 import torch
 import torch.nn.functional as F
 
-from stages.plan import presets
+from stages.plan import read_plans
 from stages.sigmas import stage_sigmas
 from training.adapters import active, save_lora
 from training.loop import begin, load_pipeline, train
@@ -38,7 +38,7 @@ def main() -> None:
     transformer = matching.transformer
     prompts = Prompts(pipeline)
     taught = Trajectories.load(arguments.trajectories)
-    plan = presets()[config["plan"]]
+    plan = read_plans(Path(config["plans"]))[config["plan"]]
     *before, bridge, _ = plan.stages
     tokens = taught.latents.shape[2]
     sigmas = stage_sigmas(bridge, pipeline.scheduler, tokens)

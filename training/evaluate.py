@@ -22,7 +22,6 @@ from random import Random
 from backends import get_backend
 from stages.model import ModelConfig
 from stages.pipeline import Pipeline, Prompted
-from stages.plan import presets
 from training.oracle import Reading, largest, matches, read
 from training.scenes import COLORS, SHAPES, describe_value, with_article
 
@@ -76,7 +75,7 @@ class Grader:
         wanted = list(zip(range(captions), _combinations(), strict=False))
         readings = self._read([Prompted(_phrase(color, shape), seed) for seed, (color, shape) in wanted])
         pairs = [(reading, color, shape) for reading, (_, (color, shape)) in zip(readings, wanted, strict=True)]
-        removed = self._remove(-(-captions // 5)) if presets()[self._plan].needs_negative() else None
+        removed = self._remove(-(-captions // 5)) if self._pipeline.config.plan(self._plan).needs_negative() else None
         return Report(
             plan=self._plan,
             captions=captions,
@@ -137,7 +136,7 @@ def _row(report: Report) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="of the model, such as configs/scenes.yaml")
-    parser.add_argument("--plans", nargs="+", default=list(BARS), choices=sorted(presets()), metavar="PLAN")
+    parser.add_argument("--plans", nargs="+", default=list(BARS), metavar="PLAN")
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--batch", type=int, default=25, help="most images at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports there")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from stages.decode import decode_pixels
-from stages.plan import presets
+from stages.plan import read_plans
 from stages.sigmas import stage_sigmas
 from stages.vae import convolve_images
 from training.adapters import Lora, active, lora_parameters, save_lora
@@ -50,7 +50,7 @@ def main() -> None:
     )
     loras = Lora("tail", parameters, optimizer)
     prompts, former_prompts = Prompts.read(pipeline, config), Prompts(former)
-    plan = presets()[config["plan"]]
+    plan = read_plans(Path(config["plans"]))[config["plan"]]
     before = [stage for stage in plan.stages if stage.name not in weights]
     tail = [stage.model_copy(update={"attention_guidance": None}) for stage in plan.stages if stage.name in weights]
     grid = grid_of(config["pairs"])

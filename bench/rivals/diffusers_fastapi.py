@@ -20,11 +20,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from stages.model import ModelConfig, parse_size
-from stages.plan import presets
 
 app = FastAPI()
 config = ModelConfig.read(Path(os.environ["RIVAL_MODEL"]))
-(base,) = presets()["base"].stages
+(base,) = config.plan("base").stages
 shared = QwenImagePipeline.from_pretrained(config.source, torch_dtype=torch.float32)
 
 

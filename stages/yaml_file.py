@@ -1,0 +1,63 @@
+"""YAML files of configuration, read strictly: what is wrong with one is told in a line that names file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A file of configuration that cannot be used; its message is one line that names the file and the key."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's own, which would let the last of several equal keys win."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: it is not YAML, has a key twice, or is not a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML in UTF-8: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be keys with values, not {type(content).__name__}")
+    return content
+
+
+def validate(path: Path, kind: type[T], content: object) -> T:
+    """`content` of the file `path` as a `kind`; raises ConfigError that names each key that is wrong."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"{path}: {_sentence(each)}" for each in error.errors())) from error
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"] if "[" not in str(part))
+    return ": ".join(filter(None, [key, error["msg"].removeprefix("Value error, ")]))
