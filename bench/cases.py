@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from stages.pipeline import Prompted
+from stages.yaml_file import read_mapping
 from training.scenes import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -89,7 +90,7 @@ class Cases(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises pydantic.ValidationError, which names the key that is wrong."""
-        return cls(**yaml.safe_load(path.read_text()))
+        return cls(**read_mapping(path))
 
     @property
     def of_scenes(self) -> bool:

@@ -158,6 +158,7 @@ def test_a_quantized_text_encoder_comes_near_the_plain_one(config: ModelConfig, 
 
 def test_settings_name_a_quantization_that_a_backend_lacks(tmp_path: Path) -> None:
     text = (ROOT / "configs" / "scenes.yaml").read_text().replace("checkpoints", str(ROOT / "checkpoints"))
+    text = text.replace("plans/", f"{ROOT}/configs/plans/")
     path = tmp_path / "scenes.yaml"
     path.write_text(text + "quantize: {transformer: fp8_dynamic}\n")
     with pytest.raises(ValueError, match=r"quantize\.transformer .* one of int8_weight_only, int8_dynamic on cpu"):

@@ -370,7 +370,7 @@ def test_run_uses_the_named_preset_the_first_size_and_an_empty_negative_prompt(p
 
 
 def test_run_refuses_what_the_model_lacks(pipeline: Pipeline) -> None:
-    with pytest.raises(KeyError, match="fastest"):
+    with pytest.raises(ValueError, match="plan must be one of base, cached, distilled, hybrid, not 'fastest'"):
         pipeline.run("fastest", PROMPT)
     with pytest.raises(ValueError, match=r"size must be one of .*, not '128x64'"):
         pipeline.run("distilled", PROMPT, size="128x64")

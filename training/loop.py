@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import QwenImagePipeline
 
 from stages.attention import guide_attention
+from stages.yaml_file import read_mapping
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def parse_arguments(description: str | None, *directories: str) -> argparse.Name
 
 def read_config(path: Path, section: str) -> dict[str, Any]:
     """Section `section` of a YAML file; raises KeyError that names the section and those there are."""
-    config = yaml.safe_load(path.read_text())
+    config = read_mapping(path)
     if section not in config:
         raise KeyError(f"{path} has no section {section!r}; it has {sorted(config)}")
     return config[section]
