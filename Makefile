@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 .PHONY: serve test lint lock
 
 serve: $(VENV)/installed
-	$(VENV)/bin/serve run serve_config.yaml
+	$(VENV)/bin/python -m deployments serve_config.yaml
 
 test: $(VENV)/installed lint
 	$(VENV)/bin/pytest

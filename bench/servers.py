@@ -70,10 +70,11 @@ def servers(model: Path) -> list[Server]:
         ],
     }
     uvicorn = (sys.executable, "-m", "uvicorn", "bench.rivals.diffusers_fastapi:app", "--port", "{port}")
+    ours = (sys.executable, "-m", "deployments", "{config}")
     serve = (str(Path(sys.executable).with_name("serve")), "run", "{config}")
     return [
-        Server(SPREAD, serve, config),
-        Server(COLOCATED, serve, colocated(config)),
+        Server(SPREAD, ours, config),
+        Server(COLOCATED, ours, colocated(config)),
         Server(MONOLITH, serve, monolith),
         Server(FASTAPI, uvicorn, slow=True),
     ]

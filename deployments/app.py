@@ -17,7 +17,8 @@ def build(settings: Settings) -> Application:
     """
     model = settings.read_model()
     replicas = {
-        name: serve.deployment(StageReplica, name=name).bind(model, placement)
+        # What a constructor raises, it raises again: the start ends with it instead.
+        name: serve.deployment(StageReplica, name=name, max_constructor_retry_count=1).bind(model, placement)
         for name, placement in settings.placement.items()
     }
-    return serve.deployment(Ingress).bind(settings, replicas)
+    return serve.deployment(Ingress, max_constructor_retry_count=1).bind(settings, replicas)

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 
 from deployments.decode import DecodedImage
 from deployments.encode import ImageRequest
+from deployments.front import Front
 from deployments.images_api import APIError, ImagesRequest, images_response, stream_event
 from deployments.route import Route
 from deployments.router import Partial, Router
@@ -32,6 +33,7 @@ from stages.plan import Plan
 
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="Images", description="Text-to-image generation through base, bridge and distilled stages.")
+app.add_middleware(Front)  # where Serve's proxy has none, probes get here
 
 
 @app.exception_handler(APIError)
@@ -102,23 +104,6 @@ class Ingress:
         """The model's plans, which a request may name."""
         data = [{"nfe": plan.nfe, **plan.model_dump(mode="json")} for plan in self._model.plans.values()]
         return {"object": "list", "data": data, "default": self._settings.default_plan}
-
-    @app.get("/healthz")
-    async def healthy(self) -> dict[str, str]:
-        """This replica answers."""
-        return {"status": "ok"}
-
-    @app.get("/readyz")
-    async def ready(self) -> dict[str, str]:
-        """Every deployment is healthy."""
-        name = serve.get_replica_context().app_name
-        async with asyncio.timeout(5):
-            status = await asyncio.to_thread(serve.status)
-        states = {key: value.status.value for key, value in status.applications[name].deployments.items()}
-        waiting = sorted(key for key, state in states.items() if state != "HEALTHY")
-        if waiting:
-            raise APIError(503, "not_ready", f"not healthy yet: {', '.join(waiting)}")
-        return {"status": "ready"}
 
     def _route(self, body: ImagesRequest) -> tuple[Plan, str, list[Route]]:
         """Resolve names and defaults; raises APIError that names the field and what it may be."""

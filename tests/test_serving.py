@@ -39,7 +39,10 @@ def client(url: str) -> OpenAI:
 
 
 def test_serve_run_starts_six_healthy_deployments(url: str) -> None:
-    assert httpx.get(f"{url}/readyz", timeout=10).json() == {"status": "ready"}
+    assert httpx.get(f"{url}/readyz", timeout=10).json() == {
+        "status": "ready",
+        "replicas": dict.fromkeys(DEPLOYMENTS, 1),
+    }
     assert httpx.get(f"{url}/healthz", timeout=10).json() == {"status": "ok"}
     assert deployment_statuses() == dict.fromkeys(DEPLOYMENTS, "HEALTHY")
 

@@ -1,0 +1,47 @@
+"""Check a config, serve it, say when it is ready, and stop when asked to: `python -m deployments serve_config.yaml`.
+
+Ends with status 1 and one sentence if the server cannot start. SIGTERM and Ctrl-C refuse what comes, answer what is in
+flight for at most the ingress' `graceful_shutdown_timeout_s`, and end with status 0; a second one waits no longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Ray and Serve read these when they are imported, here and in every process that they start.
+_ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.front:middlewares",
+    "RAY_SERVE_LOG_TO_STDERR": "0",  # into files alone, which the dashboard shows; see `deployments.console`
+    "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+}
+
+
+def main() -> int:
+    """Run the command; the status to exit with."""
+    parser = argparse.ArgumentParser(prog="python -m deployments", description=__doc__)
+    parser.add_argument("config", type=Path, nargs="?", default=Path("serve_config.yaml"), help="in Serve's own schema")
+    parser.add_argument("--check", action="store_true", help="check the config and what it names, and start nothing")
+    arguments = parser.parse_args()
+    os.environ.update(_ENVIRONMENT)
+
+    from deployments.check import StartError, check
+
+    try:
+        config = check(arguments.config)
+        if not arguments.check:
+            from deployments.launch import Server
+
+            Server(arguments.config, config).run()
+    except StartError as error:
+        print(f"cannot start: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What stands in Serve's HTTP proxy, in front of the application: probes, and refusals in the API's shape.
+
+A probe that the application answered would wait in the queue of images; and what the proxy says by itself (its queue
+is full, a replica died, time is up) is plain text, or nothing, of which no handler of the application hears. Serve
+puts the middlewares of `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.front:middlewares` around its proxies.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.readiness import Watch
+
+_RETRY = {"Retry-After": "1"}
+
+
+def middlewares() -> list[Middleware]:
+    """Middlewares for Serve's HTTP proxies."""
+    return [Middleware(Front)]
+
+
+class Front:
+    """Answers probes at once, refuses what cannot be served now, and gives every error the API's shape."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._in_flight = 0
+        self._watch = Watch(lambda: self._in_flight)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Implement ASGI."""
+        if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Serve's own paths
+            await self._app(scope, receive, send)
+        elif scope["path"] == "/healthz":
+            await JSONResponse({"status": "ok"})(scope, receive, send)
+        elif scope["path"] == "/readyz":
+            await self._ready()(scope, receive, send)
+        elif refusal := self._refusal():
+            await refusal(scope, receive, send)
+        else:
+            self._in_flight += 1
+            try:
+                await self._forward(scope, receive, send)
+            finally:
+                self._in_flight -= 1
+
+    def _ready(self) -> JSONResponse:
+        readiness = self._watch.readiness
+        if readiness.reason:
+            return _error(503, "not_ready", readiness.reason)
+        return JSONResponse({"status": "ready", "replicas": readiness.replicas})
+
+    def _refusal(self) -> JSONResponse | None:
+        """Answer to a request that would only wait; one for a stage that restarts may wait until its deadline."""
+        readiness = self._watch.readiness
+        if self._watch.was_ready and readiness.replicas.get("Ingress"):
+            return None
+        return _error(503, "not_ready", readiness.reason or "starting")
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start: Message | None = None
+        done = False
+
+        async def shaped(message: Message) -> None:
+            nonlocal start, done
+            if message["type"] == "http.response.start":
+                start = message
+                if message["status"] >= 400 and not _is_json(message):
+                    await _proxy_error(message)(scope, receive, send)
+                    done = True
+                    return
+            if not done:
+                done = message["type"] == "http.response.body" and not message.get("more_body", False)
+                await send(message)
+
+        await self._app(scope, receive, shaped)
+        if start is None:
+            await _error(503, "replica_died", "the replica that had the request died; try again")(scope, receive, send)
+        elif not done and Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream"):
+            body = _body(503, "replica_died", "the replica that had the request died; try again")
+            event = f"event: error\ndata: {json.dumps(body)}\n\n".encode()
+            await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+def _is_json(start: Message) -> bool:
+    return Headers(raw=start["headers"]).get("content-type", "").startswith("application/json")
+
+
+def _proxy_error(start: Message) -> JSONResponse:
+    """The API's form of an answer of the proxy's own."""
+    match start["status"]:
+        case 503 | 429:
+            return _error(503, "overloaded", "all queues are full; try again later")
+        case 408:
+            return _error(504, "deadline_exceeded", "not done in the time that a request may take")
+        case 404:
+            return _error(404, "not_found", "no application is served at this path")
+        case status:
+            return _error(status, "internal_error", "the request failed; the server's log has the reason")
+
+
+def _error(status: int, code: str, message: str) -> JSONResponse:
+    return JSONResponse(_body(status, code, message), status, _RETRY if status == 503 else None)
+
+
+def _body(status: int, code: str, message: str) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

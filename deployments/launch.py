@@ -1,0 +1,153 @@
+"""A server's life on a Ray cluster: start, ready, drain, end."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import signal
+import time
+from collections import Counter
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import FrameType
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import ray
+from ray import serve
+from ray.serve.schema import DeploymentSchema, ServeDeploySchema
+from ray.serve.scripts import cli as serve_cli
+
+from deployments import readiness
+from deployments.check import StartError
+
+_POLL_S = 0.25
+_GRACE_S = 20.0  # Serve's own default
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Server:
+    """A config on Ray's cluster at `RAY_ADDRESS`, or else on one of its own."""
+
+    def __init__(self, path: Path, config: ServeDeploySchema) -> None:
+        self._path = path
+        self._config = config
+        self._stops = 0
+
+    def run(self) -> None:
+        """Serve until a signal comes; raises StartError if the server does not get ready."""
+        self._listen()
+        try:
+            dashboard = self._start()
+            if self._wait_until_ready():
+                host = self._address()
+                print(
+                    f"ready: API at {host}/v1, its description at {host}/docs; dashboard at http://{dashboard}"
+                    f"{', token by `ray get-auth-token`' if os.environ.get('RAY_AUTH_MODE') != 'disabled' else ''}",
+                    flush=True,
+                )
+            while not self._stops:
+                time.sleep(_POLL_S)
+            if not readiness.drain(self._grace(), cut_short=lambda: self._stops > 1):
+                print("stopped before all requests were answered", flush=True)
+        finally:
+            if ray.is_initialized():
+                if os.environ.get("RAY_ADDRESS"):  # a cluster of its own ends as a whole
+                    serve.shutdown()
+                ray.shutdown()
+
+    def _listen(self) -> None:
+        """Handle signals; Ray sets a handler of its own when it starts."""
+        for name in _SIGNALS:
+            signal.signal(name, self._stop)
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self._stops += 1
+
+    def _start(self) -> str:
+        """Start Ray and deploy the config; the dashboard's address."""
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            context = ray.init(namespace="serve", logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise StartError(f"Ray: {error}") from error
+        self._listen()
+        if not os.environ.get("RAY_ADDRESS"):
+            self._check_resources()
+        readiness.begin()
+        with redirect_stdout(io.StringIO()) as said:
+            try:
+                serve_cli.main(args=["run", "--non-blocking", str(self._path)], standalone_mode=False)
+            except SystemExit as error:  # it has printed a traceback
+                raise StartError(f"serve run {self._path}: {said.getvalue().strip().splitlines()[-1]}") from error
+        return context.dashboard_url
+
+    def _check_resources(self) -> None:
+        """Compare what all replicas ask for with what this machine has, which Ray would wait for without end."""
+        asked: Counter[str] = Counter()
+        for application in self._config.applications:
+            for deployment in application.deployments:
+                asked.update(_resources(deployment))
+        has = ray.cluster_resources()
+        for name, amount in asked.items():
+            if amount > has.get(name, 0) + 1e-6:
+                raise StartError(
+                    f"{self._path}: deployments.*.ray_actor_options ask for {amount:g} {name} together, "
+                    f"and this machine has {has.get(name, 0):g}"
+                )
+
+    def _wait_until_ready(self) -> bool:
+        """Wait for the server; False if a signal came first. Raises StartError."""
+        while not self._stops:
+            if _answers(f"{self._address()}/readyz"):
+                return True
+            for name, application in serve.status().applications.items():
+                failed = [status for status in application.deployments.values() if status.status == "DEPLOY_FAILED"]
+                if failed or application.status == "DEPLOY_FAILED":
+                    message = failed[0].message if failed else application.message
+                    where = next((key for key, status in application.deployments.items() if status in failed), name)
+                    raise StartError(f"{where}: {_reason(message)}")
+            time.sleep(_POLL_S)
+        return False
+
+    def _address(self) -> str:
+        options = self._config.http_options
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(options.host, options.host)
+        return f"http://{host}:{options.port}"
+
+    def _grace(self) -> float:
+        """Longest `graceful_shutdown_timeout_s` of the ingress of any application."""
+        found = [
+            deployment.graceful_shutdown_timeout_s
+            for application in self._config.applications
+            for deployment in application.deployments
+            if deployment.name == "Ingress" and isinstance(deployment.graceful_shutdown_timeout_s, int | float)
+        ]
+        return max(found, default=_GRACE_S)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=2):
+            return True
+    except (URLError, TimeoutError, ConnectionError):
+        return False
+
+
+def _resources(deployment: DeploymentSchema) -> Counter[str]:
+    """What the replicas that a deployment starts with ask for, by Ray's names of resources."""
+    options = deployment.model_dump(exclude_unset=True)
+    scaling = options.get("autoscaling_config") or {}
+    replicas = options.get("num_replicas") or scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
+    actor = options.get("ray_actor_options") or {}
+    asked = {"CPU": actor.get("num_cpus", 1), "GPU": actor.get("num_gpus", 0), **(actor.get("resources") or {})}
+    return Counter({name: replicas * amount for name, amount in asked.items() if amount and math.isfinite(amount)})
+
+
+def _reason(message: str) -> str:
+    """The last line of the traceback in one of Serve's messages."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "the deployment failed"

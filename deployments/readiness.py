@@ -1,0 +1,185 @@
+"""Which replicas run, known within a fraction of a second of a death."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import ray
+from ray import serve
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+
+T = TypeVar("T")
+
+_LOOK_PERIOD_S = 0.2
+_STATUS_PERIOD_S = 5.0  # while nothing happens
+_STATUS_PERIOD_UNREADY_S = 0.5
+_DEADLINE_S = 2.0  # after which a cluster that does not answer makes the server unready
+_AT_REST = {"HEALTHY", "UPSCALING", "DOWNSCALING"}  # in which a deployment may have been scaled to no replicas
+_KV = b"images"
+_DRAINING = b"draining"
+_REPLICA = "SERVE_REPLICA::"  # the names of Serve's actors begin with these
+_PROXY = "SERVE_PROXY_ACTOR-"
+
+
+@dataclass(frozen=True)
+class Deployments:
+    """What Serve's controller said of every deployment of every application.
+
+    Attributes:
+        running: replicas that run, by `application#deployment`.
+        resting: deployments that need no replica to be well.
+        started: names of the replicas' actors when the question was put.
+    """
+
+    running: Mapping[str, int] = field(default_factory=dict)
+    resting: frozenset[str] = frozenset()
+    started: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether images can be made.
+
+    Attributes:
+        replicas: that run, by deployment.
+        reason: why not, or None.
+    """
+
+    replicas: Mapping[str, int]
+    reason: str | None
+
+    @classmethod
+    def of(cls, deployments: Deployments, alive: frozenset[str]) -> Readiness:
+        """Combine what the controller said with the actors that are alive.
+
+        The controller finds a death at its next health check, seconds later; Ray's own directory of named actors, which
+        does not tell a replica that loads from one that runs, drops a dead one at once. A replica counts if both know
+        it, and if it was there when the controller was asked.
+        """
+        there = [name.removeprefix(_REPLICA).rpartition("#")[0] for name in alive & deployments.started]
+        replicas = {key: min(running, there.count(key)) for key, running in deployments.running.items()}
+        missing = sorted(
+            key.partition("#")[2]
+            for key, count in replicas.items()
+            if not count and (deployments.running[key] or key not in deployments.resting)
+        )
+        reason = f"no running replica of {', '.join(missing)}" if missing else None
+        if not replicas:
+            reason = "starting"
+        return cls({key.partition("#")[2]: count for key, count in replicas.items()}, reason)
+
+
+class Watch:
+    """Follows the cluster from an event loop's background.
+
+    Attributes:
+        was_ready: whether images could be made since this watch began.
+        draining: whether the server is about to stop; see `drain`.
+    """
+
+    def __init__(self, in_flight: Callable[[], int]) -> None:
+        """Start watching, in the running event loop.
+
+        Args:
+            in_flight: how many requests are being answered here.
+        """
+        self.was_ready = False
+        self.draining = False
+        self._in_flight = in_flight
+        self._name = ray.get_runtime_context().get_actor_name() or ""
+        self._deployments = Deployments()
+        self._alive: frozenset[str] = frozenset()
+        self._seen = 0.0
+        self._changed = asyncio.Event()
+        self._calls = ThreadPoolExecutor(max_workers=2, thread_name_prefix="watch")
+        self._tasks = (asyncio.create_task(self._follow_actors()), asyncio.create_task(self._follow_status()))
+
+    @property
+    def readiness(self) -> Readiness:
+        """What is known now."""
+        if self.draining:
+            return Readiness({}, "draining: the server is about to stop")
+        if time.monotonic() - self._seen > _DEADLINE_S:
+            return Readiness({}, "starting" if not self._seen else "the cluster does not answer")
+        return Readiness.of(self._deployments, self._alive)
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        async with asyncio.timeout(_DEADLINE_S):
+            return await asyncio.get_running_loop().run_in_executor(self._calls, function)
+
+    async def _follow_actors(self) -> None:
+        while True:
+            with suppress(TimeoutError, ray.exceptions.RayError):  # `readiness` tells how old the last answer is
+                alive, draining = await self._call(lambda: (_replicas(), _internal_kv_get(_DRAINING, namespace=_KV)))
+                self._seen = time.monotonic()
+                if alive != self._alive:
+                    self._alive = alive
+                    self._changed.set()
+                self.was_ready |= self.readiness.reason is None
+                if draining:
+                    self.draining = True  # from here on nothing is taken, so that the count only falls
+                    count = str(self._in_flight()).encode()
+                    await self._call(partial(_internal_kv_put, self._name, count, namespace=_KV))
+            await asyncio.sleep(_LOOK_PERIOD_S)
+
+    async def _follow_status(self) -> None:
+        while True:
+            self._changed.clear()
+            started = self._alive
+            with suppress(TimeoutError, ray.exceptions.RayError):
+                self._deployments = await self._call(partial(_ask_controller, started))
+            period = _STATUS_PERIOD_S if self.readiness.reason is None else _STATUS_PERIOD_UNREADY_S
+            with suppress(TimeoutError):
+                async with asyncio.timeout(period):
+                    await self._changed.wait()
+
+
+def _replicas() -> frozenset[str]:
+    """Names of the replicas' actors that are alive, those that still load among them."""
+    return frozenset(name for name in ray.util.list_named_actors() if name.startswith(_REPLICA))
+
+
+def _ask_controller(started: frozenset[str]) -> Deployments:
+    running, resting = {}, set()
+    for application, overview in serve.status().applications.items():
+        for deployment, status in overview.deployments.items():
+            key = f"{application}#{deployment}"
+            running[key] = status.replica_states.get("RUNNING", 0)
+            if status.status in _AT_REST:
+                resting.add(key)
+    return Deployments(running, frozenset(resting), started)
+
+
+def begin() -> None:
+    """Forget an earlier `drain` of this cluster."""
+    for name in (_DRAINING, *_proxies()):
+        _internal_kv_del(name, namespace=_KV)
+
+
+def drain(timeout_s: float, cut_short: Callable[[], bool]) -> bool:
+    """Make every proxy refuse requests, and wait until they have answered those that they have.
+
+    Args:
+        cut_short: whether to wait no longer.
+
+    Returns:
+        Whether all were answered in time.
+    """
+    _internal_kv_put(_DRAINING, b"1", namespace=_KV)
+    deadline = time.monotonic() + timeout_s
+    while any(_internal_kv_get(name, namespace=_KV) != b"0" for name in _proxies()):
+        if time.monotonic() > deadline or cut_short():
+            return False
+        time.sleep(_LOOK_PERIOD_S / 2)
+    return True
+
+
+def _proxies() -> list[str]:
+    return [name for name in ray.util.list_named_actors() if name.startswith(_PROXY)]
