@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,12 @@ from diffusers import QwenImagePipeline
 from training.adapters import Lora, active, add_lora
 from training.loop import load_pipeline
 from training.matching import Matching, Samples
-from training.prompts import Prompts
 from training.sampling import conditional, guided
+from training.text import embed_pairs
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "scenes"
 GRID = (4, 4)
+LEVEL = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -28,62 +28,71 @@ def teacher() -> QwenImagePipeline:
 
 
 @pytest.fixture(scope="module")
-def critic(teacher: QwenImagePipeline) -> Lora:
-    """A LoRA that changes nothing yet."""
-    parameters = add_lora(teacher.transformer, "critic", rank=4)
-    return Lora("critic", parameters, torch.optim.AdamW(parameters, lr=1e-2))
+def loras(teacher: QwenImagePipeline) -> tuple[Lora, Lora]:
+    """A student and a critic that change nothing yet, and do not move."""
+    made = []
+    for name in ("student", "critic"):
+        parameters = add_lora(teacher.transformer, name, rank=4)
+        made.append(Lora(name, parameters, torch.optim.SGD(parameters, lr=0.0)))
+    return made[0], made[1]
 
 
 @pytest.fixture
 def samples(teacher: QwenImagePipeline) -> Samples:
-    prompts = Prompts(teacher)
-    embeds, negatives = prompts.embed(["a red star", "a moon"]), prompts.embed(["a furry shape", " "])
-    clean = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    return Samples(clean, 0.5, embeds, negatives, conditional(teacher.transformer, embeds, GRID), GRID)
+    texts = embed_pairs(teacher, ["a red star", "a moon"], ["a furry shape", " "], length=16)
+    latents = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
+    return Samples(latents, LEVEL, texts.prompt, texts, GRID)
 
 
-def matching(teacher: QwenImagePipeline, critic: Lora, guidance_scale: float) -> Matching:
-    return Matching(Accelerator(cpu=True), teacher.transformer, critic, 1, guidance_scale, 0.0, 1.0)
+def matching(teacher: QwenImagePipeline, loras: tuple[Lora, Lora], guidance_scale: float) -> Matching:
+    return Matching(Accelerator(cpu=True), teacher.transformer, *loras, 1, guidance_scale, 0.0, 1.0)
 
 
 def test_nothing_is_pushed_where_the_critic_agrees_with_the_teacher(
-    teacher: QwenImagePipeline, critic: Lora, samples: Samples
+    teacher: QwenImagePipeline, loras: tuple[Lora, Lora], samples: Samples
 ) -> None:
-    loss = matching(teacher, critic, guidance_scale=1.0).loss(samples, torch.Generator().manual_seed(1))
-    assert float(loss) < 1e-9
+    losses = matching(teacher, loras, guidance_scale=1.0).update(samples, torch.Generator().manual_seed(1))
+    assert float(losses["matching"]) < 1e-9
 
 
 def test_gradient_leads_from_the_critics_clean_latent_to_the_guided_teachers(
-    teacher: QwenImagePipeline, critic: Lora, samples: Samples
+    teacher: QwenImagePipeline, loras: tuple[Lora, Lora], samples: Samples
 ) -> None:
-    matching(teacher, critic, guidance_scale=4.0).loss(samples, torch.Generator().manual_seed(1)).backward()
-    assert samples.clean.grad is not None
-    generator, clean = torch.Generator().manual_seed(1), samples.clean.detach()
-    sigma = torch.sigmoid(torch.randn(2, generator=generator))
-    level = sigma[:, None, None]
-    noisy = (1 - level) * clean + level * torch.randn(clean.shape, generator=generator)
-    embeds, negatives = samples.embeds, samples.negatives
+    """The student's gradient is that of what it foresees, pushed by the difference of the two scores."""
+    match = matching(teacher, loras, guidance_scale=4.0)
+    match.update(samples, torch.Generator().manual_seed(1))
+    student = [parameter for key, parameter in teacher.transformer.named_parameters() if ".student." in key]
+    seen = [parameter.grad.clone() for parameter in student if parameter.grad is not None]
+
+    noise, level = match._diffusion(samples, torch.Generator().manual_seed(1))
+    weights = level[:, None, None]
+    with active(teacher.transformer, "student"):
+        own = conditional(teacher.transformer, samples.text, GRID)(samples.latents, torch.full((2,), LEVEL))
+        foreseen = samples.latents - LEVEL * own
+    clean = foreseen.detach()
+    noisy = (1 - weights) * clean + weights * noise
     with torch.no_grad(), active(teacher.transformer, None):
-        real = noisy - level * guided(teacher.transformer, embeds, negatives, GRID, 4.0)(noisy, sigma)
-        fake = noisy - level * conditional(teacher.transformer, embeds, GRID)(noisy, sigma)
-    expected = (fake - real) / (clean - real).abs().mean((1, 2), keepdim=True)
-    torch.testing.assert_close(samples.clean.grad * clean.numel(), expected, rtol=1e-3, atol=1e-4)
+        real = noisy - weights * guided(teacher.transformer, samples.texts, GRID, 4.0)(noisy, level)
+        fake = noisy - weights * conditional(teacher.transformer, samples.text, GRID)(noisy, level)
+    push = (fake - real) / (clean - real).abs().mean((1, 2), keepdim=True) / clean.numel()
+    for parameter in student:
+        parameter.requires_grad_(True)  # which peft has taken away since
+    expected = torch.autograd.grad(foreseen, student, push, materialize_grads=True)
+    norm = torch.stack([gradient.norm() for gradient in expected]).norm()
+    for gradient, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted / norm.clamp(min=1.0), rtol=1e-2, atol=1e-6)
 
 
 def test_critic_learns_the_samples_and_the_base_model_stays(
-    teacher: QwenImagePipeline, critic: Lora, samples: Samples
+    teacher: QwenImagePipeline, loras: tuple[Lora, Lora], samples: Samples
 ) -> None:
-    match = matching(teacher, critic, guidance_scale=1.0)
-
-    def loss() -> float:
-        with torch.no_grad():
-            return float(match.critic_loss(samples, torch.Generator().manual_seed(2)))
-
-    parameter = torch.nn.Parameter(torch.zeros(()))
-    before, weights = loss(), teacher.transformer.proj_out.weight.clone()
-    for seed in range(5):
-        moved = replace(samples, clean=samples.clean.detach() + parameter)
-        lora = Lora("critic", [parameter], torch.optim.SGD([parameter], lr=1e-3))
-        match.update(lora, moved, torch.Generator().manual_seed(seed))
-    assert loss() < before
+    critic = [parameter for key, parameter in teacher.transformer.named_parameters() if ".critic." in key]
+    before, weights = [parameter.clone() for parameter in critic], teacher.transformer.proj_out.weight.clone()
+    learning = Lora("critic", critic, torch.optim.AdamW(critic, lr=1e-3))
+    match = matching(teacher, (loras[0], learning), guidance_scale=1.0)
+    losses = [float(match.update(samples, torch.Generator().manual_seed(seed % 3))["critic"]) for seed in range(9)]
+    assert sum(losses[6:]) < sum(losses[:3])
     assert torch.equal(weights, teacher.transformer.proj_out.weight)
+    with torch.no_grad():  # another test's critic agrees with the teacher
+        for parameter, value in zip(critic, before, strict=True):
+            parameter.copy_(value)

@@ -23,12 +23,21 @@ from diffusers import (
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from backends import get_backend
+from stages.denoise import Row, join_negative, step
+from stages.model import ModelConfig, load_transformer
+from stages.network import Network
+from stages.plan import StageSpec, read_plans
 from stages.vae import convolve_images
-from training.base import encode_captions
+from training.adapters import active
 from training.data import LABELS, NO_OBJECT, SceneBatches, SceneLatents, SizeShare, in_order, object_labels
 from training.decoder import contrast
-from training.loop import Schedule, one_cycle, read_config, train
+from training.loop import Schedule, load_pipeline, one_cycle, read_config, train
+from training.optimize import StackedMuon
+from training.prompts import Prompts
+from training.sampling import of_stage
 from training.scenes import COLORS, FILLS, SHAPES, Scene, SceneObject, caption, examples, render, sample_scene
+from training.text import embed, embed_pairs
 from training.vae import to_pixels
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +60,25 @@ def test_captions_leave_attributes_unsaid_and_some_are_empty() -> None:
     assert 0.5 <= named <= 0.7
 
 
+def test_listed_values_have_one_that_the_scene_has() -> None:
+    rng = Random(1)
+    scenes = [sample_scene(rng, 1) for _ in range(1000)]
+    lists = [(scene, text) for scene in scenes if ", " in (text := caption(scene, rng))]
+    assert len(lists) > 60
+    for scene, text in lists:
+        (thing,) = scene.objects
+        own = {thing.shape, thing.color, thing.size, thing.fill, scene.background}
+        assert any(word in own for item in text.split(", ") for word in item.rstrip(".!").split())
+
+
+@pytest.mark.parametrize(("asked", "kept"), [("a star", True), ("a red star", False), ("a shape.", True)])
+def test_nothing_is_to_be_avoided_that_the_prompt_asks_for(asked: str, kept: bool) -> None:
+    prompts = Prompts(None, None)
+    avoided = [prompts.draw_negative(Random(seed), asked, 1.0) for seed in range(200)]
+    assert any("red" in text for text in avoided) is kept
+    assert all("star" not in text for text in avoided) is ("star" in asked)
+
+
 def test_kept_latents_are_those_of_the_scenes_that_they_are_captioned_as(tmp_path: Path) -> None:
     vae = AutoencoderKLQwenImage.from_pretrained(CHECKPOINT / "vae")
     size = SizeShare(width=64, height=64, count=3, share=1.0)
@@ -64,15 +92,22 @@ def test_kept_latents_are_those_of_the_scenes_that_they_are_captioned_as(tmp_pat
 def test_batches_drawn_ahead_are_those_of_their_indices(tmp_path: Path) -> None:
     vae = AutoencoderKLQwenImage.from_pretrained(CHECKPOINT / "vae")
     sizes = [SizeShare(width=64, height=64, count=6, share=0.5), SizeShare(width=64, height=128, count=6, share=0.5)]
-    batches = SceneBatches([SceneLatents(vae, size, tmp_path, 0, workers=1) for size in sizes], tokens=32, seed=7)
+    sets = [SceneLatents(vae, size, tmp_path, 0, workers=1) for size in sizes]
+
+    def letters(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.tensor([[ord(letter) for letter in caption.ljust(120)] for caption in captions])
+        return codes, codes != ord(" ")
+
+    batches = SceneBatches(sets, tokens=32, seed=7, tokenize=letters)
     draw = in_order(batches, workers=2)
     for index in range(3, 9):
         ahead, here = draw(index), batches[index]
-        assert ahead.captions == here.captions
-        assert torch.equal(ahead.latents, here.latents)
-        assert torch.equal(ahead.labels, here.labels)
-        assert ahead.latents.shape[:2].numel() == 32
-    assert batches[3].captions != batches[4].captions
+        assert ahead.chosen == here.chosen
+        for name in ("rows", "tokens", "mask"):
+            assert torch.equal(getattr(ahead, name), getattr(here, name))
+        rows, columns = sets[ahead.chosen].grid
+        assert len(ahead.rows) * rows * columns == 32
+    assert not torch.equal(batches[3].tokens, batches[4].tokens)
 
 
 def test_labels_name_the_object_that_a_token_shows() -> None:
@@ -93,13 +128,82 @@ def test_labels_name_the_object_that_a_token_shows() -> None:
 
 
 @torch.no_grad()
-def test_captions_are_embedded_as_the_pipeline_embeds_prompts() -> None:
+def test_prompts_are_embedded_as_the_pipeline_embeds_them() -> None:
     pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT)
-    captions = ["a red star", "", "a large furry blue heart on a white background"]
-    embeds, mask = encode_captions(pipeline, captions)
-    expected, expected_mask = pipeline.encode_prompt(captions)
-    assert torch.equal(mask, expected_mask.bool())
-    torch.testing.assert_close(embeds[mask], expected[mask])
+    prompts = ["a red star", "", "a large furry blue heart on a white background"]
+    text = embed(pipeline, prompts, length=32)
+    expected, expected_mask = pipeline.encode_prompt(prompts)
+    longest = expected.shape[1]
+    assert torch.equal(text.mask[:, :longest], expected_mask.bool())
+    assert not text.mask[:, longest:].any()
+    torch.testing.assert_close(text.embeds[text.mask], expected[expected_mask.bool()])
+    with pytest.raises(ValueError, match="more than 8"):
+        embed(pipeline, prompts, length=8)
+
+
+@torch.no_grad()
+def test_joined_prompts_are_those_that_the_engine_joins() -> None:
+    pipeline = QwenImagePipeline.from_pretrained(CHECKPOINT)
+    texts = embed_pairs(pipeline, ["a red star", "a moon"], ["furry", " "], length=16)
+    joined = texts.joined()
+    for row in range(2):
+        prompt, negative = (text.embeds[row][text.mask[row]] for text in (texts.prompt, texts.negative))
+        assert torch.equal(joined.embeds[row][joined.mask[row]], join_negative(prompt, negative))
+    assert texts.avoids.tolist() == [True, False]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "stage",
+    read_plans(ROOT / "configs" / "plans" / "scenes.yaml")["hybrid"].stages,
+    ids=lambda stage: f"{stage.name} {stage.sigma_start}",
+)
+def test_a_stage_in_training_is_the_engines(stage: StageSpec) -> None:
+    """Prompts of several lengths, one with something to avoid, padded to a fixed length."""
+    pipeline = load_pipeline(CHECKPOINT, torch.device("cpu"))
+    for name in ("distilled", "bridge"):
+        pipeline.load_lora_weights(CHECKPOINT / "loras" / name, adapter_name=name)
+    network = Network(load_transformer(ModelConfig.read(ROOT / "configs" / "scenes.yaml"), get_backend("cpu")))
+    texts = embed_pairs(pipeline, ["a red star", "a small blue moon on the left"], ["furry", " "], length=24)
+    latents = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.9, 0.6])
+    with active(pipeline.transformer, stage.adapter):
+        velocities = of_stage(pipeline.transformer, stage, texts, (4, 4))(latents, sigma)
+    for row, velocity in enumerate(velocities):
+        prompt, negative = (text.embeds[row][text.mask[row]] for text in (texts.prompt, texts.negative))
+        if not stage.needs_negative(bool(texts.avoids[row])):
+            negative = None
+        elif stage.reads_negative:
+            prompt, negative = join_negative(prompt, negative), None
+        image = Row(
+            latents[row],
+            torch.tensor([float(sigma[row]), 0.0]),
+            (4, 4),
+            prompt,
+            negative,
+            stage.guidance_scale,
+            stage.attention_guidance,
+            stage.adapter,
+            stage.adapter_scale,
+        )
+        step(network, [image])
+        torch.testing.assert_close(velocity, (latents[row] - image.latent) / sigma[row], rtol=1e-3, atol=1e-4)
+
+
+def test_stacked_muon_is_torchs() -> None:
+    torch.manual_seed(0)
+    shapes = [(8, 4), (4, 8), (8, 4)]
+    weights = [torch.randn(shape) for shape in shapes]
+    own, reference = ([torch.nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
+    optimizers = [StackedMuon(own, lr=0.1), torch.optim.Muon(reference, lr=0.1, weight_decay=0.0)]
+    for _ in range(3):
+        gradients = [torch.randn(shape) for shape in shapes]
+        for parameters, optimizer in zip((own, reference), optimizers, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    for mine, theirs in zip(own, reference, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-3)  # in bfloat16, whose sums have another order
 
 
 class _Stop(Exception):

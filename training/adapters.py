@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from training.recording import hold_gradients
+
 # Every linear layer of Qwen-Image's blocks, modulation included.
 TARGETS = [
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -20,22 +21,30 @@ TARGETS = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
 class Lora:
-    """One under training, or several that move together: a name, the parameters, and what moves them."""
+    """One under training, or several that move together: a name, the parameters, and what moves them.
 
-    name: str
-    parameters: Sequence[torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    Gradients stay where they are, so that passes can be recorded.
+    """
 
-    def descend(self, accelerator: Accelerator, loss: torch.Tensor) -> None:
-        """One step down `loss`, by a gradient of norm 1 at most; whichever LoRA is active by now."""
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)  # peft leaves them to the LoRA that was active last
+    def __init__(self, name: str, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        self.name = name
+        self._parameters = list(parameters)
+        self._optimizer = optimizer
+        self._gradients = hold_gradients(self._parameters)
+
+    def backward(self, accelerator: Accelerator, loss: torch.Tensor) -> None:
+        """Set the gradients to those of `loss`."""
+        torch._foreach_zero_(self._gradients)
+        for parameter in self._parameters:
+            # peft has taken this away if another LoRA was active since, and a backward pass passes by such parameters.
+            parameter.requires_grad_(True)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        """One step by a gradient of norm 1 at most."""
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
 
 
 def add_lora(transformer: QwenImageTransformer2DModel, name: str, rank: int) -> list[torch.nn.Parameter]:

@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel
 from diffusers.training_utils import EMAModel
 
 from stages.plan import StageSpec
 from training.data import LABELS, NO_OBJECT, SceneBatches, SceneLatents, SizeShare, in_order
 from training.loop import begin, load_pipeline, one_cycle, train
 from training.optimize import make_optimizers
-from training.sampling import sample_grid
+from training.recording import Recorded, hold_gradients
+from training.sampling import evaluate, sample_grid
+from training.text import encode, tokenize
 
 # Not for Muon: they face outward, or (modulation) cost it more than they gain.
 OUTER_LAYERS = ("embed_tokens", "img_in", "txt_in", "proj_out", "norm_out", "time_text_embed", "_mod.", "head.")
@@ -39,10 +42,11 @@ class ObjectHead(torch.nn.Module):
 
     def loss(self, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy of the last forward pass with `labels` (B, tokens, 3), over the tokens with an object."""
-        labels = labels.to(self._tokens.device)
-        shown = labels[..., 0] != NO_OBJECT
-        logits = self.read(self._tokens[shown]).float().split(list(LABELS.values()), dim=-1)
-        losses = [F.cross_entropy(part, truth) for part, truth in zip(logits, labels[shown].T, strict=True)]
+        logits = self.read(self._tokens).float().split(list(LABELS.values()), dim=-1)
+        losses = [
+            F.cross_entropy(part.flatten(0, 1), truth.flatten(), ignore_index=NO_OBJECT)
+            for part, truth in zip(logits, labels.long().unbind(-1), strict=True)
+        ]
         return torch.stack(losses).sum()
 
 
@@ -51,25 +55,16 @@ def draw_sigmas(count: int, mean: float, deviation: float, generator: torch.Gene
     return torch.sigmoid(mean + deviation * torch.randn(count, generator=generator, device=generator.device))
 
 
-def encode_captions(pipeline: QwenImagePipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings (B, length, width), padded on the right, and the mask (B, length) of what is no padding.
-
-    What `encode_prompt` of the pipeline does, except that it takes the batch apart and pads it anew, row by row, which
-    costs a device that is fast enough most of a step.
-    """
-    texts = [pipeline.prompt_template_encode.format(caption) for caption in captions]
-    tokens = pipeline.tokenizer(texts, padding=True, return_tensors="pt").to(pipeline.text_encoder.device)
-    hidden = pipeline.text_encoder(**tokens, output_hidden_states=True).hidden_states[-1]
-    start = pipeline.prompt_template_encode_start_idx
-    return hidden[:, start:], tokens.attention_mask[:, start:].bool()
-
-
 def main() -> None:
     arguments, config, schedule, accelerator = begin(__doc__, "base", "pipeline", "run")
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     seed, workers = config["scenes_seed"], config["workers"]
     sets = [SceneLatents(pipeline.vae, SizeShare(**size), arguments.run, seed, workers) for size in config["sizes"]]
-    draw = in_order(SceneBatches(sets, schedule.batch_size * config["tokens"], schedule.seed), workers)
+    tokenize_captions = partial(tokenize, pipeline, length=config["text_length"])
+    batches = SceneBatches(sets, schedule.batch_size * config["tokens"], schedule.seed, tokenize_captions)
+    draw = in_order(batches, workers)
+    device = accelerator.device
+    latents, labels = ([getattr(of, name).to(device) for of in sets] for name in ("latents", "labels"))
 
     model = torch.nn.ModuleDict({"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder.model})
     head = ObjectHead(pipeline.transformer, config["head_depth"])
@@ -79,38 +74,48 @@ def main() -> None:
     ema = EMAModel(model.parameters(), decay=config["ema_decay"], use_ema_warmup=True, foreach=True)
     trained, *movers = accelerator.prepare(trained, *optimizers, *schedulers)
     accelerator.register_for_checkpointing(ema)
+    moved = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = hold_gradients(moved)
+
+    def descend(
+        grid: tuple[int, int], clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, *rest: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        tokens, mask, named = rest
+        torch._foreach_zero_(gradients)
+        with accelerator.autocast():
+            text = encode(pipeline, tokens, mask)
+            noisy = torch.lerp(clean, noise, sigma[:, None, None])
+            velocity = evaluate(model["transformer"], noisy, sigma, text, grid)
+            naming = head.loss(named)
+        loss = F.mse_loss(velocity, noise - clean)
+        accelerator.backward(loss + config["head_weight"] * naming)
+        return loss.detach(), naming.detach()
+
+    recorded = [Recorded(partial(descend, of.grid)) for of in sets]
 
     def step(index: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator(accelerator.device).manual_seed(schedule.seed + index)
+        generator = torch.Generator(device).manual_seed(schedule.seed + index)
         batch = draw(index)
-        clean = batch.latents.to(accelerator.device, torch.float32)
-        noise = torch.randn(clean.shape, generator=generator, device=accelerator.device)
+        rows = batch.rows.to(device)
+        clean = latents[batch.chosen][rows].float()
+        noise = torch.randn(clean.shape, generator=generator, device=device)
         sigma = draw_sigmas(len(clean), config["sigma_mean"], config["sigma_deviation"], generator)
-        with accelerator.autocast():
-            embeds, mask = encode_captions(pipeline, batch.captions)
-            velocity = model["transformer"](
-                hidden_states=torch.lerp(clean, noise, sigma[:, None, None]),
-                timestep=sigma,
-                encoder_hidden_states=embeds,
-                encoder_hidden_states_mask=mask,
-                img_shapes=[[batch.shape]] * len(clean),
-                return_dict=False,
-            )[0]
-            naming = head.loss(batch.labels)
-        loss = F.mse_loss(velocity.float(), noise - clean)
-        accelerator.backward(loss + config["head_weight"] * naming)
-        norm = accelerator.clip_grad_norm_(trained.parameters(), 1.0)
+        tokens, mask = batch.tokens.to(device), batch.mask.to(device)
+        loss, naming = recorded[batch.chosen](clean, noise, sigma, tokens, mask, labels[batch.chosen][rows])
+        norm = torch.nn.utils.clip_grad_norm_(moved, 1.0)
         for mover in movers:
             mover.step()
-        trained.zero_grad()
         ema.step(model.parameters())
-        return {"loss": loss.detach(), "naming": naming.detach(), "norm": norm}
+        return {"loss": loss, "naming": naming, "norm": norm}
 
     def sample(path: Path) -> None:
         ema.store(model.parameters())
         ema.copy_to(model.parameters())
         sample_grid(
-            pipeline, [StageSpec(name="base", steps=25, guidance_scale=4.0, sigma_start=1.0, sigma_end=0.0)], path
+            pipeline,
+            [StageSpec(name="base", steps=25, guidance_scale=3.0, sigma_start=1.0, sigma_end=0.0)],
+            path,
+            config["text_length"],
         )
         pipeline.save_pretrained(arguments.run / "pipeline")
         ema.restore(model.parameters())

@@ -25,70 +25,77 @@ from stages.sigmas import stage_sigmas
 from training.adapters import active, save_lora
 from training.loop import begin, load_pipeline, train
 from training.matching import Samples, prepare
-from training.prompts import Prompts, Texts
-from training.sampling import integrate, of_stage, run_stages, sample_grid
+from training.recording import Recorded, Tensors
+from training.sampling import conditional, integrate, run_stages, sample_grid
+from training.text import Text, Texts
 from training.trajectories import Trajectories
 
 
 def main() -> None:
     arguments, config, schedule, accelerator = begin(__doc__, "bridge", "pipeline", "trajectories", "distilled", "run")
-    pipeline = load_pipeline(arguments.pipeline, accelerator.device)
+    device = accelerator.device
+    pipeline = load_pipeline(arguments.pipeline, device)
     pipeline.load_lora_weights(arguments.distilled, adapter_name="distilled")
-    lora, scheduler, matching = prepare(accelerator, pipeline.transformer, "bridge", config, schedule)
-    transformer = matching.transformer
-    prompts = Prompts(pipeline)
     taught = Trajectories.load(arguments.trajectories)
+    texts = taught.texts(pipeline, config["text_length"])
+    matching, scheduler = prepare(accelerator, pipeline.transformer, "bridge", config, schedule)
+    transformer, lora = matching.transformer, matching.lora
     plan = read_plans(Path(config["plans"]))[config["plan"]]
     *before, bridge, _ = plan.stages
-    tokens = taught.latents.shape[2]
-    sigmas = stage_sigmas(bridge, pipeline.scheduler, tokens)
+    sigmas = stage_sigmas(bridge, pipeline.scheduler, taught.latents.shape[2])
     target_level = taught.level(bridge.sigma_end)
 
     @torch.no_grad()
-    def coarse(rows: list[int]) -> torch.Tensor:
+    def coarse(rows: slice) -> torch.Tensor:
         """Where base leaves the trajectories' noises, in bfloat16."""
-        texts = taught.texts(prompts, rows)
         with accelerator.autocast():
-            noise = taught.latents[rows, 0].float().to(accelerator.device)
-            return run_stages(pipeline, before, noise, texts, taught.grid).bfloat16().cpu()
+            noise = taught.latents[rows, 0].float().to(device)
+            return run_stages(pipeline, before, noise, texts[rows], taught.grid).bfloat16()
 
-    every = list(range(len(taught.prompts)))
-    starts = torch.cat([coarse(every[first : first + 64]) for first in range(0, len(every), 64)])
+    starts = torch.cat([coarse(slice(first, first + 64)) for first in range(0, len(taught.prompts), 64)])
+    targets = taught.latents[:, target_level].to(device)
 
-    def regress(rows: list[int], texts: Texts) -> dict[str, torch.Tensor]:
-        """Reach the teacher's trajectory where the bridge ends."""
-        target = taught.latents[rows, target_level].float().to(accelerator.device)
+    def text_of(of: Texts) -> Text:
+        return of.joined() if bridge.reads_negative else of.prompt
+
+    def reach(start: torch.Tensor, target: torch.Tensor, *text: torch.Tensor) -> Tensors:
+        """Gradients of the distance to the teacher's trajectory where the bridge ends."""
         with accelerator.autocast(), active(transformer, "bridge"):
-            velocity = of_stage(transformer, bridge, texts, taught.grid)
-            reached = integrate(velocity, starts[rows].float().to(accelerator.device), sigmas)[-1]
+            reached = integrate(conditional(transformer, Text(*text), taught.grid), start, sigmas)[-1]
         # In units of velocity, whatever the length of the bridge.
         loss = F.mse_loss(reached, target) / (bridge.sigma_start - bridge.sigma_end) ** 2
-        lora.descend(accelerator, loss)
-        return {"regression": loss.detach()}
+        lora.backward(accelerator, loss)
+        return (loss.detach(),)
 
-    def match(rows: list[int], texts: Texts, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    reached_once = Recorded(reach)
+
+    def regress(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Reach the teacher's trajectory where the bridge ends."""
+        text = text_of(texts[rows])
+        (loss,) = reached_once(starts[rows].float(), targets[rows].float(), text.embeds, text.mask)
+        lora.step()
+        return {"regression": loss}
+
+    def match(rows: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Make what the bridge's last step foresees likely."""
-        with accelerator.autocast(), active(transformer, "bridge"):
-            velocity = of_stage(transformer, bridge, texts, taught.grid)
-            with torch.no_grad():
-                latents = integrate(velocity, starts[rows].float().to(accelerator.device), sigmas[:-1])[-1]
-            clean = latents - sigmas[-2] * velocity(latents, sigmas[-2].expand(len(rows)))
-        samples = Samples(clean, float(sigmas[-2]), texts.embeds, texts.negatives, velocity, taught.grid)
-        return matching.update(lora, samples, generator)
+        text = text_of(texts[rows])
+        with torch.no_grad(), accelerator.autocast(), active(transformer, "bridge"):
+            velocity = conditional(transformer, text, taught.grid)
+            latents = integrate(velocity, starts[rows].float(), sigmas[:-1])[-1]
+        return matching.update(Samples(latents, float(sigmas[-2]), text, texts[rows], taught.grid), generator)
 
     def step(index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{schedule.seed} {index}")
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        rows = [rng.randrange(len(every)) for _ in range(schedule.batch_size)]
-        texts = taught.texts(prompts, rows)
-        losses = regress(rows, texts) if index < config["regression_steps"] else match(rows, texts, generator)
+        generator = torch.Generator(device).manual_seed(rng.getrandbits(63))
+        rows = torch.tensor([rng.randrange(len(taught.prompts)) for _ in range(schedule.batch_size)]).to(device)
+        losses = regress(rows) if index < config["regression_steps"] else match(rows, generator)
         scheduler.step()
         return losses
 
     def sample(path: Path) -> None:
         unwrapped = accelerator.unwrap_model(transformer)
         save_lora(unwrapped, "bridge", arguments.run / "lora", torch.bfloat16)
-        sample_grid(pipeline, plan.stages, path)
+        sample_grid(pipeline, plan.stages, path, config["text_length"])
 
     train(accelerator, arguments.run, schedule, step, sample)
 

@@ -42,6 +42,9 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return QwenImagePipeline._pack_latents(latents, batch, channels, height, width)
 
 
+# Texts to tokens and mask, see `training.text.tokenize`.
+Tokenize = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
+
 # What `object_labels` tells of a token, and how many values each has.
 LABELS = {"shape": len(SHAPES), "color": len(COLORS), "fill": len(FILLS)}
 NO_OBJECT = -1
@@ -75,20 +78,20 @@ def object_labels(scenes: list[Scene], size: SizeShare, patch: int) -> torch.Ten
 
 
 @dataclass(frozen=True)
-class Examples:
-    """A batch of one size.
+class Captions:
+    """A batch of one size, captioned.
 
     Attributes:
-        latents: bfloat16 (B, tokens, 4 * C).
-        captions: B texts.
-        labels: int64 (B, tokens, 3), see `object_labels`.
-        shape: (1, h / 2, w / 2) of the latents, for rotary embeddings.
+        chosen: which of the sizes.
+        rows: int64 (B,), scenes of that size.
+        tokens: int64 (B, length), their captions in the prompt template, see `training.text.tokenize`.
+        mask: bool (B, length), what of them is no padding.
     """
 
-    latents: torch.Tensor
-    captions: list[str]
-    labels: torch.Tensor
-    shape: tuple[int, int, int]
+    chosen: int
+    rows: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
 
 
 class _Renders(Dataset[Image.Image]):
@@ -127,17 +130,8 @@ class SceneLatents:
             )
             save_file({"latents": _encode(vae, renders)}, path)
         self.latents = load_file(path)["latents"]
-
-    def draw(self, rng: Random, count: int) -> Examples:
-        """`count` scenes, captioned anew."""
-        rows = [rng.randrange(len(self.scenes)) for _ in range(count)]
-        scenes = [self.scenes[row] for row in rows]
-        return Examples(
-            self.latents[rows],
-            [caption(scene, rng) for scene in scenes],
-            object_labels(scenes, self.size, self.patch),
-            (1, self.size.height // self.patch, self.size.width // self.patch),
-        )
+        self.labels = object_labels(self.scenes, size, self.patch).to(torch.int8)
+        self.grid = (size.height // self.patch, size.width // self.patch)
 
 
 @torch.no_grad()
@@ -152,28 +146,33 @@ def _encode(vae: AutoencoderKLQwenImage, batches: Iterable[torch.Tensor]) -> tor
     )
 
 
-class SceneBatches(Dataset[Examples]):
-    """Batches over several sizes; a batch has one size and about the same number of tokens as any other."""
+class SceneBatches(Dataset[Captions]):
+    """Batches over several sizes; a batch has one size and about the same number of image tokens as any other."""
 
-    def __init__(self, sets: Sequence[SceneLatents], tokens: int, seed: int) -> None:
+    def __init__(self, sets: Sequence[SceneLatents], tokens: int, seed: int, tokenize: Tokenize) -> None:
         """Args:
         tokens: image tokens of a batch, about.
         seed: of the batches.
+        tokenize: of captions.
         """
-        self._sets, self._tokens, self._seed = sets, tokens, seed
+        self._scenes = [scenes.scenes for scenes in sets]
+        self._shares = [scenes.size.share for scenes in sets]
+        self._counts = [max(1, tokens // (scenes.grid[0] * scenes.grid[1])) for scenes in sets]
+        self._seed, self._tokenize = seed, tokenize
 
-    def __getitem__(self, index: int) -> Examples:
+    def __getitem__(self, index: int) -> Captions:
         rng = Random(f"{self._seed} {index}")
-        (chosen,) = rng.choices(self._sets, [scenes.size.share for scenes in self._sets])
-        size = chosen.size
-        return chosen.draw(rng, max(1, self._tokens * chosen.patch**2 // (size.width * size.height)))
+        (chosen,) = rng.choices(range(len(self._scenes)), self._shares)
+        scenes = self._scenes[chosen]
+        rows = rng.choices(range(len(scenes)), k=self._counts[chosen])
+        return Captions(chosen, torch.tensor(rows), *self._tokenize([caption(scenes[row], rng) for row in rows]))
 
 
-def in_order(batches: SceneBatches, workers: int) -> Callable[[int], Examples]:
+def in_order(batches: SceneBatches, workers: int) -> Callable[[int], Captions]:
     """Draws `batches[index]`, each `index` one above the last, ahead of time where there are `workers`: processes."""
-    ahead: Iterator[Examples] | None = None
+    ahead: Iterator[Captions] | None = None
 
-    def draw(index: int) -> Examples:
+    def draw(index: int) -> Captions:
         nonlocal ahead
         if ahead is None:
             loader = DataLoader(batches, batch_size=None, sampler=itertools.count(index), num_workers=workers)

@@ -11,6 +11,7 @@ teacher's trajectory. Student and critic are two LoRAs on the one set of base we
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -25,19 +26,25 @@ from training.adapters import active, save_lora
 from training.loop import begin, load_pipeline, train
 from training.matching import Samples, prepare
 from training.prompts import Prompts
-from training.sampling import conditional, integrate, sample_grid
+from training.recording import Recorded, Tensors
+from training.sampling import evaluate, integrate, sample_grid
+from training.text import Text, embed_pairs
 from training.trajectories import Trajectories
 
 
 def main() -> None:
     arguments, config, schedule, accelerator = begin(__doc__, "distilled", "pipeline", "trajectories", "run")
-    pipeline = load_pipeline(arguments.pipeline, accelerator.device)
-    lora, scheduler, matching = prepare(accelerator, pipeline.transformer, "distilled", config, schedule)
-    transformer = matching.transformer
-    prompts = Prompts.read(pipeline, config)
-    (negative,) = prompts.embed([EMPTY_PROMPT])
+    device = accelerator.device
+    pipeline = load_pipeline(arguments.pipeline, device)
+    length = config["text_length"]
     taught = Trajectories.load(arguments.trajectories)
+    latents, followed = taught.latents.to(device), taught.texts(pipeline, length)
+    own_prompts = Prompts.read(config).draw(Random(schedule.seed), config["prompt_count"])
+    own = embed_pairs(pipeline, own_prompts, [EMPTY_PROMPT] * len(own_prompts), length)
+    # The student will see no negative prompts.
     plain = [row for row, negative_prompt in enumerate(taught.negative_prompts) if negative_prompt == EMPTY_PROMPT]
+    matching, scheduler = prepare(accelerator, pipeline.transformer, "distilled", config, schedule)
+    transformer, lora = matching.transformer, matching.lora
     plan = StageSpec(
         name="distilled", sigma_start=1.0, sigma_end=0.0, steps=4, shift=config["shift"], adapter="distilled"
     )
@@ -51,49 +58,61 @@ def main() -> None:
     ]
     strides = [pair for passed in levels for pair in itertools.pairwise(passed)]
 
+    def follow(start: torch.Tensor, sigma: torch.Tensor, target: torch.Tensor, *text: torch.Tensor) -> Tensors:
+        """Gradients of the LoRA's error in velocity."""
+        with accelerator.autocast(), active(transformer, "distilled"):
+            loss = F.mse_loss(evaluate(transformer, start, sigma, Text(*text), taught.grid), target)
+        lora.backward(accelerator, loss)
+        return (loss.detach(),)
+
+    @torch.no_grad()
+    def go(grid: tuple[int, int], noisy: torch.Tensor, sigma: torch.Tensor, *text: torch.Tensor) -> Tensors:
+        """The student's velocity."""
+        with accelerator.autocast(), active(transformer, "distilled"):
+            return (evaluate(transformer, noisy, sigma, Text(*text), grid),)
+
+    followed_once = Recorded(follow)
+    grids = {(height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN) for width, height in config["sizes"]}
+    gone = {grid: Recorded(partial(go, grid)) for grid in grids}
+
     def regress(rng: Random) -> dict[str, torch.Tensor]:
         """Follow the teacher over one step of one of the plans."""
-        rows = torch.tensor(rng.choices(plain, k=schedule.batch_size))  # the student will see no negative prompts
+        rows = torch.tensor(rng.choices(plain, k=schedule.batch_size))
         level, following = torch.tensor([rng.choice(strides) for _ in rows]).unbind(1)
-        start, end = taught.latents[rows, level].float(), taught.latents[rows, following].float()
-        sigma, after = taught.sigmas[level], taught.sigmas[following]
-        target = ((end - start) / (after - sigma)[:, None, None]).to(accelerator.device)
-        embeds = prompts.embed([taught.prompts[row] for row in rows])
-        with accelerator.autocast(), active(transformer, "distilled"):
-            velocity = conditional(transformer, embeds, taught.grid)(start.to(accelerator.device), sigma)
-        loss = F.mse_loss(velocity, target)
-        lora.descend(accelerator, loss)
-        return {"regression": loss.detach()}
+        sigma, after = taught.sigmas[level].to(device), taught.sigmas[following].to(device)
+        rows = rows.to(device)
+        start, end = latents[rows, level.to(device)].float(), latents[rows, following.to(device)].float()
+        text = followed.prompt[rows]
+        (loss,) = followed_once(start, sigma, (end - start) / (after - sigma)[:, None, None], text.embeds, text.mask)
+        lora.step()
+        return {"regression": loss}
 
     def match(rng: Random, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """One update of the student and one of the critic, on the same samples."""
+        """One update of the student and those of the critic, on the same samples.
+
+        From one of the student's steps, on the way there that is its own or the teacher's.
+        """
         takes_over = rng.random() < config["take_over"]
         width, height = rng.choice(config["sizes"])
         grid = taught.grid if takes_over else (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
         tokens = grid[0] * grid[1]
         count = max(1, schedule.batch_size * config["tokens"] // tokens)
-        rows = rng.choices(plain, k=count)
-        embeds = prompts.embed([taught.prompts[row] for row in rows] if takes_over else prompts.draw(rng, count))
-        noise = torch.randn(count, tokens, transformer.config.in_channels, generator=generator)
-
-        # The way to one of the student's steps, its own or the teacher's, and the clean latent that it foresees there.
+        rows = torch.tensor(rng.choices(plain if takes_over else range(len(own_prompts)), k=count)).to(device)
+        texts = (followed if takes_over else own)[rows]
         sigmas = plan_sigmas(rng.choice(config["steps"]), tokens)
         index = rng.randrange(len(sigmas) - 1)
-        with accelerator.autocast(), active(transformer, "distilled"):
-            walk = conditional(transformer, embeds, grid)
-            if takes_over:
-                latents = taught.latents[rows, taught.level(float(sigmas[index]))].float().to(accelerator.device)
-            else:
-                with torch.no_grad():
-                    latents = integrate(walk, noise.to(accelerator.device), sigmas[: index + 1])[-1]
-            clean = latents - sigmas[index] * walk(latents, sigmas[index].expand(count))
-
-        samples = Samples(clean, float(sigmas[index]), embeds, [negative] * count, walk, grid)
-        return matching.update(lora, samples, generator)
+        if takes_over:
+            start = latents[rows, taught.level(float(sigmas[index]))].float()
+        else:
+            shape = (count, tokens, transformer.config.in_channels)
+            noise = torch.randn(shape, generator=generator, device=device)
+            text = (texts.prompt.embeds, texts.prompt.mask)
+            start = integrate(lambda x, sigma: gone[grid](x, sigma, *text)[0], noise, sigmas[: index + 1])[-1]
+        return matching.update(Samples(start, float(sigmas[index]), texts.prompt, texts, grid), generator)
 
     def step(index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{schedule.seed} {index}")
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        generator = torch.Generator(device).manual_seed(rng.getrandbits(63))
         losses = regress(rng) if index < config["regression_steps"] else match(rng, generator)
         scheduler.step()
         return losses
@@ -101,7 +120,7 @@ def main() -> None:
     def sample(path: Path) -> None:
         unwrapped = accelerator.unwrap_model(transformer)
         save_lora(unwrapped, "distilled", arguments.run / "lora", torch.bfloat16)
-        sample_grid(pipeline, [plan], path)
+        sample_grid(pipeline, [plan], path, length)
 
     train(accelerator, arguments.run, schedule, step, sample)
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from typing import Any
 
@@ -16,8 +15,13 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
 
 from training.loop import parse_arguments, read_config
 from training.scenes import examples
@@ -31,14 +35,15 @@ _TEMPLATE = (
 )
 
 
-def train_tokenizer(vocabulary: int, captions: int = 20_000) -> Qwen2Tokenizer:
-    """Byte-level BPE on captions and the prompt template, split as Qwen2 splits."""
+def train_tokenizer(vocabulary: int, captions: int = 20_000) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE on captions and the prompt template, in lower case, split as Qwen2 splits."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     bpe.decoder = decoders.ByteLevel()
     corpus = [text for _, text in islice(examples(seed=7, width=16, height=16), captions)]
-    # A comma joined to words must not become a token of its own kind: captions also come with every word alone.
-    words = sorted({word.strip(",") for text in corpus for word in text.split()})
+    # Captions also come with every word alone, without the mark that follows it.
+    words = sorted({word.strip(",.!") for text in corpus for word in text.split()})
     corpus += [_TEMPLATE] * captions + [f" {word}" for word in words] * 100 + words * 100
     bpe.train_from_iterator(
         corpus,
@@ -49,10 +54,14 @@ def train_tokenizer(vocabulary: int, captions: int = 20_000) -> Qwen2Tokenizer:
             show_progress=False,
         ),
     )
-    state = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=state["vocab"], merges=[tuple(merge) for merge in state["merges"]])
-    tokenizer.add_special_tokens({"additional_special_tokens": _CHAT_TOKENS[1:] + _VISION_TOKENS})
-    return tokenizer
+    end = _CHAT_TOKENS[0]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=end,
+        pad_token=end,
+        unk_token=end,
+        additional_special_tokens=_CHAT_TOKENS[1:] + _VISION_TOKENS,
+    )
 
 
 def build_pipeline(config: dict[str, Any], vae: AutoencoderKLQwenImage) -> QwenImagePipeline:

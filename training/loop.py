@@ -135,16 +135,16 @@ def train(
     (run / "samples").mkdir(parents=True, exist_ok=True)
     if state.exists():
         accelerator.load_state(str(state))
-    totals: dict[str, float] = {}
+    totals: dict[str, torch.Tensor] = {}
     since, started = progress.step, time.monotonic()
     while progress.step < schedule.steps:
         for name, value in step(progress.step).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
+            totals[name] = totals[name] + value if name in totals else value.clone()
         progress.step += 1
         if progress.step % 50 == 0:
             count = progress.step - since
             line = {"step": progress.step, "seconds_a_step": (time.monotonic() - started) / count}
-            line |= {name: total / count for name, total in totals.items()}
+            line |= {name: float(total) / count for name, total in totals.items()}
             with log.open("a") as file:
                 file.write(json.dumps({key: round(value, 5) for key, value in line.items()}) + "\n")
             totals, since, started = {}, progress.step, time.monotonic()

@@ -8,7 +8,9 @@ the blurred mean of what could follow, this draws every sample towards what the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,28 +22,29 @@ from torch.optim.lr_scheduler import LRScheduler
 from training.adapters import Lora, active, add_lora
 from training.base import draw_sigmas
 from training.loop import Schedule, one_cycle
-from training.sampling import Velocity, guided
+from training.recording import Recorded
+from training.sampling import evaluate, guided
+from training.text import Text, Texts
 
 _HIGHEST = 0.88  # there is little to see in more noise, around which a first step's levels would be
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Clean latents that a LoRA foresees.
+    """What a LoRA's next step starts from.
 
     Attributes:
-        clean: (batch, tokens, channels), with its gradient.
-        sigma: noise level of the step that foresaw them.
-        embeds, negatives: a prompt and a negative prompt each, for the teacher.
-        walk: how they were asked for; under the critic's LoRA, how it is.
+        latents: (batch, tokens, channels).
+        sigma: their noise level.
+        text: what the LoRA reads, and under its own LoRA the critic.
+        texts: what the teacher reads.
         grid: rows and columns of tokens.
     """
 
-    clean: torch.Tensor
+    latents: torch.Tensor
     sigma: float
-    embeds: list[torch.Tensor]
-    negatives: list[torch.Tensor]
-    walk: Velocity
+    text: Text
+    texts: Texts
     grid: tuple[int, int]
 
 
@@ -59,50 +62,95 @@ class Matching:
 
     accelerator: Accelerator
     transformer: QwenImageTransformer2DModel
+    lora: Lora
     critic: Lora
     critic_updates: int
     guidance_scale: float
     sigma_offset: float
     sigma_deviation: float
 
-    def update(self, lora: Lora, samples: Samples, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """One update of the LoRA that made the samples, and those of the critic; their losses."""
-        loss = self.loss(samples, generator)
-        lora.descend(self.accelerator, loss)
-        for _ in range(self.critic_updates):
-            critic_loss = self.critic_loss(samples, generator)
-            self.critic.descend(self.accelerator, critic_loss)
-        return {"matching": loss.detach(), "critic": critic_loss.detach()}
+    def __post_init__(self) -> None:
+        self._recorded: dict[tuple[str, tuple[int, int]], Recorded]
+        object.__setattr__(self, "_recorded", {})
 
-    def loss(self, samples: Samples, generator: torch.Generator) -> torch.Tensor:
-        """Whose gradient is DMD's (equation 1), each sample's in units of its distance from the teacher's answer."""
-        noisy, sigma, _ = self._diffuse(samples, generator)
+    def update(self, samples: Samples, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """One update of the LoRA, and those of the critic on the clean latents that it foresaw; their losses.
+
+        Args:
+            generator: on the device of the samples.
+        """
+        text, texts = samples.text, samples.texts
+        start = torch.full((len(samples.latents),), samples.sigma, device=samples.latents.device)
+        loss, clean = self._run("lora", self._match, samples.grid)(
+            samples.latents,
+            start,
+            *self._diffusion(samples, generator),
+            *(text.embeds, text.mask),
+            *(texts.prompt.embeds, texts.prompt.mask, texts.negative.embeds, texts.negative.mask),
+        )
+        self.lora.step()
+        for _ in range(self.critic_updates):
+            noise, level = self._diffusion(samples, generator)
+            (critic_loss,) = self._run("critic", self._criticise, samples.grid)(
+                clean, noise, level, text.embeds, text.mask
+            )
+            self.critic.step()
+        return {"matching": loss, "critic": critic_loss}
+
+    def _run(self, name: str, function: Callable[..., Any], grid: tuple[int, int]) -> Recorded:
+        if (name, grid) not in self._recorded:
+            self._recorded[name, grid] = Recorded(partial(function, grid))
+        return self._recorded[name, grid]
+
+    def _match(
+        self,
+        grid: tuple[int, int],
+        latents: torch.Tensor,
+        start: torch.Tensor,
+        noise: torch.Tensor,
+        level: torch.Tensor,
+        *text: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of the LoRA: DMD's (equation 1), normalised per sample by the distance to the teacher's answer."""
+        own, prompt, negative = Text(*text[:2]), Text(*text[2:4]), Text(*text[4:])
+        with self.accelerator.autocast(), active(self.transformer, self.lora.name):
+            foreseen = latents - start[:, None, None] * evaluate(self.transformer, latents, start, own, grid)
+        clean = foreseen.detach()
+        noisy = torch.lerp(clean, noise, level[:, None, None])
         with torch.no_grad(), self.accelerator.autocast():
             with active(self.transformer, None):
-                teacher = guided(self.transformer, samples.embeds, samples.negatives, samples.grid, self.guidance_scale)
-                real = teacher(noisy, sigma)
+                pair = Texts(prompt, negative, torch.ones_like(level, dtype=torch.bool))
+                real = guided(self.transformer, pair, grid, self.guidance_scale)(noisy, level)
             with active(self.transformer, self.critic.name):
-                fake = samples.walk(noisy, sigma)
-        level = sigma.to(noisy)[:, None, None]
-        real_clean, fake_clean = noisy - level * real, noisy - level * fake
-        clean = samples.clean.detach()
+                fake = evaluate(self.transformer, noisy, level, own, grid)
+        real_clean, fake_clean = (noisy - level[:, None, None] * velocity for velocity in (real, fake))
         scale = (clean - real_clean).abs().mean((1, 2), keepdim=True)
-        return 0.5 * F.mse_loss(samples.clean, clean - (fake_clean - real_clean) / scale)
+        loss = 0.5 * F.mse_loss(foreseen, clean - (fake_clean - real_clean) / scale)
+        self.lora.backward(self.accelerator, loss)
+        return loss.detach(), clean
 
-    def critic_loss(self, samples: Samples, generator: torch.Generator) -> torch.Tensor:
-        """Flow matching on the samples, under the critic's LoRA."""
-        noisy, sigma, noise = self._diffuse(samples, generator)
+    def _criticise(
+        self,
+        grid: tuple[int, int],
+        clean: torch.Tensor,
+        noise: torch.Tensor,
+        level: torch.Tensor,
+        *text: torch.Tensor,
+    ) -> tuple[torch.Tensor]:
+        """Gradients of the critic: flow matching on the samples."""
+        noisy = torch.lerp(clean, noise, level[:, None, None])
         with self.accelerator.autocast(), active(self.transformer, self.critic.name):
-            velocity = samples.walk(noisy, sigma)
-        return F.mse_loss(velocity, noise - samples.clean.detach())
+            velocity = evaluate(self.transformer, noisy, level, Text(*text), grid)
+        loss = F.mse_loss(velocity, noise - clean)
+        self.critic.backward(self.accelerator, loss)
+        return (loss.detach(),)
 
-    def _diffuse(self, samples: Samples, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Samples with noise, its levels (batch,) and the noise."""
-        clean, level = samples.clean.detach(), min(samples.sigma, _HIGHEST)
+    def _diffusion(self, samples: Samples, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise for samples, and its levels (batch,)."""
+        level = min(samples.sigma, _HIGHEST)
         mean = math.log(level / (1 - level)) + self.sigma_offset
-        sigma = draw_sigmas(len(clean), mean, self.sigma_deviation, generator)
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
-        return torch.lerp(clean, noise, sigma.to(noise)[:, None, None]), sigma, noise
+        levels = draw_sigmas(len(samples.latents), mean, self.sigma_deviation, generator)
+        return torch.randn(samples.latents.shape, generator=generator, device=generator.device), levels
 
 
 def prepare(
@@ -111,15 +159,21 @@ def prepare(
     name: str,
     config: dict[str, Any],
     schedule: Schedule,
-) -> tuple[Lora, LRScheduler, Matching]:
+) -> tuple[Matching, LRScheduler]:
     """LoRA `name` and its critic on a transformer that stays as it is, with what trains them by a trainer's config."""
     transformer.requires_grad_(False)
     parameters = add_lora(transformer, name, config["rank"])
     critic = add_lora(transformer, "critic", config["rank"])
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    critic_optimizer = torch.optim.AdamW(critic, lr=config["critic_learning_rate"], betas=(0.0, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
+    critic_optimizer = torch.optim.AdamW(
+        critic, lr=config["critic_learning_rate"], betas=(0.0, 0.99), weight_decay=0.0, fused=True
+    )
     transformer, optimizer, critic_optimizer, scheduler = accelerator.prepare(
         transformer, optimizer, critic_optimizer, one_cycle(optimizer, schedule)
     )
-    matching = Matching(accelerator, transformer, Lora("critic", critic, critic_optimizer), **config["matching"])
-    return Lora(name, parameters, optimizer), scheduler, matching
+    lora = Lora(name, parameters, optimizer)
+    return Matching(
+        accelerator, transformer, lora, Lora("critic", critic, critic_optimizer), **config["matching"]
+    ), scheduler

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
@@ -63,6 +66,46 @@ def restore_kernels(vae: nn.Module) -> None:
             parametrize.remove_parametrizations(module, "weight")
 
 
+class StackedMuon(torch.optim.Optimizer):
+    """`torch.optim.Muon` on all matrices of one shape at once, which spares an accelerator thousands of launches."""
+
+    _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+    _ITERATIONS = 5
+    _MOMENTUM = 0.95
+
+    def __init__(self, matrices: Sequence[nn.Parameter], lr: float) -> None:
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in matrices:
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+        super().__init__([{"params": alike} for alike in by_shape.values()], {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            matrices = group["params"]
+            gradient = torch.stack([matrix.grad for matrix in matrices])
+            state = self.state[matrices[0]]
+            if not state:
+                state["momentum"] = torch.zeros_like(gradient)
+            momentum = state["momentum"].lerp_(gradient, 1 - self._MOMENTUM)
+            update = self._orthogonal(gradient.lerp(momentum, self._MOMENTUM))
+            rows, columns = matrices[0].shape
+            rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+            torch._foreach_add_(matrices, list(update.to(gradient.dtype).unbind()), alpha=-rate)
+
+    def _orthogonal(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Matrices (count, rows, columns) with singular values of about 1, by Newton-Schulz iterations."""
+        a, b, c = self._COEFFICIENTS
+        x = matrices.bfloat16()
+        if tall := x.shape[1] > x.shape[2]:
+            x = x.mT
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(self._ITERATIONS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if tall else x
+
+
 def make_optimizers(model: nn.Module, schedule: Schedule, exclude: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for trainable matrices, AdamW for all else and for names that hold a part of `exclude`.
 
@@ -75,6 +118,6 @@ def make_optimizers(model: nn.Module, schedule: Schedule, exclude: tuple[str, ..
         if parameter.requires_grad:
             chosen = parameter.ndim == 2 and not any(part in name for part in exclude)
             (matrices if chosen else others).append(parameter)
-    muon = torch.optim.Muon(matrices, lr=20 * schedule.learning_rate, weight_decay=0.0)
+    muon = StackedMuon(matrices, lr=20 * schedule.learning_rate)
     adam = torch.optim.AdamW(others, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     return [muon, adam]

@@ -9,49 +9,78 @@ from pathlib import Path
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
-from stages.attention import Negative
+from stages.attention import Avoided
 from stages.decode import decode_latents
-from stages.denoise import guide, join_negative
+from stages.denoise import guide
 from stages.encode import EMPTY_PROMPT
 from stages.model import PIXELS_PER_TOKEN
-from stages.network import predict_velocity
 from stages.noise import draw_noise
-from stages.plan import StageSpec
+from stages.plan import AttentionGuidanceSpec, StageSpec
 from stages.sigmas import stage_sigmas
 from training.adapters import active
-from training.prompts import Prompts, Texts
+from training.text import Text, Texts, embed_pairs
 from training.vae import grid
 
 # (latents, sigma) -> velocity, both (batch, tokens, channels).
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def conditional(
+def evaluate(
     transformer: QwenImageTransformer2DModel,
-    embeds: list[torch.Tensor],
+    latents: torch.Tensor,
+    sigma: torch.Tensor,
+    text: Text,
     grid: tuple[int, int],
-    negatives: Sequence[Negative | None] = (),
-) -> Velocity:
-    """The model's velocity for the prompts, by one evaluation; see `predict_velocity`."""
-    return lambda latents, sigma: predict_velocity(transformer, latents, sigma, embeds, grid, negatives)
+    avoided: Avoided | None = None,
+) -> torch.Tensor:
+    """One forward pass: velocities (batch, tokens, channels) in float32, from latents and noise levels (batch,).
+
+    The transformer's own `forward` waits for the device where a text is masked.
+    """
+    image = transformer.img_in(latents)
+    words = transformer.txt_in(transformer.txt_norm(text.embeds))
+    temb = transformer.time_text_embed(sigma, image, None)
+    rotary = transformer.pos_embed([[(1, *grid)]], max_txt_seq_len=words.shape[1], device=latents.device)
+    for block in transformer.transformer_blocks:
+        words, image = block(
+            hidden_states=image,
+            encoder_hidden_states=words,
+            encoder_hidden_states_mask=text.mask,
+            temb=temb,
+            image_rotary_emb=rotary,
+            joint_attention_kwargs={} if avoided is None else {"avoided": avoided},
+        )
+    return transformer.proj_out(transformer.norm_out(image, temb)).float()
 
 
-def guided(
-    transformer: QwenImageTransformer2DModel,
-    embeds: list[torch.Tensor],
-    negatives: list[torch.Tensor],
-    grid: tuple[int, int],
-    scale: float,
-) -> Velocity:
+def conditional(transformer: QwenImageTransformer2DModel, text: Text, grid: tuple[int, int]) -> Velocity:
+    """The model's velocity for the prompts, by one evaluation."""
+    return lambda latents, sigma: evaluate(transformer, latents, sigma, text, grid)
+
+
+def guided(transformer: QwenImageTransformer2DModel, texts: Texts, grid: tuple[int, int], scale: float) -> Velocity:
     """The model's velocity under classifier-free guidance, each row against a negative prompt of its own."""
-    both = [*embeds, *negatives]
+    pairs = ((texts.prompt.embeds, texts.negative.embeds), (texts.prompt.mask, texts.negative.mask))
+    both = Text(*(torch.cat(pair) for pair in pairs))
 
     def velocity(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        predicted = predict_velocity(transformer, latents.repeat(2, 1, 1), sigma.repeat(2), both, grid)
+        predicted = evaluate(transformer, latents.repeat(2, 1, 1), sigma.repeat(2), both, grid)
         positive, negative = predicted.chunk(2)
         return guide(positive, negative, scale)
 
     return velocity
+
+
+def avoiding(
+    transformer: QwenImageTransformer2DModel, texts: Texts, grid: tuple[int, int], guidance: AttentionGuidanceSpec
+) -> Velocity:
+    """The model's velocity under attention guidance of the rows that avoid something, see `stages.attention`."""
+    prompt, negative = texts.prompt, texts.negative
+    text = Text(torch.cat([prompt.embeds, negative.embeds], dim=1), torch.cat([prompt.mask, negative.mask], dim=1))
+    on, off = ((guidance.scale, guidance.tau, guidance.alpha), (0.0, 1.0, 0.0))
+    strengths = (torch.where(texts.avoids, *pair)[:, None, None] for pair in zip(on, off, strict=True))
+    avoided = Avoided(negative.mask, *strengths)
+    return lambda latents, sigma: evaluate(transformer, latents, sigma, text, grid, avoided)
 
 
 def of_stage(
@@ -59,24 +88,19 @@ def of_stage(
 ) -> Velocity:
     """What `stage` integrates, once its adapter is active."""
     if stage.guided:
-        return guided(transformer, texts.embeds, texts.negatives, grid, stage.guidance_scale)
+        return guided(transformer, texts, grid, stage.guidance_scale)
     if stage.reads_negative:
-        joined = [join_negative(*pair) for pair in zip(texts.embeds, texts.negatives, strict=True)]
-        return conditional(transformer, joined, grid)
-    if (guidance := stage.attention_guidance) is None:
-        return conditional(transformer, texts.embeds, grid)
-    avoided = [
-        Negative(negative, guidance) if avoids else None
-        for negative, avoids in zip(texts.negatives, texts.avoids, strict=True)
-    ]
-    return conditional(transformer, texts.embeds, grid, avoided)
+        return conditional(transformer, texts.joined(), grid)
+    if stage.attention_guidance is not None:
+        return avoiding(transformer, texts, grid, stage.attention_guidance)
+    return conditional(transformer, texts.prompt, grid)
 
 
 def integrate(velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor) -> list[torch.Tensor]:
-    """Euler's method along `sigmas` (steps + 1,): the latents at each of them, the first included."""
+    """Euler's method along `sigmas` (steps + 1,), on the CPU: the latents at each of them, the first included."""
     trail = [latents]
-    for sigma, after in itertools.pairwise(sigmas):
-        level = sigma.expand(len(latents)).to(latents.device)
+    for sigma, after in itertools.pairwise(sigmas.tolist()):
+        level = torch.full((len(latents),), sigma, device=latents.device)
         trail.append(trail[-1] + (after - sigma) * velocity(trail[-1], level))
     return trail
 
@@ -110,13 +134,18 @@ PROMPTS = (
 
 @torch.inference_mode()
 def sample_grid(
-    pipeline: QwenImagePipeline, stages: Sequence[StageSpec], path: Path, size: tuple[int, int] = (128, 128)
+    pipeline: QwenImagePipeline,
+    stages: Sequence[StageSpec],
+    path: Path,
+    text_length: int,
+    size: tuple[int, int] = (128, 128),
 ) -> None:
     """Write `PROMPTS` down, four seeds across, sampled through `stages`, whose adapters must be loaded."""
     seeds = range(4)
-    transformer, prompts = pipeline.transformer, Prompts(pipeline)
+    transformer = pipeline.transformer
     grid_shape = (size[1] // PIXELS_PER_TOKEN, size[0] // PIXELS_PER_TOKEN)
-    texts = prompts.texts([prompt for prompt in PROMPTS for _ in seeds], [EMPTY_PROMPT] * len(PROMPTS) * len(seeds))
+    prompts = [prompt for prompt in PROMPTS for _ in seeds]
+    texts = embed_pairs(pipeline, prompts, [EMPTY_PROMPT] * len(prompts), text_length)
     channels = transformer.config.in_channels // 4
     noises = [draw_noise(seed, channels, 2 * grid_shape[0], 2 * grid_shape[1]) for seed in seeds]
     noise = torch.stack(noises * len(PROMPTS)).to(transformer.device)

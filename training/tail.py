@@ -25,21 +25,23 @@ from stages.vae import convolve_images
 from training.adapters import Lora, active, lora_parameters, save_lora
 from training.decoder import contrast
 from training.loop import begin, load_pipeline, one_cycle, train
-from training.prompts import Prompts, Texts
-from training.sampling import conditional, guided, integrate, of_stage, run_stages, sample_grid
-from training.trajectories import Trajectories, draw_trajectories, grid_of, teacher_sigmas
+from training.prompts import Prompts
+from training.sampling import conditional, integrate, of_stage, run_stages, sample_grid
+from training.text import Texts
+from training.trajectories import Teacher, Trajectories, draw_trajectories, grid_of, teacher_sigmas
 
 
 def main() -> None:
     arguments, config, schedule, accelerator = begin(__doc__, "tail", "pipeline", "distilled", "bridge", "run")
-    pipeline = load_pipeline(arguments.pipeline, accelerator.device)
+    device, length = accelerator.device, config["pairs"]["text_length"]
+    pipeline = load_pipeline(arguments.pipeline, device)
     pipeline.transformer.requires_grad_(False)
     convolve_images(pipeline.vae).requires_grad_(False)
     pipeline.load_lora_weights(arguments.bridge, adapter_name="bridge")
     pipeline.load_lora_weights(arguments.distilled, adapter_name="distilled")
     former = pipeline
     if config["made_on"]:
-        former = load_pipeline(Path(config["made_on"]), accelerator.device)
+        former = load_pipeline(Path(config["made_on"]), device)
         former.transformer.requires_grad_(False)
     former.load_lora_weights(arguments.distilled, adapter_name="before")
     weights = config["error_weights"]
@@ -49,7 +51,6 @@ def main() -> None:
         pipeline.transformer, optimizer, one_cycle(optimizer, schedule)
     )
     loras = Lora("tail", parameters, optimizer)
-    prompts, former_prompts = Prompts.read(pipeline, config), Prompts(former)
     plan = read_plans(Path(config["plans"]))[config["plan"]]
     before = [stage for stage in plan.stages if stage.name not in weights]
     tail = [stage.model_copy(update={"attention_guidance": None}) for stage in plan.stages if stage.name in weights]
@@ -58,19 +59,22 @@ def main() -> None:
     levels = [tail[0].sigma_start, *(stage.sigma_end for stage in tail)]
     sigmas, marks = teacher_sigmas(pipeline.scheduler, levels, config["teacher_steps"], tokens)
 
+    teacher = Teacher(pipeline.transformer, grid, config["guidance_scale"])
+
     def walk(noise: torch.Tensor, texts: Texts) -> list[torch.Tensor]:
         """Where the plan hands over, and where the teacher is at each end of a stage from there."""
         handed_over = run_stages(pipeline, before, noise, texts, grid)
-        teacher = guided(pipeline.transformer, texts.embeds, texts.negatives, grid, config["guidance_scale"])
         with active(pipeline.transformer, None):
-            trail = integrate(teacher, handed_over, sigmas)
+            trail = integrate(teacher.velocity(texts), handed_over, sigmas)
         return [trail[mark] for mark in marks]
 
     kept = arguments.run / "pairs"
     if not kept.exists():
-        channels = transformer.config.in_channels
-        draw_trajectories(accelerator, prompts, config["pairs"], channels, torch.tensor(levels), walk).save(kept)
+        prompts = Prompts.read(config)
+        draw_trajectories(accelerator, pipeline, prompts, config["pairs"], torch.tensor(levels), walk).save(kept)
     taught = Trajectories.load(kept)
+    every = taught.texts(pipeline, length)
+    former_prompts = every.prompt if former is pipeline else taught.texts(former, length).prompt
     with torch.no_grad():
         ends = taught.latents[:, -1].float().split(schedule.batch_size)
         contrasts = torch.cat([contrast(decode_pixels(pipeline.vae, end, grid)).cpu() for end in ends])
@@ -79,23 +83,21 @@ def main() -> None:
         rng = Random(f"{schedule.seed} {index}")
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         rows = [rng.randrange(len(taught.prompts)) for _ in range(schedule.batch_size)]
-        texts = taught.texts(prompts, rows)
-        reached, *ends = taught.latents[rows].float().to(accelerator.device).unbind(1)
+        texts = every[torch.tensor(rows).to(device)]
+        reached, *ends = taught.latents[rows].float().to(device).unbind(1)
 
         # Other levels, with noise on what the teacher made.
         others = slice(round(config["kept_share"] * len(rows)))
         elsewhere = torch.rand(others.stop, generator=generator).to(reached)
         noise = torch.randn(ends[-1][others].shape, generator=generator).to(reached)
         noisy = torch.lerp(ends[-1][others], noise, elsewhere[:, None, None])
-        error = torch.zeros((), device=accelerator.device)
+        error = torch.zeros((), device=device)
         with accelerator.autocast():
             with torch.no_grad(), active(former.transformer, "before"):
-                embeds = texts.embeds[others]
-                if former is not pipeline:
-                    embeds = former_prompts.embed([taught.prompts[row] for row in rows[others]])
-                as_before = conditional(former.transformer, embeds, grid)(noisy, elsewhere)
+                text = former_prompts[torch.tensor(rows[others]).to(device)]
+                as_before = conditional(former.transformer, text, grid)(noisy, elsewhere)
             with active(transformer, "distilled"):
-                now = conditional(transformer, texts.embeds[others], grid)(noisy, elsewhere)
+                now = conditional(transformer, texts.prompt[others], grid)(noisy, elsewhere)
             for stage, end in zip(tail, ends, strict=True):
                 velocity = of_stage(transformer, stage, texts, grid)
                 with active(transformer, stage.adapter):
@@ -106,14 +108,15 @@ def main() -> None:
         drawn = contrast(decode_pixels(pipeline.vae, reached[decoded], grid))
         blur = (drawn - contrasts[rows[decoded]].to(drawn)).abs().mean()
         away = F.mse_loss(now, as_before)
-        loras.descend(accelerator, error + config["contrast_weight"] * blur + config["kept_weight"] * away)
+        loras.backward(accelerator, error + config["contrast_weight"] * blur + config["kept_weight"] * away)
+        loras.step()
         scheduler.step()
         return {"error": error.detach(), "contrast": blur.detach(), "kept": away.detach()}
 
     def sample(path: Path) -> None:
         for name in weights:
             save_lora(accelerator.unwrap_model(transformer), name, arguments.run / name, torch.bfloat16)
-        sample_grid(pipeline, plan.stages, path)
+        sample_grid(pipeline, plan.stages, path, length)
 
     train(accelerator, arguments.run, schedule, step, sample)
 

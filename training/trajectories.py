@@ -18,15 +18,17 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from stages.model import PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
 from training.loop import load_pipeline, make_accelerator, parse_arguments, read_config
-from training.prompts import Prompts, Texts
-from training.sampling import guided, integrate
+from training.prompts import Prompts
+from training.recording import Recorded
+from training.sampling import Velocity, guided, integrate
+from training.text import Text, Texts, embed_pairs
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ class Trajectories:
             raise ValueError(f"no level at sigma {sigma:g}; there are {[round(s, 3) for s in self.sigmas.tolist()]}")
         return nearest
 
-    def texts(self, prompts: Prompts, rows: Sequence[int]) -> Texts:
-        """Of some of the trajectories, embedded."""
-        return prompts.texts([self.prompts[row] for row in rows], [self.negative_prompts[row] for row in rows])
+    def texts(self, pipeline: QwenImagePipeline, length: int) -> Texts:
+        """Embed the prompts of all."""
+        return embed_pairs(pipeline, self.prompts, self.negative_prompts, length)
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -79,34 +81,53 @@ Walk = Callable[[torch.Tensor, Texts], Sequence[torch.Tensor]]
 @torch.no_grad()
 def draw_trajectories(
     accelerator: Accelerator,
+    pipeline: QwenImagePipeline,
     prompts: Prompts,
     config: dict[str, Any],
-    channels: int,
     sigmas: torch.Tensor,
     walk: Walk,
 ) -> Trajectories:
-    """Walk from many noises of `channels` channels, for prompts of which some avoid something.
+    """Walk from many noises, for prompts of which some avoid something.
 
     Args:
-        config: width, height, count, batch_size, seed and negative_share.
+        config: width, height, count, batch_size, seed, text_length and negative_share.
         sigmas: (levels,) of what `walk` returns.
     """
-    grid = grid_of(config)
-    rng, generator = Random(config["seed"]), torch.Generator().manual_seed(config["seed"])
+    grid, channels = grid_of(config), pipeline.transformer.config.in_channels
+    rng = Random(config["seed"])
+    generator = torch.Generator(accelerator.device).manual_seed(config["seed"])
     texts: list[str] = []
     negative_texts: list[str] = []
     latents: list[torch.Tensor] = []
     while len(texts) < config["count"]:
         batch = prompts.draw(rng, config["batch_size"])
         avoided = [prompts.draw_negative(rng, prompt, config["negative_share"]) for prompt in batch]
-        noise = torch.randn(len(batch), grid[0] * grid[1], channels, generator=generator)
+        shape = (len(batch), grid[0] * grid[1], channels)
+        noise = torch.randn(shape, generator=generator, device=accelerator.device)
         with accelerator.autocast():
-            trail = walk(noise.to(accelerator.device), prompts.texts(batch, avoided))
+            trail = walk(noise, embed_pairs(pipeline, batch, avoided, config["text_length"]))
         latents.append(torch.stack(list(trail), dim=1).bfloat16().cpu())
         texts += batch
         negative_texts += avoided
         print(f"{len(texts)} of {config['count']}", flush=True)
     return Trajectories(sigmas, torch.cat(latents), texts, negative_texts, grid)
+
+
+class Teacher:
+    """The guided base model, recorded: called for each step with texts of its own."""
+
+    def __init__(self, transformer: QwenImageTransformer2DModel, grid: tuple[int, int], guidance_scale: float) -> None:
+        def velocity(
+            latents: torch.Tensor, sigma: torch.Tensor, avoids: torch.Tensor, *text: torch.Tensor
+        ) -> tuple[torch.Tensor]:
+            texts = Texts(Text(*text[:2]), Text(*text[2:]), avoids)
+            return (guided(transformer, texts, grid, guidance_scale)(latents, sigma),)
+
+        self._velocity = Recorded(velocity)
+
+    def velocity(self, texts: Texts) -> Velocity:
+        parts = (texts.avoids, texts.prompt.embeds, texts.prompt.mask, texts.negative.embeds, texts.negative.mask)
+        return lambda latents, sigma: self._velocity(latents, sigma, *parts)[0]
 
 
 def grid_of(config: dict[str, Any]) -> tuple[int, int]:
@@ -127,26 +148,25 @@ def teacher_sigmas(
     return torch.cat(parts), marks
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     arguments = parse_arguments(__doc__, "pipeline", "run")
     config = read_config(arguments.config, "trajectories")
     accelerator = make_accelerator()
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
-    prompts = Prompts.read(pipeline, config)
     grid = grid_of(config)
     tokens = grid[0] * grid[1]
     plan = StageSpec(name="distilled", sigma_start=1.0, sigma_end=0.0, **config["levels"])
     levels = stage_sigmas(plan, pipeline.scheduler, tokens)
     sigmas, marks = teacher_sigmas(pipeline.scheduler, levels.tolist(), config["steps"], tokens)
+    teacher = Teacher(pipeline.transformer, grid, config["guidance_scale"])
 
     def walk(noise: torch.Tensor, texts: Texts) -> list[torch.Tensor]:
-        teacher = guided(pipeline.transformer, texts.embeds, texts.negatives, grid, config["guidance_scale"])
-        trail = integrate(teacher, noise, sigmas)
+        trail = integrate(teacher.velocity(texts), noise, sigmas)
         return [trail[mark] for mark in marks]
 
-    channels = pipeline.transformer.config.in_channels
-    draw_trajectories(accelerator, prompts, config, channels, levels, walk).save(arguments.run)
+    prompts = Prompts.read(config)
+    draw_trajectories(accelerator, pipeline, prompts, config, levels, walk).save(arguments.run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""Prompts as tensors of a fixed length, so that every batch is the same work for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import QwenImagePipeline
+
+from stages.encode import EMPTY_PROMPT
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prompts of a batch.
+
+    Attributes:
+        embeds: (batch, length, width), padded on the right.
+        mask: bool (batch, length), what is no padding.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+
+    def __getitem__(self, rows: torch.Tensor | slice) -> Text:
+        return Text(self.embeds[rows], self.mask[rows])
+
+    def expand(self, count: int) -> Text:
+        """Repeat a single prompt for a batch of `count`."""
+        return Text(self.embeds.expand(count, -1, -1), self.mask.expand(count, -1))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the images of a batch are drawn for.
+
+    Attributes:
+        prompt, negative: a prompt and a negative prompt each.
+        avoids: bool (batch,), whether the negative prompt is not the empty one.
+    """
+
+    prompt: Text
+    negative: Text
+    avoids: torch.Tensor
+
+    def __getitem__(self, rows: torch.Tensor | slice) -> Texts:
+        return Texts(self.prompt[rows], self.negative[rows], self.avoids[rows])
+
+    def joined(self) -> Text:
+        """What an adapter that reads the negative prompt sees, see `stages.denoise.join_negative`."""
+        length = self.prompt.mask.shape[1]
+        own, avoided = (text.mask.sum(dim=1, keepdim=True) for text in (self.prompt, self.negative))
+        both = torch.cat([self.prompt.embeds, -self.negative.embeds], dim=1)
+        place = torch.arange(both.shape[1], device=both.device).expand(len(both), -1)
+        # The negative prompt follows the prompt's last token, not its padding.
+        source = torch.where(place < own, place, place - own + length).clamp(max=both.shape[1] - 1)
+        return Text(both.gather(1, source[..., None].expand_as(both)), place < own + avoided)
+
+
+def tokenize(pipeline: QwenImagePipeline, prompts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (batch, template + length) of prompts in the pipeline's template, and the mask of what is no padding.
+
+    Raises:
+        ValueError: a prompt is longer.
+    """
+    total = pipeline.prompt_template_encode_start_idx + length
+    texts = [pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
+    encoded = pipeline.tokenizer(texts, padding="max_length", max_length=total)
+    if (longest := max(map(len, encoded.input_ids))) > total:
+        raise ValueError(f"a prompt has {longest - total} tokens more than {length}")
+    return torch.tensor(encoded.input_ids), torch.tensor(encoded.attention_mask, dtype=torch.bool)
+
+
+def encode(pipeline: QwenImagePipeline, tokens: torch.Tensor, mask: torch.Tensor) -> Text:
+    """Embed `tokens`; what `encode_prompt` of the pipeline does, without taking the batch apart to pad it anew.
+
+    The decoder is causal and the padding last, so that no token sees padding.
+    """
+    hidden = pipeline.text_encoder.model.language_model(input_ids=tokens, use_cache=False).last_hidden_state
+    start = pipeline.prompt_template_encode_start_idx
+    return Text(hidden[:, start:], mask[:, start:])
+
+
+@torch.no_grad()
+def embed(pipeline: QwenImagePipeline, prompts: Sequence[str], length: int, batch: int = 256) -> Text:
+    """Embed any number of prompts, on the text encoder's device."""
+    parts = []
+    for start in range(0, len(prompts), batch):
+        tokens, mask = tokenize(pipeline, list(prompts[start : start + batch]), length)
+        device = pipeline.text_encoder.device
+        parts.append(encode(pipeline, tokens.to(device), mask.to(device)))
+    return Text(torch.cat([part.embeds for part in parts]), torch.cat([part.mask for part in parts]))
+
+
+def embed_pairs(pipeline: QwenImagePipeline, prompts: list[str], negatives: list[str], length: int) -> Texts:
+    """Embed prompts and negative prompts."""
+    avoids = torch.tensor([negative != EMPTY_PROMPT for negative in negatives], device=pipeline.text_encoder.device)
+    return Texts(embed(pipeline, prompts, length), embed(pipeline, negatives, length), avoids)
