@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from backends import Quantization, get_backend
 from stages.model import ModelConfig
-from stages.plan import STAGES, StageName
+from stages.plan import STAGES, Name, StageName
 
 
 def _known_backend(name: str) -> str:
@@ -40,9 +40,9 @@ class Placement(BaseModel):
 
     stages: Annotated[tuple[ServedStage, ...], Field(min_length=1)]
     backend: BackendName = "cpu"
-    fuse: str | None = None
+    fuse: Name | None = None
     compile: bool = False
-    max_batch_tokens: Annotated[int, Field(ge=1)] = 16384
+    max_batch_tokens: Annotated[int, Field(ge=1, le=2**24)] = 16384
 
     @property
     def denoises(self) -> bool:
@@ -72,13 +72,13 @@ class Settings(BaseModel):
 
     model: Path
     default_plan: str = "hybrid"
-    placement: dict[str, Placement] = {
+    placement: dict[Name, Placement] = {
         "TextEncoder": Placement(stages=("encode",)),
         **{stage.capitalize(): Placement(stages=(stage,)) for stage in STAGES},
         "VAEDecoder": Placement(stages=("decode",)),
     }
     max_images: Annotated[int, Field(ge=1, le=64)] = 10
-    request_timeout_s: Annotated[float, Field(gt=0.0)] = 120.0
+    request_timeout_s: Annotated[float, Field(gt=0.0, le=86400.0)] = 120.0
 
     @model_validator(mode="after")
     def _runnable(self) -> Settings:
@@ -88,12 +88,15 @@ class Settings(BaseModel):
                 f"default_plan must be one of the plans of {self.model}: {', '.join(model.plans)}; "
                 f"not {self.default_plan!r}"
             )
+        model.check_plans()
         adapters = model.adapters
         shared_out = [stage for placement in self.placement.values() for stage in placement.stages]
         if sorted(shared_out) != sorted(SERVED_STAGES):
             raise ValueError(
                 f"placement must run each of {', '.join(SERVED_STAGES)} once, not {', '.join(sorted(shared_out))}"
             )
+        if "Ingress" in self.placement:
+            raise ValueError("placement.Ingress must have another name: the deployment that speaks HTTP has this one")
         for name, placement in self.placement.items():
             if placement.fuse not in (None, *adapters):
                 raise ValueError(f"placement.{name}.fuse must be one of {sorted(adapters)}, not {placement.fuse!r}")

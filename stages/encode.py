@@ -68,20 +68,32 @@ class Encoder:
     """The text encoder on a device, with the embeddings of the last `remembered` prompts."""
 
     def __init__(self, config: ModelConfig, backend: Backend, remembered: int = REMEMBERED) -> None:
+        """Raises ValueError if a prompt as long as the config allows would be cut, or the template around it."""
         self._pipeline = load_text_encoder(config, backend)
         self._backend = backend
         self._limit = config.max_prompt_tokens
+        self._lower = config.vocabulary is not None
+        self._template = self._tokens("")
+        fits = self._pipeline.tokenizer_max_length + self._pipeline.prompt_template_encode_start_idx - self._template
+        if self._limit > fits:
+            raise ValueError(f"max_prompt_tokens must be at most {fits} for this model's tokenizer, not {self._limit}")
         self._latent_channels = config.read_transformer()["in_channels"] // 4
         self._lock = Lock()
         self._remembered = lru_cache(maxsize=remembered)(self._encode)
 
     def encode(self, prompt: str, parameter: str = "prompt") -> torch.Tensor:
         """Embeddings (length, width) of `prompt` on the CPU; raises PromptTooLong, blaming `parameter`."""
-        tokens = len(self._pipeline.tokenizer(prompt).input_ids)
+        if self._lower:
+            prompt = prompt.lower()
+        tokens = self._tokens(prompt) - self._template
         if tokens > self._limit:
             raise PromptTooLong(parameter, tokens, self._limit)
         with self._lock:  # images of one request ask for the same prompt at the same time
             return self._remembered(prompt)
+
+    def _tokens(self, prompt: str) -> int:
+        """Of the prompt in its template, which are what diffusers cuts."""
+        return len(self._pipeline.tokenizer(self._pipeline.prompt_template_encode.format(prompt)).input_ids)
 
     @torch.inference_mode()
     def _encode(self, prompt: str) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -17,12 +19,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from backends import Backend, Quantization
-from stages.plan import Plan, Plans, read_plans
+from stages.plan import Name, Plan, name_plans, read_plans
+from stages.sigmas import SchedulerConfig
 from stages.vae import convolve_images
 from stages.yaml_file import ConfigError, read_mapping, validate
 
 # Eight pixels to a latent, two latents to a token: fixed by Qwen-Image's architecture.
 PIXELS_PER_TOKEN = 16
+MOST_PIXELS = 4096  # of a side
+
+# Modules keep adapters under their names, beside attributes of their own.
+_TAKEN = frozenset(dir(torch.nn.ModuleDict()))
+
+
+Word = Annotated[str, Field(pattern=r"^[^\WA-Z_]+$", max_length=32)]
+Source = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class AdapterSource(BaseModel):
@@ -30,8 +41,8 @@ class AdapterSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: str
-    weight_name: str | None = None
+    source: Source
+    weight_name: Source | None = None
 
 
 class Quantize(BaseModel):
@@ -52,21 +63,24 @@ class ModelConfig(BaseModel):
         dtype: of the weights, or None for the backend's default.
         sizes: `WIDTHxHEIGHT` in pixels, the first one the default.
         adapters: LoRA by the name that plans use.
-        plans: those that a request may name, its presets, by their names and as the adapters allow.
+        plans: those that a request may name, by their names and as the adapters allow.
         quantize: eight bits for the text encoder or the transformer.
-        max_prompt_tokens: longest prompt, in tokens of the model's own tokenizer.
+        max_prompt_tokens: longest prompt, in tokens of the model's own tokenizer; 1019 and the template's last five are
+            what diffusers keeps.
+        vocabulary: all words that the model knows, in lower case, which prompts are put in; or None if it knows any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    source: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$", max_length=128)]
+    source: Source
     dtype: str | None = None
-    sizes: Annotated[tuple[str, ...], Field(min_length=1)]
-    adapters: dict[str, AdapterSource] = {}
-    plans: Plans = {}
+    sizes: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]
+    adapters: dict[Name, AdapterSource] = {}
+    plans: dict[Name, Plan] = {}
     quantize: Quantize = Quantize()
-    max_prompt_tokens: Annotated[int, Field(ge=1, le=1024)] = 1024
+    max_prompt_tokens: Annotated[int, Field(ge=1, le=1019)] = 1019
+    vocabulary: Annotated[frozenset[Word], Field(min_length=1)] | None = None
 
     @field_validator("dtype")
     @classmethod
@@ -82,6 +96,17 @@ class ModelConfig(BaseModel):
             width, height = parse_size(size)
             if width % PIXELS_PER_TOKEN or height % PIXELS_PER_TOKEN:
                 raise ValueError(f"{size}: width and height must be multiples of {PIXELS_PER_TOKEN}")
+            if max(width, height) > MOST_PIXELS:
+                raise ValueError(f"{size}: width and height must be at most {MOST_PIXELS}")
+        if twice := [size for size, count in Counter(value).items() if count > 1]:
+            raise ValueError(f"{', '.join(twice)} is there twice")
+        return value
+
+    @field_validator("adapters")
+    @classmethod
+    def _distinct_names(cls, value: dict[str, AdapterSource]) -> dict[str, AdapterSource]:
+        if taken := _TAKEN.intersection(value):
+            raise ValueError(f"{', '.join(sorted(taken))}: is taken by torch's modules, which keep adapters by name")
         return value
 
     @field_validator("plans")
@@ -108,7 +133,10 @@ class ModelConfig(BaseModel):
         """
         content = read_mapping(path)
         if isinstance(plans := content.get("plans"), str):
-            content["plans"] = read_plans(path.parent / plans)
+            read_plans(path.parent / plans)  # so that what is wrong there is told with that file's name
+            content["plans"] = plans = read_mapping(path.parent / plans)
+        if isinstance(plans, dict):
+            content["plans"] = name_plans(plans)
         config = validate(path, cls, content)
         root = path.resolve().parent.parent
 
@@ -127,6 +155,15 @@ class ModelConfig(BaseModel):
             raise ConfigError(f"plan must be one of {', '.join(self.plans)}, not {name!r}")
         return self.plans[name]
 
+    def check_plans(self) -> None:
+        """Raises ConfigError if a plan skips blocks that the transformer lacks; reads the latter's config if any does."""
+        for plan in self.plans.values():
+            if any(stage.skip_blocks for stage in plan.stages):
+                try:
+                    plan.check_blocks(self.read_transformer()["num_layers"])
+                except ValueError as error:
+                    raise ConfigError(f"plans.{plan.name}.{error}") from error
+
     def read_transformer(self) -> dict[str, Any]:
         """The transformer's own config, with `num_layers` and `in_channels`."""
         return QwenImageTransformer2DModel.load_config(self.source, subfolder="transformer")
@@ -138,10 +175,10 @@ class ModelConfig(BaseModel):
 
 def parse_size(size: str) -> tuple[int, int]:
     """`WIDTHxHEIGHT` as two integers; raises ValueError."""
-    width, cross, height = size.partition("x")
-    if not (cross and width.isdigit() and height.isdigit()):
+    match = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", size)
+    if match is None:
         raise ValueError(f"size must be WIDTHxHEIGHT, not {size!r}")
-    return int(width), int(height)
+    return int(match[1]), int(match[2])
 
 
 def token_grid(size: str) -> tuple[int, int]:
@@ -196,8 +233,10 @@ def load_adapters(transformer: QwenImageTransformer2DModel, adapters: Mapping[st
 
 
 def load_scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
-    """The base model's scheduler, for its shift."""
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(config.source, subfolder="scheduler")
+    """The base model's scheduler; raises ConfigError for one whose steps are others than `stages.sigmas` takes."""
+    content = FlowMatchEulerDiscreteScheduler.load_config(config.source, subfolder="scheduler")
+    validate(Path(config.source) / "scheduler" / "scheduler_config.json", SchedulerConfig, content)
+    return FlowMatchEulerDiscreteScheduler.from_config(content)
 
 
 def load_vae(config: ModelConfig, backend: Backend) -> AutoencoderKLQwenImage:

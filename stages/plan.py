@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages.yaml_file import read_mapping, validate
 
@@ -20,9 +20,12 @@ UNTRAINED_BRIDGE_SCALE = 0.5
 
 Sigma = Annotated[float, Field(ge=0.0, le=1.0)]
 
+# Of an adapter, which becomes the name of modules, and of a model's plan, which becomes a metric's tag.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FirstBlockSpec(_Strict):
@@ -62,7 +65,10 @@ class TeaCacheSpec(_Strict):
 
     kind: Literal["teacache"] = "teacache"
     threshold: Annotated[float, Field(gt=0.0, le=10.0)]
-    coefficients: Annotated[tuple[float, ...], Field(min_length=1, max_length=8)] = (1.0, 0.0)
+    coefficients: Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(min_length=1, max_length=8)] = (
+        1.0,
+        0.0,
+    )
 
 
 class MagCacheSpec(_Strict):
@@ -78,7 +84,7 @@ class MagCacheSpec(_Strict):
 
     kind: Literal["magcache"] = "magcache"
     threshold: Annotated[float, Field(gt=0.0, le=10.0)]
-    ratios: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1, max_length=1000)]
+    ratios: Annotated[tuple[Annotated[float, Field(gt=0.0, le=10.0)], ...], Field(min_length=1, max_length=1000)]
     most_skipped: Annotated[int, Field(ge=1, le=100)] = 3
     retention: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
 
@@ -125,8 +131,8 @@ class StageSpec(_Strict):
         sigma_start, sigma_end: noise levels, 1 for pure noise, 0 for a clean latent.
         steps: Euler steps; guidance doubles the network evaluations of each.
         guidance_scale: of classifier-free guidance; 1 is none.
-        shift: spacing of the steps: `dynamic` (the base model's own, by resolution, with its terminal sigma)
-            or a constant, exp(mu) of diffusers' exponential shift (3 for Qwen-Image-Lightning).
+        shift: spacing of the steps: `dynamic` (the base model's own, as its scheduler's config says, with its terminal
+            sigma) or a constant, exp(mu) of diffusers' exponential shift (3 for Qwen-Image-Lightning).
         adapter: name of the LoRA, or None for the base model alone.
         adapter_scale: its weight.
         reads_negative: whether the negative prompt follows the prompt, negated; see `stages.denoise.join_negative`.
@@ -142,7 +148,7 @@ class StageSpec(_Strict):
     steps: Annotated[int, Field(ge=1, le=1000)]
     guidance_scale: Annotated[float, Field(ge=1.0, le=20.0)] = 1.0
     shift: Literal["dynamic"] | Annotated[float, Field(ge=0.1, le=100.0)] = "dynamic"
-    adapter: str | None = None
+    adapter: Name | None = None
     adapter_scale: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     reads_negative: bool = False
     attention_guidance: AttentionGuidanceSpec | None = None
@@ -245,7 +251,10 @@ class Plan(_Strict):
                 raise ValueError(f"stages[{index}].skip_blocks must leave one of {count} blocks")
 
     def with_adapters(self, available: Collection[str]) -> Plan:
-        """The plan as a model with these adapters can run it; without a trained bridge a training-free one.
+        """The plan as a model with these adapters can run it.
+
+        In a model without a trained bridge, one that is called `bridge`, a bridge stage that asks for it gets a
+        training-free one.
 
         Raises:
             ValueError: an adapter is missing and nothing can stand in for it.
@@ -253,7 +262,7 @@ class Plan(_Strict):
         stages = []
         for index, stage in enumerate(self.stages):
             if stage.adapter is not None and stage.adapter not in available:
-                if stage.name != "bridge" or "distilled" not in available:
+                if not stage.name == stage.adapter == "bridge" or "distilled" not in available:
                     raise ValueError(
                         f"stages[{index}].adapter must be one of {sorted(available)}, not {stage.adapter!r}"
                     )
@@ -264,16 +273,9 @@ class Plan(_Strict):
         return self.model_copy(update={"stages": tuple(stages)})
 
 
-def _named(plans: Any) -> Any:
-    if not isinstance(plans, Mapping):
-        return plans
-    return {
-        name: stages if isinstance(stages, Plan) else {"name": name, "stages": stages} for name, stages in plans.items()
-    }
-
-
-# The presets of a model: stages by the plan's name.
-Plans = Annotated[dict[str, Plan], BeforeValidator(_named)]
+def name_plans(stages: Mapping[str, Any]) -> dict[str, Any]:
+    """Plans to validate from stages by the plan's name, as configs have them."""
+    return {name: {"name": name, "stages": each} for name, each in stages.items()}
 
 
 def read_plans(path: Path) -> dict[str, Plan]:
@@ -283,4 +285,4 @@ def read_plans(path: Path) -> dict[str, Plan]:
         FileNotFoundError: no such file.
         ConfigError: names the file and the key that is wrong.
     """
-    return validate(path, Plans, read_mapping(path))
+    return validate(path, dict[Name, Plan], name_plans(read_mapping(path)))

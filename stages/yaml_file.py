@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,9 +52,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def validate(path: Path, kind: type[T], content: object) -> T:
-    """`content` of the file `path` as a `kind`; raises ConfigError that names each key that is wrong."""
+    """`content` of the file `path` as a `kind`, in which numbers and words do not stand for one another.
+
+    Raises:
+        ConfigError: names each key that is wrong.
+    """
     try:
-        return TypeAdapter(kind).validate_python(content)
+        # As JSON, in which pydantic's strict mode takes lists for tuples and words for paths, but not true for 1.
+        return TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError("; ".join(f"{path}: {_sentence(each)}" for each in error.errors())) from error
 

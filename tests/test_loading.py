@@ -268,7 +268,25 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         ("sizes: [64]", "sizes.0: "),
         ("sizes: [64by64]", "sizes: size must be WIDTHxHEIGHT, not '64by64'"),
         ("max_prompt_tokens: 0", "max_prompt_tokens: "),
-        ("max_prompt_tokens: 1025", "max_prompt_tokens: "),
+        ("max_prompt_tokens: 1020", "max_prompt_tokens: Input should be less than or equal to 1019"),
+        ("max_prompt_tokens: true", "max_prompt_tokens: Input should be a valid integer"),
+        ("max_prompt_tokens: '64'", "max_prompt_tokens: Input should be a valid integer"),
+        ("sizes: ['0x0']", "sizes: size must be WIDTHxHEIGHT, not '0x0'"),
+        ("sizes: [016x16]", "sizes: size must be WIDTHxHEIGHT, not '016x16'"),
+        ("sizes: [16x4112]", "sizes: 16x4112: width and height must be at most 4096"),
+        ("sizes: [64x64, 32x32, 64x64]", "sizes: 64x64 is there twice"),
+        ("adapters: {a.b: {source: somewhere}}", "adapters.a.b: String should match pattern"),
+        ("adapters: {'': {source: somewhere}}", "adapters.: String should match pattern"),
+        ("adapters: {forward: {source: somewhere}}", "adapters: forward: is taken by torch's modules"),
+        ("adapters: {one: {source: ''}}", "adapters.one.source: String should have at least 1 character"),
+        ("source: ''", "source: String should have at least 1 character"),
+        ("name: 'small model'", "name: String should match pattern"),
+        ("name: 7", "name: Input should be a valid string"),
+        ("vocabulary: []", "vocabulary: "),
+        ("vocabulary: [Red]", "vocabulary.0: String should match pattern"),
+        ("vocabulary: [on]", "vocabulary.0: Input should be a valid string"),
+        ("plans: {a b: []}", "plans.a b: String should match pattern"),
+        ("plans: [base]", "plans: Input should be an object"),
         ("adapters: {distilled: {source: somewhere, scale: 2}}", "adapters.distilled.scale: "),
         ("adapters: {distilled: {weight_name: file.safetensors}}", "adapters.distilled.source: Field required"),
         ("plans: {short: [{name: base, sigma_start: 1, sigma_end: 0}]}", "plans.short.stages.0.steps: Field required"),
@@ -311,6 +329,14 @@ def test_plans_stand_in_the_config_or_in_a_file_beside_it(write: Callable[..., P
         ModelConfig.read(write("plans: plans.yaml"))
     with pytest.raises(FileNotFoundError, match=r"other\.yaml"):
         ModelConfig.read(write("plans: other.yaml"))
+
+
+def test_a_plan_that_skips_blocks_which_are_not_there_is_named(write: Callable[..., Path], config: ModelConfig) -> None:
+    stages = "{name: base, sigma_start: 1, sigma_end: 0, steps: 4, skip_blocks: [6]}"
+    pruned = ModelConfig.read(write(f"source: {config.source}", f"plans: {{pruned: [{stages}]}}"))
+    with pytest.raises(ConfigError, match=r"plans\.pruned\.stages\W0\W?\.skip_blocks must be below 6, not 6"):
+        pruned.check_plans()
+    config.check_plans()
 
 
 def test_a_missing_config_is_not_found(tmp_path: Path) -> None:

@@ -98,6 +98,26 @@ INVALID = {
         "stages.0.cache\n.*'first_block', 'taylorseer', 'teacache', 'magcache', 'seacache'",
     ),
     "magcache without ratios": ([base(cache={"kind": "magcache", "threshold": 0.1})], "stages.0.cache.magcache.ratios"),
+    "magcache with a ratio beyond reason": (
+        [base(cache={"kind": "magcache", "threshold": 0.1, "ratios": [1e308]})],
+        "stages.0.cache.magcache.ratios.0",
+    ),
+    "magcache with a ratio that is no number": (
+        [base(cache={"kind": "magcache", "threshold": 0.1, "ratios": [float("nan")]})],
+        "stages.0.cache.magcache.ratios.0",
+    ),
+    "teacache with a coefficient that is no number": (
+        [base(cache={"kind": "teacache", "threshold": 0.1, "coefficients": [float("nan")]})],
+        "stages.0.cache.teacache.coefficients.0",
+    ),
+    "teacache with an infinite coefficient": (
+        [base(cache={"kind": "teacache", "threshold": 0.1, "coefficients": [1.0, float("inf")]})],
+        "stages.0.cache.teacache.coefficients.1",
+    ),
+    "infinite shift": ([base(shift=float("inf"))], "stages.0.shift"),
+    "adapter with a dot": ([distilled(adapter="a.b")], "stages.0.adapter"),
+    "adapter without a name": ([distilled(adapter="")], "stages.0.adapter"),
+    "adapter with a long name": ([distilled(adapter="a" * 65)], "stages.0.adapter"),
     "block that cannot be": ([base(skip_blocks=[-1])], "stages.0.skip_blocks"),
     "first block skipped under its cache": (
         [base(cache={"kind": "first_block", "threshold": 0.1}, skip_blocks=[0])],
@@ -246,6 +266,18 @@ def test_the_stand_in_for_a_weakened_bridge_is_weakened_too() -> None:
 def test_a_missing_adapter_that_nothing_can_stand_in_for(preset: str, available: set[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PLANS[preset].with_adapters(available)
+
+
+def test_the_stand_in_is_for_a_bridge_that_was_asked_for_by_its_name_and_is_not_there() -> None:
+    asked = Plan(stages=[base(sigma_end=0.9), bridge(sigma_end=0.0)])
+    assert asked.with_adapters({"distilled"}).stages[1].adapter == "distilled"
+    other = Plan(stages=[base(sigma_end=0.9), bridge(sigma_end=0.0, adapter="turbo")])
+    for available in ({"distilled"}, {"bridge", "distilled"}):
+        with pytest.raises(ValueError, match=r"stages\W1\W?.adapter must be one of .*, not 'turbo'"):
+            other.with_adapters(available)
+    misplaced = Plan(stages=[distilled(adapter="bridge")])
+    with pytest.raises(ValueError, match="must be one of"):
+        misplaced.with_adapters({"distilled"})
 
 
 @pytest.mark.parametrize("name", ["base", "cached", "distilled", "hybrid"])

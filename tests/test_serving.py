@@ -218,6 +218,15 @@ def test_wrong_settings_stop_the_start_and_are_named(tmp_path: Path) -> None:
         Settings.model_validate({"model": "configs/scenes.yaml", "max_imagez": 3})
     with pytest.raises(ValidationError, match="default_plan must be one of"):
         Settings.model_validate({"model": "configs/scenes.yaml", "default_plan": "fastest"})
+    for key, value in (
+        ("request_timeout_s", float("inf")),
+        ("request_timeout_s", float("nan")),
+        ("request_timeout_s", 0),
+        ("max_images", 0),
+        ("max_images", 65),
+    ):
+        with pytest.raises(ValidationError, match=key):
+            Settings.model_validate({"model": "configs/scenes.yaml", key: value})
     ends, middle = {"stages": ["encode", "decode"]}, {"stages": ["base", "bridge"]}
     last = {"stages": ["distilled"]}
     every = "encode, base, bridge, distilled, decode"
@@ -226,6 +235,9 @@ def test_wrong_settings_stop_the_start_and_are_named(tmp_path: Path) -> None:
         ({"A": ends, "B": middle, "C": {"stages": ["bridge", "distilled"]}}, "once, not base, bridge, bridge, decode"),
         ({"A": ends, "B": middle, "C": {**last, "fuse": "lora"}}, "placement.C.fuse must be one of"),
         ({"A": {**ends, "fuse": "bridge"}}, "(?s)placement.A.*fuse must go with one of the stages base, bridge"),
+        ({"A.B": ends}, "(?s)placement.*A.B.*should match pattern"),
+        ({"A": ends, "Ingress": {"stages": ["base", "bridge", "distilled"]}}, "placement.Ingress must have another"),
+        ({"A": {"stages": ["base"], "max_batch_tokens": 2**25}}, "(?s)placement.A.max_batch_tokens"),
         ({"A": {"stages": ["refiner"]}}, r"(?s)placement.A.stages.0.*'encode', 'base', 'bridge', 'distilled' or"),
         ({"A": {**ends, "backend": "abacus"}}, r"(?s)A.backend.*must be one of \['cpu', 'cuda'\], not 'abacus'"),
     ):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
 from plans import PLANS
 
+from stages.model import ModelConfig, load_scheduler
 from stages.plan import StageSpec
 from stages.sigmas import shift_time, stage_sigmas
+from stages.yaml_file import ConfigError
 
 # 64x64, 128x128, 192x128, 256x256, 1024x1024, 1328x1328 and 1664x928 pixels.
 TOKENS = [16, 64, 96, 256, 4096, 6889, 6032]
@@ -52,6 +56,79 @@ def test_base_schedule_is_that_of_diffusers(
     assert sigmas.dtype == torch.float32
     torch.testing.assert_close(sigmas, diffusers_sigmas(scheduler, steps, tokens), atol=1e-6, rtol=0)
     assert float(sigmas[-2]) == pytest.approx(0.02, abs=1e-6)
+
+
+def load_changed(config: ModelConfig, directory: Path, **changes: object) -> FlowMatchEulerDiscreteScheduler:
+    """The small model's scheduler with some keys of its file changed, as the engine loads it."""
+    content = json.loads((Path(config.source) / "scheduler" / "scheduler_config.json").read_text())
+    (directory / "scheduler").mkdir()
+    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(content | changes))
+    return load_scheduler(config.model_copy(update={"source": str(directory)}))
+
+
+@pytest.mark.parametrize("terminal", [None, 0.02, 0.3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"base_shift": math.log(3), "max_shift": math.log(3)},
+        {"base_shift": -0.5, "max_shift": -2.0},
+        {"time_shift_type": "linear"},
+        {"time_shift_type": "linear", "base_shift": 2.0, "max_shift": 3.0, "max_image_seq_len": 4096},
+        {"use_dynamic_shifting": False},
+        {"use_dynamic_shifting": False, "shift": 3.0},
+        {"use_dynamic_shifting": False, "shift": 0.5, "time_shift_type": "linear"},
+        {"shift": 3.0},
+    ],
+    ids=str,
+)
+def test_a_models_own_schedule_is_that_of_diffusers(
+    config: ModelConfig, tmp_path: Path, changes: dict[str, object], terminal: float | None
+) -> None:
+    scheduler = load_changed(config, tmp_path, shift_terminal=terminal, **changes)
+    for steps in (2, 4, 50):
+        for tokens in TOKENS:
+            sigmas = stage_sigmas(base_stage(steps), scheduler, tokens)
+            torch.testing.assert_close(sigmas, diffusers_sigmas(scheduler, steps, tokens), atol=1e-6, rtol=0)
+
+
+def test_a_static_shift_of_three_steps_as_diffusers_does(config: ModelConfig, tmp_path: Path) -> None:
+    scheduler = load_changed(config, tmp_path, use_dynamic_shifting=False, shift=3, shift_terminal=None)
+    assert stage_sigmas(base_stage(4), scheduler, 64).tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_karras_sigmas", True),
+        ("use_exponential_sigmas", True),
+        ("use_beta_sigmas", True),
+        ("invert_sigmas", True),
+        ("stochastic_sampling", True),
+        ("num_train_timesteps", 1),
+        ("time_shift_type", "quadratic"),
+        ("shift", 0),
+        ("shift", float("nan")),
+        ("max_shift", float("inf")),
+        ("shift_terminal", 1.0),
+        ("max_image_seq_len", 256),
+        ("sigma_min", 0.1),
+        ("_class_name", "UniPCMultistepScheduler"),
+    ],
+)
+def test_a_schedule_that_the_engine_has_not_is_refused_by_name(
+    config: ModelConfig, tmp_path: Path, key: str, value: object
+) -> None:
+    with pytest.raises(ConfigError, match=rf"scheduler/scheduler_config\.json: {key}\b"):
+        load_changed(config, tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize(("base", "most"), [(0.9, 0.5), (0.0, 0.9), (0.01, 0.9)])
+def test_a_linear_shift_that_does_not_stay_above_zero_is_refused(
+    config: ModelConfig, tmp_path: Path, base: float, most: float
+) -> None:
+    with pytest.raises(ConfigError, match="base_shift and max_shift"):
+        load_changed(config, tmp_path, time_shift_type="linear", base_shift=base, max_shift=most)
 
 
 def test_base_schedule_depends_on_the_resolution(scheduler: FlowMatchEulerDiscreteScheduler) -> None:
@@ -114,14 +191,14 @@ def test_part_of_the_base_schedule_has_the_base_models_spacing(scheduler: FlowMa
     torch.testing.assert_close(times.diff(), times.diff().mean().expand(5), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("mu", [-1.0, 0.0, math.log(3)])
-def test_time_shift_has_its_inverse_and_values_at_the_ends(mu: float) -> None:
+@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
+def test_time_shift_has_its_inverse_and_values_at_the_ends(factor: float) -> None:
     times = np.linspace(0, 1, 11)
-    sigmas = shift_time(mu, times)
+    sigmas = shift_time(factor, times)
     assert sigmas[0] == 0.0
     assert sigmas[-1] == pytest.approx(1.0, abs=1e-15)
-    np.testing.assert_allclose(shift_time(-mu, sigmas), times, atol=1e-12)
-    np.testing.assert_allclose(sigmas[1:], math.exp(mu) / (math.exp(mu) + 1 / times[1:] - 1), atol=1e-12)
+    np.testing.assert_allclose(shift_time(1 / factor, sigmas), times, atol=1e-12)
+    np.testing.assert_allclose(sigmas[1:], factor / (factor + 1 / times[1:] - 1), atol=1e-12)
 
 
 # Some end below the terminal sigma of 0.02, and some lie below it altogether.
