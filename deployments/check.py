@@ -8,12 +8,12 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from deployments.settings import Settings
-from stages.model import ModelConfig
+from stages.model import ModelConfig, load_scheduler
+from stages.yaml_file import ConfigError, read_mapping
 
 _IMPORT_PATH = "deployments.app:build"
 _PARTS = ("transformer", "text_encoder", "vae")
@@ -63,11 +63,19 @@ def check_application(application: ServeApplicationSchema, where: str) -> None:
 
 def _check_model(path: Path) -> None:
     """Check the model's config and, where they are on this machine, its files."""
-    content = _read_yaml(path)
-    _validated(ModelConfig, content, str(path))
-    model = ModelConfig.read(path)
+    try:
+        model = ModelConfig.read(path)
+        model.check_plans()
+    except ConfigError as error:
+        raise StartError(str(error)) from error
+    except OSError as error:
+        raise StartError(f"{error.filename}: {error.strerror}") from error
     source = Path(model.source)
     if source.is_dir():
+        try:
+            load_scheduler(model)
+        except (ConfigError, OSError) as error:
+            raise StartError(str(error)) from error
         for part in _PARTS:
             _check_weights(source / part, f"{path}: source")
     elif not _is_on_hub(model.source):
@@ -137,14 +145,11 @@ def _check_port(config: ServeDeploySchema, path: Path) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
+        return read_mapping(path)
     except OSError as error:
         raise StartError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise StartError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise StartError(f"{path}: must be a mapping of keys to values")
-    return content
+    except ConfigError as error:
+        raise StartError(str(error)) from error
 
 
 def _validated(model: Any, content: dict[str, Any], where: str) -> Any:

@@ -156,7 +156,7 @@ class ModelConfig(BaseModel):
         return self.plans[name]
 
     def check_plans(self) -> None:
-        """Raises ConfigError if a plan skips blocks that the transformer lacks; reads the latter's config if any does."""
+        """Raises ConfigError if a plan skips blocks that the transformer lacks, by its config, if any does."""
         for plan in self.plans.values():
             if any(stage.skip_blocks for stage in plan.stages):
                 try:
