@@ -2,81 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
-from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
+
+from stages.lora_files import Lora
 
 
 class RowAdapters:
-    """Takes over the LoRAs that peft has loaded into a transformer.
+    """Gives a transformer LoRAs, any of its linear layers.
 
     Every adapted layer holds all of them side by side, as one pair of factors of the sum of their ranks: a row's
     gate, a vector of that length, is an adapter's strength at its own ranks and 0 elsewhere. Which adapters a batch
-    uses thus changes neither shapes nor modules, and costs two thin products whatever the mixture.
+    uses thus changes neither shapes nor modules, and costs two thin products whatever the mixture. For each adapter
+    with DoRA a gate goes on with whether the row uses it, and then with its strength.
 
-    One adapter may be fused into the weights: its rows then cost nothing more, and rows without it take it away.
+    One adapter may be fused into the weights: its rows then cost nothing more (but DoRA's scaling), and rows without
+    it take it away.
     """
 
-    def __init__(self, transformer: QwenImageTransformer2DModel, fused: str | None = None) -> None:
-        """Raises ValueError if no adapter is called `fused`."""
-        found = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, PeftLinear)}
-        ranks: dict[str, int] = {}
-        for layer in found.values():
-            for adapter, rank in layer.r.items():
-                ranks[adapter] = max(rank, ranks.get(adapter, 0))
+    def __init__(
+        self,
+        transformer: QwenImageTransformer2DModel,
+        adapters: Mapping[str, Mapping[str, Lora]],
+        fused: str | None = None,
+    ) -> None:
+        """Args:
+            adapters: by name, what each adds to the layers by their names.
+
+        Raises:
+            ValueError: no adapter is called `fused`.
+        """
+        if fused is not None and fused not in adapters:
+            raise ValueError(f"the adapter to fuse must be one of {sorted(adapters)}, not {fused!r}")
         self._columns: dict[str, slice] = {}
         start = 0
-        for adapter, rank in sorted(ranks.items()):
+        for adapter, loras in sorted(adapters.items()):
+            rank = max(lora.rank for lora in loras.values())
             self._columns[adapter] = slice(start, start + rank)
             start += rank
-        if fused is not None and fused not in self._columns:
-            raise ValueError(f"the adapter to fuse must be one of {sorted(self._columns)}, not {fused!r}")
+        self._ranks = start
+        self._dora = [
+            adapter
+            for adapter, loras in sorted(adapters.items())
+            if any(lora.magnitude is not None for lora in loras.values())
+        ]
         self._fused = fused
-        self._gate = _Gate(start)
-        for name, layer in found.items():
+        self._gate = _Gate()
+        for name in sorted({name for loras in adapters.values() for name in loras}):
+            here = {adapter: loras[name] for adapter, loras in adapters.items() if name in loras}
             parent, _, child = name.rpartition(".")
-            setattr(transformer.get_submodule(parent), child, _RowLora(layer, self._columns, self._gate, fused))
+            layer = _RowLora(transformer.get_submodule(name), here, self._columns, self._dora, self._gate, fused)
+            setattr(transformer.get_submodule(parent), child, layer)
 
     @property
     def names(self) -> list[str]:
         return list(self._columns)
 
     @property
-    def ranks(self) -> int:
-        """Of all adapters together."""
-        return self._gate.ranks
+    def width(self) -> int:
+        """Length of a row's gate."""
+        return self._ranks + 2 * len(self._dora)
 
     def gate(self, weights: Sequence[tuple[str | None, float]]) -> torch.Tensor | None:
-        """Gates (rows, ranks) for rows of an adapter, or None for the base model alone, and its strength.
+        """Gates (rows, width) for rows of an adapter, or None for the base model alone, and its strength.
 
         On the CPU in float32; None where every row's weights are those of the layers themselves.
 
         Raises:
             KeyError: no such adapter.
         """
-        gate = torch.zeros(len(weights), self._gate.ranks)
+        gate = torch.zeros(len(weights), self.width)
         for row, (adapter, scale) in zip(gate, weights, strict=True):
             if adapter is not None:
                 row[self._columns[adapter]] = scale
             if self._fused is not None:
                 row[self._columns[self._fused]] -= 1
+            if adapter in self._dora:
+                column = self._ranks + self._dora.index(adapter)
+                row[column], row[column + len(self._dora)] = 1, scale
         return gate if gate.any() else None
 
-    def use(self, gate: torch.Tensor | None) -> None:
-        """From here on, rows of forward passes have these gates."""
-        self._gate.rows = gate
+    @contextmanager
+    def gated(self, gate: torch.Tensor | None) -> Iterator[None]:
+        """Let rows of forward passes have these gates within the block; no adapted layer runs outside of one."""
+        before = self._gate.open
+        if gate is None or not self._dora:
+            self._gate.open = gate, None
+        else:
+            self._gate.open = gate[:, : self._ranks], gate[:, self._ranks :]
+        try:
+            yield
+        finally:
+            self._gate.open = before
 
 
 class _Gate:
-    """What all adapted layers read: gates (rows, ranks), or None for their own weights alone."""
+    """What all adapted layers read while a pass has it open.
 
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-        self.rows: torch.Tensor | None = None
+    Two tensors: strengths (rows, ranks), or None for the layers' own weights alone, and where there is DoRA, its use
+    and strength (rows, 2 * adapters).
+    """
+
+    open: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
 
 
 class _RowLora(nn.Module):
@@ -85,25 +117,81 @@ class _RowLora(nn.Module):
     down: torch.Tensor
     up: torch.Tensor
 
-    def __init__(self, layer: PeftLinear, columns: dict[str, slice], gate: _Gate, fused: str | None) -> None:
+    def __init__(
+        self,
+        base: nn.Linear,
+        loras: Mapping[str, Lora],
+        columns: Mapping[str, slice],
+        dora: Sequence[str],
+        gate: _Gate,
+        fused: str | None,
+    ) -> None:
         super().__init__()
-        self.base = layer.base_layer
+        self.base = base
         self._gate = gate
-        weight = self.base.weight
-        down, up = weight.new_zeros(gate.ranks, weight.shape[1]), weight.new_zeros(weight.shape[0], gate.ranks)
-        for adapter, rank in layer.r.items():
+        weight = base.weight
+        ranks = max(column.stop for column in columns.values())
+        down, up = weight.new_zeros(ranks, weight.shape[1]), weight.new_zeros(weight.shape[0], ranks)
+        for adapter, lora in loras.items():
             start = columns[adapter].start
-            down[start : start + rank] = layer.lora_A[adapter].weight.data
-            up[:, start : start + rank] = layer.scaling[adapter] * layer.lora_B[adapter].weight.data
-        if fused is not None:
-            weight.data += up[:, columns[fused]] @ down[columns[fused]]
+            down[start : start + lora.rank] = lora.down
+            up[:, start : start + lora.rank] = lora.up
         self.register_buffer("down", down)
         self.register_buffer("up", up)
+        scaled = {index: loras[adapter] for index, adapter in enumerate(dora) if adapter in loras}
+        self._growth = _Growth(weight, scaled) if scaled else None
+        if fused is not None:
+            weight.data += up[:, columns[fused]] @ down[columns[fused]]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output = self.base(x)
-        rows = self._gate.rows
+        assert self._gate.open is not None, "an adapted layer runs outside of RowAdapters.gated"
+        rows, dora = self._gate.open
         if rows is None:
             return output
         gate = rows if x.ndim == 2 else rows[:, None]
-        return output + F.linear(F.linear(x, self.down) * gate, self.up)
+        output = output + F.linear(F.linear(x, self.down) * gate, self.up)
+        if self._growth is None or dora is None:
+            return output
+        growth = self._growth(dora).to(output.dtype)
+        growth = growth if x.ndim == 2 else growth[:, None]
+        bias = self.base.bias
+        return output * growth if bias is None else (output - bias) * growth + bias
+
+
+class _Growth(nn.Module):
+    """DoRA's factor of every output: the magnitude over the norm of W + s D, where D is up @ down and s the strength.
+
+    Its square is |W|^2 + 2 s W.D + s^2 |D|^2, so that every row may have a strength of its own.
+    """
+
+    weight: torch.Tensor
+    product: torch.Tensor
+    change: torch.Tensor
+    magnitude: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, loras: Mapping[int, Lora]) -> None:
+        """Args:
+        loras: those with DoRA that are here, by their number among all adapters that have it anywhere.
+        """
+        super().__init__()
+        self._here = list(loras)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        exact = weight.detach().to(dtype)
+        product, change, magnitude = [], [], []
+        for lora in loras.values():
+            assert lora.magnitude is not None
+            delta = lora.up.to(exact) @ lora.down.to(exact)
+            product.append((exact * delta).sum(1))
+            change.append(delta.square().sum(1))
+            magnitude.append(lora.magnitude.to(exact))
+        self.register_buffer("weight", exact.square().sum(1))
+        self.register_buffer("product", torch.stack(product))
+        self.register_buffer("change", torch.stack(change))
+        self.register_buffer("magnitude", torch.stack(magnitude))
+
+    def forward(self, dora: torch.Tensor) -> torch.Tensor:
+        """Factors (rows, outputs) of rows with this use and strength (rows, 2 * adapters)."""
+        used, strength = (part[:, self._here, None] for part in dora.to(self.weight.dtype).chunk(2, dim=1))
+        norm = (self.weight + strength * (2 * self.product + strength * self.change)).sqrt()
+        return 1 + (used * (self.magnitude / norm - 1)).sum(1)

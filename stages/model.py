@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -19,9 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from backends import Backend, Quantization
+from stages.lora_files import Lora, linear_layers, read_lora
 from stages.plan import Name, Plan, name_plans, read_plans
 from stages.sigmas import SchedulerConfig
 from stages.vae import convolve_images
+from stages.weight_files import BadFile, check_loaded, find_adapter, find_part, load_part
 from stages.yaml_file import ConfigError, read_mapping, validate
 
 # Eight pixels to a latent, two latents to a token: fixed by Qwen-Image's architecture.
@@ -34,6 +35,12 @@ _TAKEN = frozenset(dir(torch.nn.ModuleDict()))
 
 Word = Annotated[str, Field(pattern=r"^[^\WA-Z_]+$", max_length=32)]
 Source = Annotated[str, Field(min_length=1, max_length=4096)]
+
+TEXT_ENCODER, TRANSFORMER, VAE = (
+    Qwen2_5_VLForConditionalGeneration,
+    QwenImageTransformer2DModel,
+    AutoencoderKLQwenImage,
+)
 
 
 class AdapterSource(BaseModel):
@@ -85,8 +92,10 @@ class ModelConfig(BaseModel):
     @field_validator("dtype")
     @classmethod
     def _known_dtype(cls, value: str | None) -> str | None:
-        if value not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"must be float32, bfloat16 or float16, not {value!r}")
+        if value == "float16":
+            raise ValueError("must be float32 or bfloat16: float16 ends at 65504, which Qwen-Image's activations pass")
+        if value not in (None, "float32", "bfloat16"):
+            raise ValueError(f"must be float32 or bfloat16, not {value!r}")
         return value
 
     @field_validator("sizes")
@@ -188,48 +197,53 @@ def token_grid(size: str) -> tuple[int, int]:
 
 
 def load_text_encoder(config: ModelConfig, backend: Backend) -> QwenImagePipeline:
-    """A pipeline of tokenizer and text encoder alone, for its `encode_prompt`."""
-    tokenizer = Qwen2Tokenizer.from_pretrained(config.source, subfolder="tokenizer")
-    text_encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        config.source, subfolder="text_encoder", dtype=config.dtype_on(backend)
-    )
+    """A pipeline of tokenizer and text encoder alone, for its `encode_prompt`.
+
+    Raises:
+        BadFile: files are missing, truncated or not finite, or hold other weights than the text encoder has.
+    """
+    text_encoder = load_part(TEXT_ENCODER, config.source, "text_encoder", dtype=config.dtype_on(backend))
     text_encoder = backend.place(text_encoder)
+    check_loaded(text_encoder, config.source, "text_encoder")
     if config.quantize.text_encoder:
         backend.quantize(text_encoder.model.language_model.layers, config.quantize.text_encoder)
     return QwenImagePipeline(
         scheduler=None,
         vae=None,
         text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(config),
         transformer=None,
     )
 
 
+def load_tokenizer(config: ModelConfig) -> Qwen2Tokenizer:
+    """The text encoder's; raises BadFile."""
+    directory = find_part(config.source, "tokenizer")
+    if not (directory / "tokenizer_config.json").is_file():
+        raise BadFile("source", directory / "tokenizer_config.json", "is missing")
+    return Qwen2Tokenizer.from_pretrained(directory)
+
+
 def load_transformer(config: ModelConfig, backend: Backend) -> QwenImageTransformer2DModel:
-    """The transformer with every adapter of the config loaded and none active."""
-    transformer = QwenImageTransformer2DModel.from_pretrained(
-        config.source, subfolder="transformer", torch_dtype=config.dtype_on(backend)
-    )
+    """The transformer without adapters; raises BadFile as `load_text_encoder` does."""
+    transformer = load_part(TRANSFORMER, config.source, "transformer", torch_dtype=config.dtype_on(backend))
     transformer = backend.place(transformer)
-    load_adapters(transformer, config.adapters)
+    check_loaded(transformer, config.source, "transformer")
     return transformer
 
 
-def load_adapters(transformer: QwenImageTransformer2DModel, adapters: Mapping[str, AdapterSource]) -> None:
-    """Load LoRAs, by name, into `transformer` and leave none active.
+def load_adapters(config: ModelConfig, transformer: QwenImageTransformer2DModel) -> dict[str, dict[str, Lora]]:
+    """What each adapter of the config adds to the layers of `transformer`, which may be on the meta device.
 
     Raises:
-        ValueError: a file holds no LoRA in a format that diffusers reads, which itself would only warn.
+        BadFile: a file is no LoRA of this transformer, or not a complete one, see `stages.lora_files`.
     """
-    for name, adapter in adapters.items():
-        state, metadata = QwenImagePipeline.lora_state_dict(
-            adapter.source, weight_name=adapter.weight_name, return_lora_metadata=True
-        )
-        QwenImagePipeline.load_lora_into_transformer(state, transformer, adapter_name=name, metadata=metadata)
-        if name not in getattr(transformer, "peft_config", {}):
-            raise ValueError(f"adapters.{name}.source: {adapter.source} holds no LoRA of Qwen-Image's transformer")
-    if adapters:
-        transformer.disable_lora()
+    layers = linear_layers(transformer)
+    adapters = {}
+    for name, adapter in config.adapters.items():
+        key = f"adapters.{name}.source"
+        adapters[name] = read_lora(key, find_adapter(key, adapter.source, adapter.weight_name), layers)
+    return adapters
 
 
 def load_scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
@@ -240,6 +254,7 @@ def load_scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
 
 
 def load_vae(config: ModelConfig, backend: Backend) -> AutoencoderKLQwenImage:
-    """The autoencoder, ready for single images."""
-    vae = AutoencoderKLQwenImage.from_pretrained(config.source, subfolder="vae", torch_dtype=config.dtype_on(backend))
-    return convolve_images(backend.place(vae))
+    """The autoencoder, ready for single images; raises BadFile as `load_text_encoder` does."""
+    vae = backend.place(load_part(VAE, config.source, "vae", torch_dtype=config.dtype_on(backend)))
+    check_loaded(vae, config.source, "vae")
+    return convolve_images(vae)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -15,6 +15,8 @@ from backends import Backend
 from stages.adapters import RowAdapters
 from stages.attention import Avoided, Negative, collate_text, guide_attention
 from stages.caches import Entrance, Evaluation, StepCache
+from stages.lora_files import Lora
+from stages.model import ModelConfig, load_adapters, load_transformer
 from stages.plan import AttentionGuidanceSpec
 
 
@@ -88,14 +90,26 @@ class Answer:
 class Network:
     """The transformer with all its adapters, for one thread at a time."""
 
-    def __init__(self, transformer: QwenImageTransformer2DModel, fused: str | None = None) -> None:
+    def __init__(
+        self,
+        transformer: QwenImageTransformer2DModel,
+        adapters: Mapping[str, Mapping[str, Lora]] | None = None,
+        fused: str | None = None,
+    ) -> None:
         """Args:
+        adapters: by name, what each adds to the transformer's layers by their names.
         fused: adapter that most queries will have, see `RowAdapters`.
         """
         self.transformer = transformer
         guide_attention(transformer)
-        self._adapters = RowAdapters(transformer, fused)
+        self._adapters = RowAdapters(transformer, adapters or {}, fused)
         self._compiled = False
+
+    @classmethod
+    def load(cls, config: ModelConfig, backend: Backend, fused: str | None = None) -> Self:
+        """The config's transformer and adapters; raises `stages.weight_files.BadFile`."""
+        transformer = load_transformer(config, backend)
+        return cls(transformer, load_adapters(config, transformer), fused)
 
     @property
     def adapters(self) -> list[str]:
@@ -134,8 +148,8 @@ class Network:
         # Or dimensions that happen to be equal here, tokens and ranks say, would have to be so for ever.
         with shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             for queries in (plain, avoiding):
-                self._evaluate_in_parts(queries, grid)
-                self._evaluate_in_parts(queries[:1], grid)
+                self.evaluate(queries, grid)
+                self.evaluate(queries[:1], grid)
 
     def evaluate(self, queries: Sequence[Query], grid: tuple[int, int]) -> list[Answer]:
         """Answers to queries of one grid (rows, columns of tokens), in one forward pass.
@@ -147,22 +161,28 @@ class Network:
         computed: list[Answer] = []
         if asked:
             in_parts = self._compiled or any(query.cache or query.skip_blocks for query in asked)
-            computed = self._evaluate_in_parts(asked, grid) if in_parts else self._evaluate_at_once(asked, grid)
+            gate = self._gate(asked)
+            with self._adapters.gated(gate):
+                if in_parts:
+                    computed = self._evaluate_in_parts(asked, grid, gate)
+                else:
+                    computed = self._evaluate_at_once(asked, grid)
         answers = iter(computed)
         return [next(answers) if velocity is None else Answer(velocity, 0.0) for velocity in foreseen]
 
     def _evaluate_at_once(self, queries: Sequence[Query], grid: tuple[int, int]) -> list[Answer]:
-        latents, sigmas, gate = self._collate(queries)
-        self._adapters.use(gate)
+        latents, sigmas = self._collate(queries)
         embeds, negatives = [query.embeds for query in queries], [query.negative for query in queries]
         velocities = predict_velocity(self.transformer, latents, sigmas, embeds, grid, negatives)
         return [Answer(velocity, 1.0) for velocity in velocities]
 
-    def _evaluate_in_parts(self, queries: Sequence[Query], grid: tuple[int, int]) -> list[Answer]:
+    def _evaluate_in_parts(
+        self, queries: Sequence[Query], grid: tuple[int, int], gate: torch.Tensor | None
+    ) -> list[Answer]:
         """The first block for all whose cache has no answer yet, the others for those that have none then either."""
         transformer = self.transformer
         count = self.blocks
-        entered = self._enter(queries, grid)
+        entered = self._enter(queries, grid, gate)
         image = entered.image.clone()
 
         @cache
@@ -197,26 +217,28 @@ class Network:
                 known.learn(Evaluation(heads[begin.index(row)], tail, velocities[row]))
         return [Answer(velocity, cost) for velocity, cost in zip(velocities, costs, strict=True)]
 
-    def _collate(self, queries: Sequence[Query]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Latents (batch, tokens, channels), sigmas (batch,), gates of the adapters."""
-        latents = torch.stack([query.latent for query in queries])
-        sigmas = torch.tensor([query.sigma for query in queries])
-        weights = [(query.adapter, query.adapter_scale) for query in queries]
-        gate = self._adapters.gate(weights)
-        if gate is not None:
-            gate = gate.to(latents.device, _dtype(self.transformer))
-        return latents, sigmas, gate
+    def _gate(self, queries: Sequence[Query]) -> torch.Tensor | None:
+        """Of the adapters, on the device."""
+        gate = self._adapters.gate([(query.adapter, query.adapter_scale) for query in queries])
+        if gate is None:
+            if not self._compiled:
+                return None
+            gate = torch.zeros(len(queries), self._adapters.width)
+        return gate.to(queries[0].latent.device, _dtype(self.transformer))
 
-    def _enter(self, queries: Sequence[Query], grid: tuple[int, int]) -> _Tokens:
+    def _collate(self, queries: Sequence[Query]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (batch, tokens, channels), sigmas (batch,)."""
+        return torch.stack([query.latent for query in queries]), torch.tensor([query.sigma for query in queries])
+
+    def _enter(self, queries: Sequence[Query], grid: tuple[int, int], gate: torch.Tensor | None) -> _Tokens:
         """What `QwenImageTransformer2DModel.forward` does before its first block."""
         transformer = self.transformer
-        latents, sigmas, gate = self._collate(queries)
+        latents, sigmas = self._collate(queries)
         device, dtype = latents.device, _dtype(transformer)
         embeds, negatives = [query.embeds for query in queries], [query.negative for query in queries]
         padded, mask, avoided = collate_text(embeds, negatives, device, dtype)
         if self._compiled:
             mask = torch.ones(padded.shape[:2], dtype=torch.bool, device=device) if mask is None else mask
-            gate = torch.zeros(len(queries), self._adapters.ranks, device=device, dtype=dtype) if gate is None else gate
         image = transformer.img_in(latents.to(dtype))
         text = transformer.txt_in(transformer.txt_norm(padded))
         temb = transformer.time_text_embed(sigmas.to(device, dtype), image, None)
@@ -227,7 +249,6 @@ class Network:
     def _modulate(self, entered: _Tokens) -> torch.Tensor:
         """Image tokens (batch, tokens, width) as the first block's attention sees them."""
         block = self.transformer.transformer_blocks[0]
-        self._adapters.use(entered.gate)
         shift, scale = block.img_mod(entered.temb)[:, None].chunk(6, dim=-1)[:2]
         return block.img_norm1(entered.image) * (1 + scale) + shift
 
@@ -247,15 +268,15 @@ class Network:
         return tokens
 
     def _through_block(self, index: int, tokens: _Tokens) -> _Tokens:
-        self._adapters.use(tokens.gate)
-        text, image = self.transformer.transformer_blocks[index](
-            hidden_states=tokens.image,
-            encoder_hidden_states=tokens.text,
-            encoder_hidden_states_mask=tokens.mask,
-            temb=tokens.temb,
-            image_rotary_emb=tokens.rotary,
-            joint_attention_kwargs=_attention_kwargs(tokens.avoided),
-        )
+        with self._adapters.gated(tokens.gate):
+            text, image = self.transformer.transformer_blocks[index](
+                hidden_states=tokens.image,
+                encoder_hidden_states=tokens.text,
+                encoder_hidden_states_mask=tokens.mask,
+                temb=tokens.temb,
+                image_rotary_emb=tokens.rotary,
+                joint_attention_kwargs=_attention_kwargs(tokens.avoided),
+            )
         return replace(tokens, image=image, text=text)
 
 
@@ -270,7 +291,7 @@ class _Tokens:
         avoided: negative prompts at the end of the texts, or None where no row has one.
         temb: (batch, width).
         rotary: of image and text, for every row alike.
-        gate: (batch, ranks), or None without adapters.
+        gate: (batch, width), see `RowAdapters`, or None without adapters.
         skips: indices of blocks that a row does without.
     """
 

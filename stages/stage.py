@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from backends import Backend
 from stages.caches import make_cache
 from stages.denoise import Row, join_negative, step
-from stages.model import ModelConfig, load_scheduler, load_transformer, token_grid
+from stages.model import ModelConfig, load_scheduler, token_grid
 from stages.network import Network
 from stages.packet import LatentPacket, Span
 from stages.plan import Plan, StageSpec
@@ -72,7 +72,7 @@ class Denoiser:
         Args:
             fused: adapter to fuse into the weights, where one stage is all that runs here.
         """
-        network = Network(load_transformer(config, backend), fused)
+        network = Network.load(config, backend, fused)
         if config.quantize.transformer:
             backend.quantize(network.transformer.transformer_blocks, config.quantize.transformer)
         return cls(network, load_scheduler(config), backend)

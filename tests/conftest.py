@@ -44,14 +44,14 @@ def scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
 
 @pytest.fixture(scope="session")
 def transformer(config: ModelConfig, backend: Backend) -> QwenImageTransformer2DModel:
-    """As the engine loads it: with all adapters, none active."""
+    """As the engine loads it, without adapters."""
     return load_transformer(config, backend)
 
 
 @pytest.fixture(scope="session")
 def network(config: ModelConfig, backend: Backend) -> Network:
     """As the engine runs it."""
-    return Network(load_transformer(config, backend))
+    return Network.load(config, backend)
 
 
 @pytest.fixture(scope="session")

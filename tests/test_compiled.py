@@ -16,7 +16,7 @@ from backends import Backend
 from deployments.settings import Settings
 from stages.attention import Negative
 from stages.caches import make_cache
-from stages.model import ModelConfig, Quantize, load_transformer
+from stages.model import ModelConfig, Quantize
 from stages.network import Answer, Network, Query
 from stages.noise import draw_noise
 from stages.pipeline import Pipeline
@@ -59,9 +59,9 @@ def relative_error(answers: list[Answer], truths: list[Answer]) -> float:
 
 def make_network(config: ModelConfig, backend: Backend, blocks: int) -> Network:
     """The first blocks alone, which are what compiling takes time for."""
-    transformer = load_transformer(config, backend)
-    transformer.transformer_blocks = transformer.transformer_blocks[:blocks]
-    return Network(transformer)
+    network = Network.load(config, backend)
+    network.transformer.transformer_blocks = network.transformer.transformer_blocks[:blocks]
+    return network
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from plans import PLANS
 
 from backends import Backend
 from stages.caches import make_cache
 from stages.denoise import Row, guide, join_negative, step
-from stages.model import ModelConfig, load_transformer
+from stages.model import ModelConfig, load_adapters, load_transformer
 from stages.network import Network, predict_velocity
 from stages.noise import draw_noise
 from stages.packet import LatentPacket
@@ -134,7 +134,11 @@ def test_rows_of_several_adapters_share_a_pass_and_are_what_peft_computes_one_by
 ) -> None:
     """In float64, where rounding needs no tolerance: fusing an adapter and taking it away again has its own."""
     transformer = load_transformer(config, backend).double()
-    network = Network(load_transformer(config, backend).double(), fused)
+    network = Network(load_transformer(config, backend).double(), load_adapters(config, transformer), fused)
+    for name, adapter in config.adapters.items():
+        state = QwenImagePipeline.lora_state_dict(adapter.source)
+        QwenImagePipeline.load_lora_into_transformer(state, transformer, adapter_name=name)
+    transformer.double()
     adapters = ["bridge", None, "distilled", "distilled"]
     rows = varied_rows(embeds)[1:2] * 4
     queries = [
