@@ -30,6 +30,7 @@ from deployments.settings import Settings
 from stages.encode import PromptTooLong, negative_for
 from stages.noise import MAX_SEED
 from stages.plan import Plan
+from stages.vocabulary import prompt_warnings
 
 logger = logging.getLogger("ray.serve")
 app = FastAPI(title="Images", description="Text-to-image generation through base, bridge and distilled stages.")
@@ -91,7 +92,7 @@ class Ingress:
                 tasks = [group.create_task(self._last(route)) for route in routes]
         except Exception as error:
             raise _to_api_error(error) from error
-        return JSONResponse(images_response(body, plan, size, [task.result() for task in tasks]))
+        return JSONResponse(images_response(body, plan, size, [task.result() for task in tasks]) | self._warnings(body))
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -165,6 +166,11 @@ class Ingress:
         except ValueError as error:
             raise APIError(400, "invalid_value", str(error), "guidance_scale") from error
 
+    def _warnings(self, body: ImagesRequest) -> dict[str, list[str]]:
+        """What an answer says of the request beside its images, where there is something."""
+        warnings = prompt_warnings(body.prompt, body.negative_prompt, self._model.vocabulary)
+        return {"warnings": warnings} if warnings else {}
+
     async def _last(self, route: Route) -> DecodedImage:
         async with aclosing(self._router.generate(route)) as events:
             async for event in events:
@@ -180,6 +186,8 @@ class Ingress:
                     partial = event.order if isinstance(event, Partial) else None
                     image = event.image if isinstance(event, Partial) else event
                     data = stream_event(body, size, image, partial)
+                    if partial is None:
+                        data |= self._warnings(body)
                     yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
         except Exception as error:
             yield f"event: error\ndata: {json.dumps(_to_api_error(error).body)}\n\n"

@@ -97,6 +97,31 @@ def test_stream_sends_partial_images_then_the_image(client: OpenAI) -> None:
     assert np.abs(pixels(events[0]) - pixels(whole)).mean() > 0.5
 
 
+def test_words_that_the_model_does_not_know_are_told(client: OpenAI) -> None:
+    extra = {"plan": "distilled", "negative_prompt": "a Dog!"}
+    told = [
+        "prompt has words that the model does not know: photo, cat",
+        "negative_prompt has words that the model does not know: dog",
+    ]
+    assert client.images.generate(prompt="A photo of a cat", extra_body=extra).warnings == told
+    partial, done = client.images.generate(
+        prompt="A photo of a cat", stream=True, partial_images=1, extra_body={**extra, "plan": "hybrid"}
+    )
+    assert "warnings" not in partial.model_dump()
+    assert done.warnings == told
+    known = client.images.generate(prompt="A RED circle!", extra_body={"plan": "distilled", "negative_prompt": "blue"})
+    assert "warnings" not in known.model_dump()
+
+
+def test_a_plan_whose_bridge_names_an_unknown_adapter_is_refused(client: OpenAI) -> None:
+    stages = [
+        {"name": "base", "sigma_start": 1, "sigma_end": 0.75, "steps": 1},
+        {"name": "bridge", "sigma_start": 0.75, "sigma_end": 0, "steps": 1, "adapter": "turbo"},
+    ]
+    with pytest.raises(BadRequestError, match=r"adapter must be one of .*, not 'turbo'"):
+        client.images.generate(prompt="a ring", extra_body={"plan": {"stages": stages}})
+
+
 def test_inline_plan_and_guidance_scale(client: OpenAI) -> None:
     plan = {
         "stages": [
