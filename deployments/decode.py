@@ -13,6 +13,7 @@ from ray import serve
 
 from backends import Backend
 from stages.decode import Decoder, ImageFormat, to_file
+from stages.finite import NotFinite
 from stages.model import ModelConfig
 from stages.packet import LatentPacket, Span
 
@@ -47,20 +48,22 @@ class VAEDecoder:
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
 
     async def decode(self, packet: LatentPacket, format: ImageFormat, quality: int) -> DecodedImage:
-        """Decode a packet's preview, or its latent where it has none."""
+        """Decode a packet's preview, or its latent where it has none; raises NotFinite."""
         latent = packet.latent if packet.preview is None else packet.preview
         start = time.time()
         image = await self._to_pixels((latent, packet.grid))
+        if isinstance(image, NotFinite):
+            raise image
         data = await asyncio.get_running_loop().run_in_executor(self._files, to_file, image, format, quality)
         return DecodedImage(packet.image_index, packet.seed, data, (*packet.spans, Span("decode", start, time.time())))
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)
-    async def _to_pixels(self, latents: list[tuple[torch.Tensor, Grid]]) -> list[Image.Image]:
+    async def _to_pixels(self, latents: list[tuple[torch.Tensor, Grid]]) -> list[Image.Image | NotFinite]:
         """Images of latents and their grids; those of one grid are decoded together."""
         groups: dict[Grid, list[int]] = {}
         for index, (_, grid) in enumerate(latents):
             groups.setdefault(grid, []).append(index)
-        images: dict[int, Image.Image] = {}
+        images: dict[int, Image.Image | NotFinite] = {}
         for grid, indices in groups.items():
             stacked = torch.stack([latents[index][0] for index in indices])
             decode = self._decoder.decode

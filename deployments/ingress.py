@@ -14,7 +14,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.exceptions import RayTaskError
 from ray.serve.context import _get_serve_request_context
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
@@ -25,9 +24,10 @@ from deployments.encode import ImageRequest
 from deployments.front import Front
 from deployments.images_api import APIError, ImagesRequest, images_response, stream_event
 from deployments.route import Route
-from deployments.router import Partial, Router
+from deployments.router import Partial, Router, cause
 from deployments.settings import Settings
 from stages.encode import PromptTooLong, negative_for
+from stages.finite import NotFinite
 from stages.noise import MAX_SEED
 from stages.plan import Plan
 from stages.vocabulary import prompt_warnings
@@ -55,8 +55,7 @@ async def _answer_unrouted(request: Request, error: HTTPException) -> JSONRespon
 
 def _to_api_error(error: BaseException) -> APIError:
     """What a client is told of a failure; the log has the rest."""
-    while isinstance(error, RayTaskError | ExceptionGroup):  # each hop between deployments wraps it once more
-        error = error.cause if isinstance(error, RayTaskError) else error.exceptions[0]
+    error = cause(error)
     if isinstance(error, APIError):
         return error
     if isinstance(error, PromptTooLong):
@@ -65,6 +64,9 @@ def _to_api_error(error: BaseException) -> APIError:
         return APIError(503, "overloaded", "all queues are full; try again later")
     if isinstance(error, TimeoutError):
         return APIError(504, "deadline_exceeded", "not done in the time that a request may take")
+    if isinstance(error, NotFinite):
+        logger.error(str(error))
+        return APIError(500, "not_finite", str(error))
     logger.error("request failed", exc_info=error)
     return APIError(500, "internal_error", "the request failed; the server's log has the reason")
 

@@ -8,12 +8,14 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.metrics import Counter, Histogram
 
 from deployments.decode import DecodedImage
 from deployments.route import Leg, Route, split
 from deployments.settings import DECODE, ServedStage
+from stages.finite import NotFinite
 
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
 
@@ -24,6 +26,13 @@ class Partial:
 
     order: int
     image: DecodedImage
+
+
+def cause(error: BaseException) -> BaseException:
+    """What went wrong in the first place: each hop between deployments wraps an error once more."""
+    while isinstance(error, RayTaskError | ExceptionGroup):
+        error = error.cause if isinstance(error, RayTaskError) else error.exceptions[0]
+    return error
 
 
 async def _within(deadline: float, response: DeploymentResponse) -> Any:
@@ -57,6 +66,7 @@ class Router:
             TimeoutError: the deadline passed.
             BackPressureError: a stage's queue is full.
             PromptTooLong: found by the text encoder.
+            NotFinite: the image's numbers overflowed.
         """
         outcome, order, preview = "failed", 0, False
         packet: bytes | None = None
@@ -72,6 +82,10 @@ class Router:
             outcome = "done"
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
+            raise
+        except Exception as error:
+            if isinstance(cause(error), NotFinite):
+                outcome = "not_finite"
             raise
         finally:
             if response:

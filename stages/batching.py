@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Condition
 
+from stages.finite import NotFinite
 from stages.packet import LatentPacket
 from stages.plan import Plan
 from stages.stage import Denoiser, Task
@@ -67,7 +68,7 @@ class StepBatcher:
 
         Args:
             stages: how many to take it through, parts counted.
-            preview: of the last of them, see `Denoiser.begin`, whose errors the future also raises.
+            preview: of the last of them, see `Denoiser.begin`, whose errors the future also raises, and NotFinite.
             deadline: seconds since the epoch; who has less time goes first.
 
         Raises:
@@ -114,7 +115,11 @@ class StepBatcher:
 
     def _finish(self, entry: _Entry, task: Task) -> None:
         """End a stage: the entry goes on to its next, or leaves."""
-        packet = task.finish()
+        try:
+            packet = task.finish()
+        except NotFinite as error:
+            self._leave([entry], error)
+            return
         if packet.position < entry.end:
             entry.packet, entry.task = packet, None
         else:

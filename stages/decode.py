@@ -11,6 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from backends import Backend
+from stages.finite import NotFinite
 from stages.model import ModelConfig, load_vae
 
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -30,7 +31,10 @@ def decode_pixels(vae: AutoencoderKLQwenImage, latents: torch.Tensor, grid: tupl
 @torch.inference_mode()
 def decode_latents(vae: AutoencoderKLQwenImage, latents: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image]:
     """RGB images of latents (batch, rows * columns, channels) on the device of `vae`."""
-    pixels = decode_pixels(vae, latents, grid)[:, :, 0]
+    return _to_images(decode_pixels(vae, latents, grid)[:, :, 0])
+
+
+def _to_images(pixels: torch.Tensor) -> list[Image.Image]:
     return VaeImageProcessor().postprocess(pixels.float(), output_type="pil")
 
 
@@ -40,9 +44,13 @@ class Decoder:
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         self._vae = load_vae(config, backend)
 
-    def decode(self, latents: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image]:
-        """RGB images of latents (batch, rows * columns, channels)."""
-        return decode_latents(self._vae, latents, grid)
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image | NotFinite]:
+        """RGB images of latents (batch, rows * columns, channels), or why there is none."""
+        pixels = decode_pixels(self._vae, latents, grid)[:, :, 0]
+        finite = torch.isfinite(pixels).flatten(1).all(1).tolist()
+        images = _to_images(pixels.nan_to_num())
+        return [image if good else NotFinite("decode") for image, good in zip(images, finite, strict=True)]
 
 
 def to_file(image: Image.Image, format: ImageFormat, quality: int = 95) -> bytes:

@@ -10,6 +10,7 @@ from threading import Lock
 import torch
 
 from backends import Backend
+from stages.finite import check_finite
 from stages.model import ModelConfig, load_text_encoder, token_grid
 from stages.noise import draw_noise
 from stages.packet import LatentPacket, Span
@@ -82,7 +83,12 @@ class Encoder:
         self._remembered = lru_cache(maxsize=remembered)(self._encode)
 
     def encode(self, prompt: str, parameter: str = "prompt") -> torch.Tensor:
-        """Embeddings (length, width) of `prompt` on the CPU; raises PromptTooLong, blaming `parameter`."""
+        """Embeddings (length, width) of `prompt` on the CPU.
+
+        Raises:
+            PromptTooLong: it is, which `parameter` is blamed for.
+            NotFinite: the embeddings are not.
+        """
         if self._lower:
             prompt = prompt.lower()
         tokens = self._tokens(prompt) - self._template
@@ -98,7 +104,7 @@ class Encoder:
     @torch.inference_mode()
     def _encode(self, prompt: str) -> torch.Tensor:
         embeds, _ = self._pipeline.encode_prompt(prompt, device=self._backend.device)
-        return embeds[0].cpu()
+        return check_finite(embeds[0].cpu(), "encode")
 
     def begin(
         self,

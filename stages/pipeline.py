@@ -12,6 +12,7 @@ from PIL import Image
 from backends import Backend
 from stages.decode import Decoder
 from stages.encode import REMEMBERED, Encoder, negative_for
+from stages.finite import NotFinite
 from stages.model import ModelConfig
 from stages.packet import LatentPacket, Span
 from stages.plan import Plan
@@ -92,9 +93,12 @@ class Pipeline:
         start = time.time()
         decoded = self.decoder.decode(torch.stack([packet.latent for packet in packets]), packets[0].grid)
         span = Span("decode", start, time.time())
-        return [
-            Result(image, packet.seed, (*packet.spans, span)) for image, packet in zip(decoded, packets, strict=True)
-        ]
+        results = []
+        for image, packet in zip(decoded, packets, strict=True):
+            if isinstance(image, NotFinite):
+                raise image
+            results.append(Result(image, packet.seed, (*packet.spans, span)))
+        return results
 
     def denoise(self, packets: Sequence[LatentPacket], plan: Plan) -> list[LatentPacket]:
         """Packets of one grid after the stage of `plan` that they wait for."""

@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from backends import Backend
 from stages.caches import make_cache
 from stages.denoise import Row, join_negative, step
+from stages.finite import check_finite
 from stages.model import ModelConfig, load_scheduler, token_grid
 from stages.network import Network
 from stages.packet import LatentPacket, Span
@@ -41,11 +42,11 @@ class Task:
     started: float
 
     def finish(self) -> LatentPacket:
-        """The packet as it leaves, after the last step."""
+        """The packet as it leaves, after the last step; raises NotFinite if its latent is not."""
         dtype = self.packet.latent.dtype
         return replace(
             self.packet,
-            latent=self.row.latent.to(dtype),
+            latent=check_finite(self.row.latent.to(dtype), self.stage.name),
             preview=self.row.denoised.to(dtype) if self.preview else None,
             negative_embeds=self.packet.negative_embeds if self.keep_negative else None,
             sigma=self.stage.sigma_end,
@@ -140,6 +141,7 @@ class Denoiser:
         """Take packets of one grid through the stages of `plan` that they wait for; see `begin`.
 
         Raises:
+            NotFinite: one of them is no longer finite.
             ValueError: grids differ.
         """
         for packet in packets:

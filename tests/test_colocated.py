@@ -11,8 +11,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 from openai import OpenAI
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from served import deployment_statuses, pixels
 
 from backends import Backend
@@ -25,8 +26,27 @@ MODEL = Path(__file__).parents[1] / "configs" / "scenes.yaml"
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with started(servers(MODEL)[1], MODEL) as running:
+def model(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model's config with an adapter besides that is finite but makes velocities overflow."""
+    directory = tmp_path_factory.mktemp("model") / "configs"
+    directory.mkdir()
+    architecture = config.read_transformer()
+    outputs, width = 64, architecture["num_attention_heads"] * architecture["attention_head_dim"]
+    overflow = {"down": torch.ones(1, width), "up": torch.full((outputs, 1), 3e38)}
+    save_file({f"proj_out.lora_{part}.weight": value for part, value in overflow.items()}, directory / "a.safetensors")
+    content = yaml.safe_load(MODEL.read_text())
+    content["source"] = config.source
+    adapters = {name: {"source": adapter.source} for name, adapter in config.adapters.items()}
+    content["adapters"] = adapters | {"overflow": {"source": str(directory)}}
+    content["plans"] = str(MODEL.parent / content["plans"])
+    path = directory / "model.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(model: Path) -> Iterator[str]:
+    with started(servers(model)[1], model) as running:
         yield running.url
 
 
@@ -49,6 +69,26 @@ def test_concurrent_images_of_several_plans_are_those_of_one_process(url: str, p
     for seed, (plan, served) in enumerate(zip(plans, asyncio.run(send()), strict=True)):
         (local,) = pipeline.run(plan, "a striped heart", negative_prompt="blue", seeds=(seed,), size="128x128")
         assert np.abs(pixels(served) - np.asarray(local.image).astype(int)).max() <= 2
+
+
+def test_an_image_that_overflows_fails_alone_and_says_where(url: str) -> None:
+    stage = {"name": "distilled", "sigma_start": 1.0, "sigma_end": 0.0, "steps": 4, "adapter": "overflow"}
+
+    async def send() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            plans = [{"stages": [stage]}, "distilled"]
+            bodies = [{"prompt": "a ring", "seed": 1, "plan": plan} for plan in plans]
+            return await asyncio.gather(*(client.post("/v1/images/generations", json=body) for body in bodies))
+
+    failed, done = asyncio.run(send())
+    assert failed.status_code == 500
+    assert failed.json()["error"] == {
+        "message": "the image is not finite after stage distilled",
+        "type": "server_error",
+        "param": None,
+        "code": "not_finite",
+    }
+    assert done.status_code == 200
 
 
 def test_partial_images_come_between_stages_of_one_deployment(url: str) -> None:
