@@ -73,7 +73,6 @@ class Encoder:
         self._pipeline = load_text_encoder(config, backend)
         self._backend = backend
         self._limit = config.max_prompt_tokens
-        self._lower = config.vocabulary is not None
         self._template = self._tokens("")
         fits = self._pipeline.tokenizer_max_length + self._pipeline.prompt_template_encode_start_idx - self._template
         if self._limit > fits:
@@ -89,8 +88,6 @@ class Encoder:
             PromptTooLong: it is, which `parameter` is blamed for.
             NotFinite: the embeddings are not.
         """
-        if self._lower:
-            prompt = prompt.lower()
         tokens = self._tokens(prompt) - self._template
         if tokens > self._limit:
             raise PromptTooLong(parameter, tokens, self._limit)

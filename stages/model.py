@@ -15,7 +15,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 from backends import Backend, Quantization
 from stages.lora_files import Lora, linear_layers, read_lora
@@ -74,7 +74,7 @@ class ModelConfig(BaseModel):
         quantize: eight bits for the text encoder or the transformer.
         max_prompt_tokens: longest prompt, in tokens of the model's own tokenizer; 1019 and the template's last five are
             what diffusers keeps.
-        vocabulary: all words that the model knows, in lower case, which prompts are put in; or None if it knows any.
+        vocabulary: all words that the model knows, in lower case, or None if it knows any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -216,12 +216,12 @@ def load_text_encoder(config: ModelConfig, backend: Backend) -> QwenImagePipelin
     )
 
 
-def load_tokenizer(config: ModelConfig) -> Qwen2Tokenizer:
-    """The text encoder's; raises BadFile."""
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The text encoder's, of the class that its own config names; raises BadFile."""
     directory = find_part(config.source, "tokenizer")
     if not (directory / "tokenizer_config.json").is_file():
         raise BadFile("source", directory / "tokenizer_config.json", "is missing")
-    return Qwen2Tokenizer.from_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory)
 
 
 def load_transformer(config: ModelConfig, backend: Backend) -> QwenImageTransformer2DModel:

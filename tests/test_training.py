@@ -21,7 +21,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 from safetensors.torch import load_file
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from backends import get_backend
 from stages.denoise import Row, join_negative, step
@@ -272,12 +272,19 @@ def test_checkpoint_is_a_small_pipeline_of_the_production_classes_for_plain_diff
     assert type(pipeline.transformer) is QwenImageTransformer2DModel
     assert type(pipeline.vae) is AutoencoderKLQwenImage
     assert type(pipeline.text_encoder) is Qwen2_5_VLForConditionalGeneration
-    assert type(pipeline.tokenizer) is Qwen2Tokenizer
+    assert type(pipeline.tokenizer) is PreTrainedTokenizerFast
     assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
     for name in ("distilled", "bridge"):
         pipeline.load_lora_weights(CHECKPOINT / "loras" / name, adapter_name=name)
     assert set(pipeline.get_list_adapters()["transformer"]) == {"distilled", "bridge"}
     assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) < 40e6
+
+
+@torch.no_grad()
+def test_case_of_prompts_does_not_matter() -> None:
+    pipeline = DiffusionPipeline.from_pretrained(CHECKPOINT)
+    (lower, _), (upper, _) = (pipeline.encode_prompt(prompt) for prompt in ("a red star", "A Red STAR"))
+    assert torch.equal(lower, upper)
 
 
 def test_pipelines_template_is_the_34_tokens_that_diffusers_drops() -> None:
