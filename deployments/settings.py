@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from backends import Quantization, get_backend
 from stages.model import ModelConfig
@@ -41,8 +41,8 @@ class Placement(BaseModel):
     stages: Annotated[tuple[ServedStage, ...], Field(min_length=1)]
     backend: BackendName = "cpu"
     fuse: Name | None = None
-    compile: bool = False
-    max_batch_tokens: Annotated[int, Field(ge=1, le=2**24)] = 16384
+    compile: StrictBool = False
+    max_batch_tokens: Annotated[int, Field(strict=True, ge=1, le=2**24)] = 16384
 
     @property
     def denoises(self) -> bool:
@@ -77,8 +77,8 @@ class Settings(BaseModel):
         **{stage.capitalize(): Placement(stages=(stage,)) for stage in STAGES},
         "VAEDecoder": Placement(stages=("decode",)),
     }
-    max_images: Annotated[int, Field(ge=1, le=64)] = 10
-    request_timeout_s: Annotated[float, Field(gt=0.0, le=86400.0)] = 120.0
+    max_images: Annotated[int, Field(strict=True, ge=1, le=64)] = 10
+    request_timeout_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 120.0
 
     @model_validator(mode="after")
     def _runnable(self) -> Settings:

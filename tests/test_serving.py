@@ -249,6 +249,8 @@ def test_wrong_settings_stop_the_start_and_are_named(tmp_path: Path) -> None:
         ("request_timeout_s", 0),
         ("max_images", 0),
         ("max_images", 65),
+        ("max_images", True),
+        ("max_images", "4"),
     ):
         with pytest.raises(ValidationError, match=key):
             Settings.model_validate({"model": "configs/scenes.yaml", key: value})
