@@ -8,6 +8,7 @@ from deployments.denoise import Transformer
 from deployments.encode import TextEncoder
 from deployments.route import Leg, Route
 from deployments.settings import DECODE, ENCODE, Placement
+from stages.encode import PromptTooLong
 from stages.model import ModelConfig
 from stages.packet import LatentPacket
 
@@ -30,18 +31,24 @@ class StageReplica:
         if self._denoises:
             self._transformer.check_health()
 
-    async def run(self, route: Route, leg: Leg, packet: bytes | None) -> bytes | DecodedImage:
+    async def run(self, route: Route, leg: Leg, packet: bytes | None) -> bytes | DecodedImage | PromptTooLong:
         """Take an image along `leg`; a caller that cancels stops the work before its next step.
 
         Args:
             packet: as the leg before left it; None at the start, which encodes the prompt.
 
+        Returns:
+            The packet, or the image where the leg ends with it; or PromptTooLong, which is the client's error: Serve
+            would log a traceback of one that is raised.
+
         Raises:
             PacketError: not a packet of this version.
-            PromptTooLong: one of the image's prompts is.
             ValueError: see `stages.stage.Denoiser.begin`.
         """
-        current = await self._encoder.encode(route.image) if packet is None else LatentPacket.from_bytes(packet)
+        try:
+            current = await self._encoder.encode(route.image) if packet is None else LatentPacket.from_bytes(packet)
+        except PromptTooLong as refusal:
+            return refusal
         if leg.stages:
             current = await self._transformer.denoise(current, route.plan, leg.stages, leg.preview, route.deadline)
         if leg.decodes:

@@ -17,6 +17,7 @@ class Route:
     """What is to be done for one image.
 
     Attributes:
+        preset: name of the model's plan that `plan` is or comes from; None for a request's own.
         quality: 1 to 100, of formats that lose something.
         partial_images: after how many of the plan's stages, in all their parts, to send what the image will look like.
         deadline: seconds since the epoch, after which to give up.
@@ -24,6 +25,7 @@ class Route:
 
     image: ImageRequest
     plan: Plan
+    preset: str | None
     format: ImageFormat
     quality: int
     partial_images: int

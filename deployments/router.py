@@ -8,14 +8,14 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.metrics import Counter, Histogram
 
 from deployments.decode import DecodedImage
+from deployments.errors import APIError
 from deployments.route import Leg, Route, split
 from deployments.settings import DECODE, ServedStage
-from stages.finite import NotFinite
+from stages.encode import PromptTooLong
 
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
 
@@ -26,13 +26,6 @@ class Partial:
 
     order: int
     image: DecodedImage
-
-
-def cause(error: BaseException) -> BaseException:
-    """What went wrong in the first place: each hop between deployments wraps an error once more."""
-    while isinstance(error, RayTaskError | ExceptionGroup):
-        error = error.cause if isinstance(error, RayTaskError) else error.exceptions[0]
-    return error
 
 
 async def _within(deadline: float, response: DeploymentResponse) -> Any:
@@ -63,10 +56,7 @@ class Router:
         """The partial images that were asked for, then the image; closing or cancelling it cancels the stage at work.
 
         Raises:
-            TimeoutError: the deadline passed.
-            BackPressureError: a stage's queue is full.
-            PromptTooLong: found by the text encoder.
-            NotFinite: the image's numbers overflowed.
+            APIError: see `APIError.from_failure`.
         """
         outcome, order, preview = "failed", 0, False
         packet: bytes | None = None
@@ -78,19 +68,24 @@ class Router:
                     yield Partial(order, await self._decode(route, packet))
                     order += 1
                 result = await _within(route.deadline, response)
+                if isinstance(result, PromptTooLong):
+                    raise result
                 packet, preview = result, leg.preview
             outcome = "done"
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
             raise
         except Exception as error:
-            if isinstance(cause(error), NotFinite):
+            failure = APIError.from_failure(error)
+            if failure.status < 500:
+                outcome = "refused"
+            elif failure.code == "not_finite":
                 outcome = "not_finite"
-            raise
+            raise failure from error
         finally:
             if response:
                 response.cancel()  # of no effect on one that is done
-            self._images.inc(tags={"plan": route.plan.name, "outcome": outcome})
+            self._images.inc(tags={"plan": route.preset or "inline", "outcome": outcome})
         image = cast(DecodedImage, result)
         for span in image.spans:
             self._seconds.observe(span.end - span.start, tags={"stage": span.stage})

@@ -65,6 +65,7 @@ class Settings(BaseModel):
         default_plan: the model's plan for requests that name none.
         placement: deployments that share the stages out, by name.
         max_images: largest `n` of a request.
+        max_body_bytes: longest body of a request.
         request_timeout_s: longest time that a request may take, queues included.
     """
 
@@ -78,6 +79,7 @@ class Settings(BaseModel):
         "VAEDecoder": Placement(stages=("decode",)),
     }
     max_images: Annotated[int, Field(strict=True, ge=1, le=64)] = 10
+    max_body_bytes: Annotated[int, Field(strict=True, ge=1, le=2**30)] = 1024 * 1024
     request_timeout_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 120.0
 
     @model_validator(mode="after")

@@ -24,6 +24,17 @@ Sigma = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 
 
+class PlanError(ValueError):
+    """A plan that cannot be run: `field`, as `stages.0.sigma_end`, is wrong, and `message` says what it must be."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message)
+        self.field, self.message = field, message
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.message}"
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -176,15 +187,15 @@ class StageSpec(_Strict):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.sigma_end >= self.sigma_start:
-            raise ValueError(f"sigma_end ({self.sigma_end}) must be below sigma_start ({self.sigma_start})")
+            raise PlanError("sigma_end", f"must be below sigma_start, {self.sigma_start}, not {self.sigma_end}")
         if self.guided and self.adapter is not None:
-            raise ValueError(f"guidance_scale must be 1 with adapter {self.adapter!r}, which takes no guidance")
+            raise PlanError("guidance_scale", f"must be 1 with adapter {self.adapter!r}, which takes no guidance")
         if self.reads_negative and self.adapter is None:
-            raise ValueError("reads_negative needs an adapter that learned it")
+            raise PlanError("reads_negative", "needs an adapter that learned it")
         if self.attention_guidance is not None and (self.guided or self.reads_negative):
-            raise ValueError("attention_guidance takes the place of a guidance_scale above 1 and of reads_negative")
+            raise PlanError("attention_guidance", "takes the place of a guidance_scale above 1 and of reads_negative")
         if isinstance(self.cache, FirstBlockSpec) and 0 in self.skip_blocks:
-            raise ValueError("skip_blocks must not have 0 with a first_block cache, which decides by that block")
+            raise PlanError("skip_blocks", "must not have 0 with a first_block cache, which decides by that block")
         return self
 
 
@@ -194,24 +205,24 @@ class Plan(_Strict):
     A stage may come in parts, which differ in all but the name: base without guidance at first, say.
     """
 
-    name: str = "inline"
+    name: Annotated[str, Field(min_length=1, max_length=256)] = "inline"
     stages: Annotated[tuple[StageSpec, ...], Field(min_length=1, max_length=MOST_PARTS)]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         first, last = self.stages[0], self.stages[-1]
         if first.sigma_start != 1.0:
-            raise ValueError(f"stages[0].sigma_start must be 1 (pure noise), not {first.sigma_start}")
+            raise PlanError("stages.0.sigma_start", f"must be 1 (pure noise), not {first.sigma_start}")
         if last.sigma_end != 0.0:
-            raise ValueError(f"stages[{len(self.stages) - 1}].sigma_end must be 0 (clean), not {last.sigma_end}")
+            raise PlanError(f"stages.{len(self.stages) - 1}.sigma_end", f"must be 0 (clean), not {last.sigma_end}")
         for index, (before, after) in enumerate(zip(self.stages, self.stages[1:], strict=False), start=1):
             if after.sigma_start != before.sigma_end:
-                raise ValueError(
-                    f"stages[{index}].sigma_start must be {before.sigma_end}, where {before.name} ends, "
-                    f"not {after.sigma_start}"
+                raise PlanError(
+                    f"stages.{index}.sigma_start",
+                    f"must be {before.sigma_end}, where {before.name} ends, not {after.sigma_start}",
                 )
             if STAGES.index(after.name) < STAGES.index(before.name):
-                raise ValueError(f"stages[{index}].name must not be before {before.name} in {', '.join(STAGES)}")
+                raise PlanError(f"stages.{index}.name", f"must not be before {before.name} in {', '.join(STAGES)}")
         return self
 
     @property
@@ -243,12 +254,12 @@ class Plan(_Strict):
         return Plan(name=self.name, stages=tuple(stages))
 
     def check_blocks(self, count: int) -> None:
-        """Raises ValueError if a stage skips a block that a transformer of `count` lacks, or all that it has."""
+        """Raises PlanError if a stage skips a block that a transformer of `count` lacks, or all that it has."""
         for index, stage in enumerate(self.stages):
             if unknown := [block for block in stage.skip_blocks if block >= count]:
-                raise ValueError(f"stages[{index}].skip_blocks must be below {count}, not {max(unknown)}")
+                raise PlanError(f"stages.{index}.skip_blocks", f"must be below {count}, not {max(unknown)}")
             if len(stage.skip_blocks) == count:
-                raise ValueError(f"stages[{index}].skip_blocks must leave one of {count} blocks")
+                raise PlanError(f"stages.{index}.skip_blocks", f"must leave one of {count} blocks")
 
     def with_adapters(self, available: Collection[str]) -> Plan:
         """The plan as a model with these adapters can run it.
@@ -257,14 +268,14 @@ class Plan(_Strict):
         training-free one.
 
         Raises:
-            ValueError: an adapter is missing and nothing can stand in for it.
+            PlanError: an adapter is missing and nothing can stand in for it.
         """
         stages = []
         for index, stage in enumerate(self.stages):
             if stage.adapter is not None and stage.adapter not in available:
                 if not stage.name == stage.adapter == "bridge" or "distilled" not in available:
-                    raise ValueError(
-                        f"stages[{index}].adapter must be one of {sorted(available)}, not {stage.adapter!r}"
+                    raise PlanError(
+                        f"stages.{index}.adapter", f"must be one of {sorted(available)}, not {stage.adapter!r}"
                     )
                 scale = UNTRAINED_BRIDGE_SCALE * stage.adapter_scale
                 stand_in = {"adapter": "distilled", "adapter_scale": scale, "reads_negative": False}

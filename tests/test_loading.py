@@ -240,7 +240,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         ("plans: {short: [{name: base, sigma_start: 1, sigma_end: 0}]}", "plans.short.stages.0.steps: Field required"),
         (
             "plans: {short: [{name: distilled, sigma_start: 1, sigma_end: 0, steps: 4, adapter: distilled}]}",
-            "plans: short.stages[0].adapter must be one of [], not 'distilled'",
+            "plans: short.stages.0.adapter must be one of [], not 'distilled'",
         ),
     ],
 )

@@ -375,5 +375,5 @@ def test_run_refuses_what_the_model_lacks(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match=r"size must be one of .*, not '128x64'"):
         pipeline.run("distilled", PROMPT, size="128x64")
     plan = Plan(stages=[PLANS["distilled"].stages[0].model_copy(update={"adapter": "turbo"})])
-    with pytest.raises(ValueError, match=r"stages\[0\].adapter must be one of \['bridge', 'distilled'\]"):
+    with pytest.raises(ValueError, match=r"stages\.0\.adapter must be one of \['bridge', 'distilled'\]"):
         pipeline.run(plan, PROMPT)

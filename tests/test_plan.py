@@ -62,16 +62,16 @@ INVALID = {
         [base(sigma_start=(9 - part) / 9, sigma_end=(8 - part) / 9) for part in range(9)],
         "at most 8",
     ),
-    "starts below pure noise": ([base(sigma_start=0.99)], r"stages\[0\].sigma_start"),
-    "ends before clean": ([base(sigma_end=0.01)], r"stages\[0\].sigma_end"),
+    "starts below pure noise": ([base(sigma_start=0.99)], r"stages\.0\.sigma_start"),
+    "ends before clean": ([base(sigma_end=0.01)], r"stages\.0\.sigma_end"),
     "last of two ends before clean": (
         [base(sigma_end=0.9), distilled(sigma_start=0.9, sigma_end=0.1)],
-        r"stages\[1\].sigma_end",
+        r"stages\.1\.sigma_end",
     ),
-    "gap between stages": ([base(sigma_end=0.9), distilled(sigma_start=0.8)], r"stages\[1\].sigma_start must be 0.9"),
-    "overlap of stages": ([base(sigma_end=0.8), distilled(sigma_start=0.9)], r"stages\[1\].sigma_start must be 0.8"),
-    "sigmas rise": ([base(sigma_start=0.0, sigma_end=1.0)], r"sigma_end \(1.0\) must be below sigma_start"),
-    "sigmas stay": ([base(sigma_start=1.0, sigma_end=1.0)], r"sigma_end \(1.0\) must be below sigma_start"),
+    "gap between stages": ([base(sigma_end=0.9), distilled(sigma_start=0.8)], r"stages\.1\.sigma_start must be 0.9"),
+    "overlap of stages": ([base(sigma_end=0.8), distilled(sigma_start=0.9)], r"stages\.1\.sigma_start must be 0.8"),
+    "sigmas rise": ([base(sigma_start=0.0, sigma_end=1.0)], r"sigma_end must be below sigma_start, 0\.0, not 1\.0"),
+    "sigmas stay": ([base(sigma_start=1.0, sigma_end=1.0)], r"sigma_end must be below sigma_start, 1\.0, not 1\.0"),
     "sigma above one": ([base(sigma_start=1.1)], "stages.0.sigma_start"),
     "sigma below zero": ([base(sigma_end=-0.1)], "stages.0.sigma_end"),
     "sigma is no number": ([base(sigma_end=float("nan"))], "stages.0.sigma_end"),
@@ -83,7 +83,7 @@ INVALID = {
     "unknown stage": ([base(name="refiner")], "stages.0.name"),
     "wrong order": (
         [distilled(sigma_end=0.9), bridge(sigma_end=0.0)],
-        r"stages\[1\].name must not be before distilled in base, bridge, distilled",
+        r"stages\.1\.name must not be before distilled in base, bridge, distilled",
     ),
     "guidance with an adapter": ([distilled(guidance_scale=4.0)], "guidance_scale must be 1 with adapter 'distilled'"),
     "guidance below one": ([base(guidance_scale=0.5)], "stages.0.guidance_scale"),
@@ -257,10 +257,10 @@ def test_the_stand_in_for_a_weakened_bridge_is_weakened_too() -> None:
 @pytest.mark.parametrize(
     ("preset", "available", "message"),
     [
-        ("distilled", set(), r"stages\[0\].adapter must be one of \[\], not 'distilled'"),
-        ("distilled", {"bridge"}, r"stages\[0\].adapter must be one of \['bridge'\], not 'distilled'"),
-        ("hybrid", {"bridge"}, r"stages\[4\].adapter must be one of \['bridge'\], not 'distilled'"),
-        ("hybrid", set(), r"stages\[3\].adapter must be one of \[\], not 'bridge'"),
+        ("distilled", set(), r"stages\.0\.adapter must be one of \[\], not 'distilled'"),
+        ("distilled", {"bridge"}, r"stages\.0\.adapter must be one of \['bridge'\], not 'distilled'"),
+        ("hybrid", {"bridge"}, r"stages\.4\.adapter must be one of \['bridge'\], not 'distilled'"),
+        ("hybrid", set(), r"stages\.3\.adapter must be one of \[\], not 'bridge'"),
     ],
 )
 def test_a_missing_adapter_that_nothing_can_stand_in_for(preset: str, available: set[str], message: str) -> None:

@@ -1,0 +1,30 @@
+"""Bodies of requests, read no further than they may go."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+
+from deployments.errors import APIError
+
+
+async def read_json(request: Request, limit: int) -> bytes:
+    """Read a body that says it is JSON.
+
+    Args:
+        limit: most bytes, also of a body that does not announce its length.
+
+    Raises:
+        APIError: the body is of another type (415) or longer (413).
+    """
+    content_type = request.headers.get("content-type")
+    media_type = (content_type or "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise APIError(
+            415, "unsupported_content_type", f"Content-Type must be application/json, not {content_type or 'missing'}"
+        )
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise APIError(413, "body_too_large", f"the body must be at most {limit} bytes")
+    return bytes(body)

@@ -1,0 +1,145 @@
+"""What a request asks for, with every name and default resolved; knows nothing of HTTP or Ray."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from deployments.encode import ImageRequest
+from deployments.errors import APIError
+from deployments.images_api import ImagesRequest
+from deployments.route import Route
+from stages.decode import ImageFormat
+from stages.encode import negative_for
+from stages.model import ModelConfig
+from stages.noise import MAX_SEED
+from stages.plan import Plan, PlanError
+from stages.vocabulary import prompt_warnings
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What requests may ask for.
+
+    Attributes:
+        blocks: of the model's transformer.
+        default_plan: the model's plan for requests that name none.
+        max_images: largest `n` of a request.
+    """
+
+    model: ModelConfig
+    blocks: int
+    default_plan: str
+    max_images: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """Images to make.
+
+    Attributes:
+        plan: as the model can run it.
+        preset: name of the model's plan that `plan` is or comes from; None for a request's own.
+        seed: of the first image, each further one adds one.
+        negative_prompt: None where no stage needs one.
+        quality: 1 to 100, of formats that lose something.
+        user: who the client says that it asks for.
+        warnings: what the client is told beside its images.
+    """
+
+    prompt: str
+    negative_prompt: str | None
+    plan: Plan
+    preset: str | None
+    size: str
+    n: int
+    seed: int
+    format: ImageFormat
+    quality: int
+    stream: bool
+    partial_images: int
+    user: str | None
+    warnings: list[str]
+
+    def routes(self, request_id: str, deadline: float) -> list[Route]:
+        """One for each image.
+
+        Args:
+            deadline: seconds since the epoch, after which to give up.
+        """
+        return [
+            Route(
+                image=ImageRequest(request_id, index, self.seed + index, self.size, self.prompt, self.negative_prompt),
+                plan=self.plan,
+                preset=self.preset,
+                format=self.format,
+                quality=self.quality,
+                partial_images=self.partial_images,
+                deadline=deadline,
+            )
+            for index in range(self.n)
+        ]
+
+
+def resolve(body: ImagesRequest, offer: Offer) -> Job:
+    """Resolve a request's names and defaults; draws a seed where it has none.
+
+    Raises:
+        APIError: names the field and what it may be.
+    """
+    if body.model not in (None, offer.model.name):
+        raise APIError(404, "model_not_found", f"model must be {offer.model.name!r}, not {body.model!r}", "model")
+    if body.n > offer.max_images:
+        raise _invalid("n", f"must be 1 to {offer.max_images}, not {body.n}")
+    if body.stream and body.n > 1:
+        raise _invalid("n", f"must be 1 with stream, not {body.n}")
+    if body.partial_images and not body.stream:
+        raise _invalid("partial_images", "needs stream")
+    size = offer.model.sizes[0] if body.size == "auto" else body.size
+    if size not in offer.model.sizes:
+        raise _invalid("size", f"must be one of {', '.join(('auto', *offer.model.sizes))}, not {size!r}")
+    plan, preset = _plan(body, offer)
+    seed = secrets.randbelow(MAX_SEED - body.n + 2) if body.seed is None else body.seed
+    if seed + body.n - 1 > MAX_SEED:
+        raise _invalid("seed", f"must be at most {MAX_SEED - body.n + 1} for {body.n} images")
+    return Job(
+        prompt=body.prompt,
+        negative_prompt=negative_for(plan, body.negative_prompt),
+        plan=plan,
+        preset=preset,
+        size=size,
+        n=body.n,
+        seed=seed,
+        format=body.output_format,
+        quality=body.output_compression,
+        stream=body.stream,
+        partial_images=body.partial_images,
+        user=body.safety_identifier or body.user,
+        warnings=prompt_warnings(body.prompt, body.negative_prompt, offer.model.vocabulary),
+    )
+
+
+def _plan(body: ImagesRequest, offer: Offer) -> tuple[Plan, str | None]:
+    """The plan as the model can run it, and the name of the model's plan that it comes from, if any."""
+    if isinstance(body.plan, Plan):
+        preset = None
+        try:
+            body.plan.check_blocks(offer.blocks)
+            plan = body.plan.with_adapters(offer.model.adapters)
+        except PlanError as error:
+            raise APIError(400, "invalid_value", f"plan.{error}", f"plan.{error.field}") from error
+    else:
+        preset = body.plan or offer.default_plan
+        if preset not in offer.model.plans:
+            raise _invalid("plan", f"must be one of {', '.join(offer.model.plans)}, or stages, not {preset!r}")
+        plan = offer.model.plans[preset]
+    if body.guidance_scale is not None:
+        try:
+            plan = plan.with_guidance(body.guidance_scale)
+        except ValueError as error:
+            raise APIError(400, "invalid_value", str(error), "guidance_scale") from error
+    return plan, preset
+
+
+def _invalid(field: str, message: str) -> APIError:
+    return APIError(400, "invalid_value", f"{field} {message}", field)
