@@ -2,13 +2,16 @@
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 
-.PHONY: serve test lint lock
+.PHONY: serve test test-slow lint lock
 
 serve: $(VENV)/installed
 	$(VENV)/bin/python -m deployments serve_config.yaml
 
 test: $(VENV)/installed lint
 	$(VENV)/bin/pytest
+
+test-slow: $(VENV)/installed
+	$(VENV)/bin/pytest -m slow
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -12,9 +12,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormContinuous
+from openai import OpenAI
 from torch.nn.modules.module import register_module_forward_hook
 
 from backends import Backend, get_backend
+from bench.servers import Running, servers, started
 from stages.model import ModelConfig, load_scheduler, load_transformer
 from stages.network import Network
 from stages.packet import LatentPacket
@@ -25,6 +27,15 @@ ROOT = Path(__file__).parent.parent
 
 # Ray asks local clients for a token by default, and `serve status` is another process than the server's.
 os.environ["RAY_AUTH_MODE"] = "disabled"
+
+# Several threads wait for each other by spinning: where another process has one of their cores, ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests of the shared server last: it then runs beside no other server, and takes no core before."""
+    items.sort(key=lambda item: "server" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +86,24 @@ def denoise_all(pipeline: Pipeline) -> Callable[..., list[LatentPacket]]:
         return packets
 
     return run
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Running]:
+    """The application of serve_config.yaml, started once for all tests that need no other."""
+    model = ROOT / "configs" / "scenes.yaml"
+    with started(servers(model)[0], model) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def url(server: Running) -> str:
+    return server.url
+
+
+@pytest.fixture(scope="session")
+def client(url: str) -> OpenAI:
+    return OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)
 
 
 @pytest.fixture(scope="session")

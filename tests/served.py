@@ -13,6 +13,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from bench.servers import Running
+
 
 def deployment_statuses() -> dict[str, str]:
     """Of the application, by name, as `serve status` says."""
@@ -20,6 +22,15 @@ def deployment_statuses() -> dict[str, str]:
     status = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     deployments = yaml.safe_load(status.stdout)["applications"]["images"]["deployments"]
     return {name: entry["status"] for name, entry in deployments.items()}
+
+
+def log_lines(server: Running, deployment: str, *texts: str) -> list[str]:
+    """Of a deployment's replicas, those that hold all of these texts."""
+    logs = Path(server.process.environ()["RAY_TMPDIR"]).glob(
+        f"*/session_latest/logs/serve/replica_images_{deployment}_*.log"
+    )
+    lines = [line for log in logs for line in log.read_text().splitlines()]
+    return [line for line in lines if all(text in line for text in texts)]
 
 
 def pixels(image: Any) -> np.ndarray:

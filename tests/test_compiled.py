@@ -79,6 +79,7 @@ def plain(config: ModelConfig, backend: Backend) -> Network:
     return make_network(config, backend, blocks=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [(8, 8), (8, 12), (4, 4)])
 @pytest.mark.parametrize(
     "adapters", [[None], ["bridge"], [None, None], ["distilled", None, "bridge"], ["distilled"] * 8], ids=str
