@@ -144,7 +144,7 @@ def test_an_adapter_that_is_not_here_fails_its_own_packet_alone(pipeline: Pipeli
     bad = batcher.submit(packet_of(pipeline, 0), plan_of(1, adapter="refiner"))
     good = batcher.submit(packet_of(pipeline, 1), plan_of(1))
     steps(batcher)
-    with pytest.raises(ValueError, match=r"adapter must be one of \['bridge', 'distilled'\], not 'refiner'"):
+    with pytest.raises(ValueError, match=r"adapter must be one of \['bridge', 'distilled', 'finish'\], not 'refiner'"):
         bad.result(0)
     assert good.result(0).seed == 1
 

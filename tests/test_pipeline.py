@@ -348,7 +348,8 @@ def test_packets_that_cross_as_bytes_lead_to_the_same_latent(pipeline: Pipeline,
 def test_without_a_trained_bridge_the_hybrid_plan_runs_on_the_distilled_adapter(
     pipeline: Pipeline, config: ModelConfig, backend: Backend, denoise_all: DenoiseAll
 ) -> None:
-    config = config.model_copy(update={"adapters": {"distilled": config.adapters["distilled"]}})
+    untrained = {name: adapter for name, adapter in config.adapters.items() if name != "bridge"}
+    config = config.model_copy(update={"adapters": untrained})
     plan = PLANS["hybrid"].with_adapters(config.adapters)
     denoiser = Denoiser.load(config, backend)
     packets = [pipeline.encoder.begin("test", 0, 5, "64x64", PROMPT, NEGATIVE)]
@@ -375,5 +376,5 @@ def test_run_refuses_what_the_model_lacks(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match=r"size must be one of .*, not '128x64'"):
         pipeline.run("distilled", PROMPT, size="128x64")
     plan = Plan(stages=[PLANS["distilled"].stages[0].model_copy(update={"adapter": "turbo"})])
-    with pytest.raises(ValueError, match=r"stages\.0\.adapter must be one of \['bridge', 'distilled'\]"):
+    with pytest.raises(ValueError, match=r"stages\.0\.adapter must be one of \['bridge', 'distilled', 'finish'\]"):
         pipeline.run(plan, PROMPT)

@@ -236,13 +236,13 @@ def test_with_guidance_refuses_a_scale_out_of_range(scale: float) -> None:
 
 
 def test_with_adapters_leaves_a_plan_that_the_model_can_run() -> None:
-    assert PLANS["hybrid"].with_adapters({"bridge", "distilled"}) == PLANS["hybrid"]
+    assert PLANS["hybrid"].with_adapters({"bridge", "finish"}) == PLANS["hybrid"]
     assert PLANS["base"].with_adapters(set()) == PLANS["base"]
 
 
 def test_without_a_trained_bridge_the_distilled_adapter_at_half_strength_stands_in() -> None:
     before = PLANS["hybrid"]
-    after = before.with_adapters({"distilled"})
+    after = before.with_adapters({"distilled", "finish"})
     *base, bridge, distilled = after.stages
     assert (bridge.adapter, bridge.adapter_scale) == ("distilled", 0.5)
     own = {"adapter": "bridge", "adapter_scale": 1.0, "reads_negative": True}
@@ -259,7 +259,7 @@ def test_the_stand_in_for_a_weakened_bridge_is_weakened_too() -> None:
     [
         ("distilled", set(), r"stages\.0\.adapter must be one of \[\], not 'distilled'"),
         ("distilled", {"bridge"}, r"stages\.0\.adapter must be one of \['bridge'\], not 'distilled'"),
-        ("hybrid", {"bridge"}, r"stages\.4\.adapter must be one of \['bridge'\], not 'distilled'"),
+        ("hybrid", {"bridge"}, r"stages\.4\.adapter must be one of \['bridge'\], not 'finish'"),
         ("hybrid", set(), r"stages\.3\.adapter must be one of \[\], not 'bridge'"),
     ],
 )

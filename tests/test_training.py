@@ -161,7 +161,7 @@ def test_joined_prompts_are_those_that_the_engine_joins() -> None:
 def test_a_stage_in_training_is_the_engines(stage: StageSpec) -> None:
     """Prompts of several lengths, one with something to avoid, padded to a fixed length."""
     pipeline = load_pipeline(CHECKPOINT, torch.device("cpu"))
-    for name in ("distilled", "bridge"):
+    for name in ("finish", "bridge"):
         pipeline.load_lora_weights(CHECKPOINT / "loras" / name, adapter_name=name)
     network = Network(load_transformer(ModelConfig.read(ROOT / "configs" / "scenes.yaml"), get_backend("cpu")))
     texts = embed_pairs(pipeline, ["a red star", "a small blue moon on the left"], ["furry", " "], length=24)
@@ -248,16 +248,16 @@ def test_config_without_the_section_is_named(tmp_path: Path) -> None:
         read_config(config, "bridge")
 
 
-def test_tail_moves_the_bridge_by_what_the_student_makes_of_its_end(tmp_path: Path) -> None:
+def test_tail_moves_the_bridge_by_what_the_finish_makes_of_its_end(tmp_path: Path) -> None:
     config = read_config(ROOT / "training" / "scenes.yaml", "tail") | {
         "teacher_steps": 3,
-        "error_weights": {"bridge": 0.0, "distilled": 1.0},
+        "error_weights": {"bridge": 0.0, "finish": 1.0},
         "decoded": 1,
         "schedule": {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "save_every": 1},
     }
     config["pairs"] |= {"count": 4, "batch_size": 4}
     (tmp_path / "tail.yaml").write_text(yaml.safe_dump({"tail": config}))
-    loras = {name: CHECKPOINT / "loras" / name for name in ("distilled", "bridge")}
+    loras = {name: CHECKPOINT / "loras" / name for name in ("finish", "bridge")}
     command = [sys.executable, "-m", "training.tail", tmp_path / "tail.yaml", CHECKPOINT, *loras.values(), tmp_path]
     subprocess.run(command, cwd=ROOT, check=True, timeout=240)
     for name, directory in loras.items():
@@ -274,9 +274,9 @@ def test_checkpoint_is_a_small_pipeline_of_the_production_classes_for_plain_diff
     assert type(pipeline.text_encoder) is Qwen2_5_VLForConditionalGeneration
     assert type(pipeline.tokenizer) is PreTrainedTokenizerFast
     assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
-    for name in ("distilled", "bridge"):
+    for name in ("distilled", "bridge", "finish"):
         pipeline.load_lora_weights(CHECKPOINT / "loras" / name, adapter_name=name)
-    assert set(pipeline.get_list_adapters()["transformer"]) == {"distilled", "bridge"}
+    assert set(pipeline.get_list_adapters()["transformer"]) == {"distilled", "bridge", "finish"}
     assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) < 40e6
 
 

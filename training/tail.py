@@ -1,13 +1,12 @@
-"""Train bridge and distilled LoRA further on what they do in a hybrid plan: from where base hands over to the image.
+"""Train the two LoRAs of a hybrid plan's tail on what reaches them: `bridge` and, from the student on, `finish`.
 
 `python -m training.tail training/scenes.yaml PIPELINE DISTILLED_LORA BRIDGE_LORA RUN`, all four directories
 
-From where base leaves an image, the guided base model goes on in many steps; bridge and student must get there in one
+From where base leaves an image, the guided base model goes on in many steps; bridge and finish must get there in one
 each. The way is an ordinary differential equation's, so that there is one right answer; but where a network cannot
 foresee each hair, errors of latents are least without any. So the image's contrast by place and direction counts as
-well (`training.decoder`). At all other noise levels the student stays as it was, or as it was on another base: that is
-how it moves to a base that was trained further. Attention guidance, if the plan's steps have it, is left out of the
-training: it works by going further than their own answers.
+well (`training.decoder`). Attention guidance, if the plan's steps have it, is left out of the training: it works by
+going further than their own answers.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from training.adapters import Lora, active, lora_parameters, save_lora
 from training.decoder import contrast
 from training.loop import begin, load_pipeline, one_cycle, train
 from training.prompts import Prompts
-from training.sampling import conditional, integrate, of_stage, run_stages, sample_grid
+from training.sampling import integrate, of_stage, run_stages, sample_grid
 from training.text import Texts
 from training.trajectories import Teacher, Trajectories, draw_trajectories, grid_of, teacher_sigmas
 
@@ -38,12 +37,7 @@ def main() -> None:
     pipeline.transformer.requires_grad_(False)
     convolve_images(pipeline.vae).requires_grad_(False)
     pipeline.load_lora_weights(arguments.bridge, adapter_name="bridge")
-    pipeline.load_lora_weights(arguments.distilled, adapter_name="distilled")
-    former = pipeline
-    if config["made_on"]:
-        former = load_pipeline(Path(config["made_on"]), device)
-        former.transformer.requires_grad_(False)
-    former.load_lora_weights(arguments.distilled, adapter_name="before")
+    pipeline.load_lora_weights(arguments.distilled, adapter_name="finish")
     weights = config["error_weights"]
     parameters = [parameter for name in weights for parameter in lora_parameters(pipeline.transformer, name)]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -52,8 +46,8 @@ def main() -> None:
     )
     loras = Lora("tail", parameters, optimizer)
     plan = read_plans(Path(config["plans"]))[config["plan"]]
-    before = [stage for stage in plan.stages if stage.name not in weights]
-    tail = [stage.model_copy(update={"attention_guidance": None}) for stage in plan.stages if stage.name in weights]
+    before = [stage for stage in plan.stages if stage.adapter not in weights]
+    tail = [stage.model_copy(update={"attention_guidance": None}) for stage in plan.stages if stage.adapter in weights]
     grid = grid_of(config["pairs"])
     tokens = grid[0] * grid[1]
     levels = [tail[0].sigma_start, *(stage.sigma_end for stage in tail)]
@@ -74,44 +68,30 @@ def main() -> None:
         draw_trajectories(accelerator, pipeline, prompts, config["pairs"], torch.tensor(levels), walk).save(kept)
     taught = Trajectories.load(kept)
     every = taught.texts(pipeline, length)
-    former_prompts = every.prompt if former is pipeline else taught.texts(former, length).prompt
     with torch.no_grad():
         ends = taught.latents[:, -1].float().split(schedule.batch_size)
         contrasts = torch.cat([contrast(decode_pixels(pipeline.vae, end, grid)).cpu() for end in ends])
 
     def step(index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{schedule.seed} {index}")
-        generator = torch.Generator().manual_seed(rng.getrandbits(63))
         rows = [rng.randrange(len(taught.prompts)) for _ in range(schedule.batch_size)]
         texts = every[torch.tensor(rows).to(device)]
         reached, *ends = taught.latents[rows].float().to(device).unbind(1)
-
-        # Other levels, with noise on what the teacher made.
-        others = slice(round(config["kept_share"] * len(rows)))
-        elsewhere = torch.rand(others.stop, generator=generator).to(reached)
-        noise = torch.randn(ends[-1][others].shape, generator=generator).to(reached)
-        noisy = torch.lerp(ends[-1][others], noise, elsewhere[:, None, None])
         error = torch.zeros((), device=device)
         with accelerator.autocast():
-            with torch.no_grad(), active(former.transformer, "before"):
-                text = former_prompts[torch.tensor(rows[others]).to(device)]
-                as_before = conditional(former.transformer, text, grid)(noisy, elsewhere)
-            with active(transformer, "distilled"):
-                now = conditional(transformer, texts.prompt[others], grid)(noisy, elsewhere)
             for stage, end in zip(tail, ends, strict=True):
                 velocity = of_stage(transformer, stage, texts, grid)
                 with active(transformer, stage.adapter):
                     reached = integrate(velocity, reached, stage_sigmas(stage, pipeline.scheduler, tokens))[-1]
                 in_velocities = F.mse_loss(reached, end) / (stage.sigma_start - stage.sigma_end) ** 2
-                error = error + weights[stage.name] * in_velocities
+                error = error + weights[stage.adapter] * in_velocities
         decoded = slice(config["decoded"])
         drawn = contrast(decode_pixels(pipeline.vae, reached[decoded], grid))
         blur = (drawn - contrasts[rows[decoded]].to(drawn)).abs().mean()
-        away = F.mse_loss(now, as_before)
-        loras.backward(accelerator, error + config["contrast_weight"] * blur + config["kept_weight"] * away)
+        loras.backward(accelerator, error + config["contrast_weight"] * blur)
         loras.step()
         scheduler.step()
-        return {"error": error.detach(), "contrast": blur.detach(), "kept": away.detach()}
+        return {"error": error.detach(), "contrast": blur.detach()}
 
     def sample(path: Path) -> None:
         for name in weights:
