@@ -17,6 +17,7 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from bench.captions import caption
 from stages.pipeline import Prompted
 from stages.yaml_file import read_mapping
 from training.scenes import (
@@ -25,7 +26,6 @@ from training.scenes import (
     COLORS,
     RELATIONS,
     SHAPES,
-    caption,
     describe_value,
     name_value,
     sample_scene,
