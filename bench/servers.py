@@ -85,16 +85,22 @@ class Running:
     """A server that is ready.
 
     Attributes:
-        process: what was started; Ray's daemons and workers descend from it.
+        process: what was started, in a session of its own; Ray's daemons and workers descend from it.
+        log: its console.
     """
 
     url: str
-    process: psutil.Process
+    process: psutil.Popen
+    log: Path
+
+    def processes(self) -> list[psutil.Process]:
+        """The server's processes that are alive."""
+        return [self.process, *self.process.children(recursive=True)] if self.process.is_running() else []
 
     def resident_memory(self) -> int:
         """Bytes resident in the processes that hold a model or serve HTTP, without Ray's daemons."""
         total = 0
-        for process in (self.process, *self.process.children(recursive=True)):
+        for process in self.processes():
             with suppress(psutil.NoSuchProcess):
                 title = " ".join(process.cmdline())
                 if title.startswith("ray::") or "uvicorn" in title:
@@ -120,26 +126,31 @@ def started(server: Server, model: Path) -> Iterator[Running]:
         environment = {**os.environ, "RIVAL_MODEL": str(model), "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": directory}
         environment.pop("RAY_ADDRESS", None)
         with log.open("w") as file:
-            process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            process = psutil.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        running = Running(url, process, log)
         try:
             deadline = time.monotonic() + _START_TIMEOUT
             while not _ready(url):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{server.name} did not get ready:\n{log.read_text()[-4000:]}")
                 time.sleep(1)
-            yield Running(url, process)
+            yield running
         finally:
-            _end(process)
+            _end(running)
 
 
-def _end(process: psutil.Popen) -> None:
+def _end(running: Running) -> None:
     """Stop a server, and what of its own processes outlives it."""
-    descendants = process.children(recursive=True) if process.is_running() else []
-    process.terminate()
-    psutil.wait_procs([process, *descendants], timeout=60)
-    for survivor in (process, *descendants):
+    processes = running.processes()
+    if running.process.poll() is None:
+        running.process.terminate()
+    _, survivors = psutil.wait_procs(processes, timeout=60)
+    for survivor in survivors:
         with suppress(psutil.NoSuchProcess):
             survivor.kill()
+    running.process.wait(timeout=10)
 
 
 def _ready(url: str) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,12 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from deployments.settings import Settings
-from stages.model import ModelConfig, load_scheduler
+from stages.check import check_files
+from stages.model import ModelConfig
+from stages.weight_files import BadFile
 from stages.yaml_file import ConfigError, read_mapping
 
 _IMPORT_PATH = "deployments.app:build"
-_PARTS = ("transformer", "text_encoder", "vae")
 
 
 class StartError(Exception):
@@ -31,6 +30,7 @@ def check(path: Path) -> ServeDeploySchema:
     """
     content = _read_yaml(path)
     config = _validated(ServeDeploySchema, content, str(path))
+    _check_keys(content, config.model_dump(exclude_unset=True), str(path))
     ours = [application for application in config.applications if application.import_path == _IMPORT_PATH]
     if not ours:
         raise StartError(f"{path}: applications: one must have the import_path {_IMPORT_PATH}")
@@ -38,6 +38,18 @@ def check(path: Path) -> ServeDeploySchema:
         check_application(application, f"{path}: applications.{application.name}")
     _check_port(config, path)
     return config
+
+
+def _check_keys(content: object, understood: object, where: str) -> None:
+    """Refuse keys of `content` that Serve's schema silently dropped from what it `understood`."""
+    if isinstance(content, dict) and isinstance(understood, dict):
+        for key, value in content.items():
+            if key not in understood:
+                raise StartError(f"{where}: {key} is not a key of Ray Serve's schema here")
+            _check_keys(value, understood[key], f"{where}.{key}")
+    elif isinstance(content, list) and isinstance(understood, list):
+        for index, (each, known) in enumerate(zip(content, understood, strict=True)):
+            _check_keys(each, known, f"{where}.{index}")
 
 
 def check_application(application: ServeApplicationSchema, where: str) -> None:
@@ -66,70 +78,11 @@ def _check_model(path: Path) -> None:
     try:
         model = ModelConfig.read(path)
         model.check_plans()
+        check_files(model)
     except ConfigError as error:
-        raise StartError(str(error)) from error
+        raise StartError(f"{path}: {error}" if isinstance(error, BadFile) else str(error)) from error
     except OSError as error:
-        raise StartError(f"{error.filename}: {error.strerror}") from error
-    source = Path(model.source)
-    if source.is_dir():
-        try:
-            load_scheduler(model)
-        except (ConfigError, OSError) as error:
-            raise StartError(str(error)) from error
-        for part in _PARTS:
-            _check_weights(source / part, f"{path}: source")
-    elif not _is_on_hub(model.source):
-        raise StartError(f"{path}: source: {model.source} is neither a directory nor a repo that the hub answers for")
-    for name, adapter in model.adapters.items():
-        place, key = Path(adapter.source), f"{path}: adapters.{name}.source"
-        if place.is_dir():
-            _check_weights(place, key, adapter.weight_name)
-        elif not _is_on_hub(adapter.source):
-            raise StartError(f"{key}: {adapter.source} is neither a directory nor a repo that the hub answers for")
-
-
-def _check_weights(directory: Path, key: str, name: str | None = None) -> None:
-    """Check that `directory` has weights, or the file called `name`, and all bytes of each that it should have."""
-    if name:
-        files = [directory / name]
-    elif index := sorted(directory.glob("*.safetensors.index.json")):
-        files = sorted({directory / file for file in json.loads(index[0].read_text())["weight_map"].values()})
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise StartError(f"{key}: {directory} has no .safetensors file")
-    for file in files:
-        if not file.is_file():
-            raise StartError(f"{key}: {file} does not exist")
-        _check_safetensors(file, key)
-
-
-def _check_safetensors(file: Path, key: str) -> None:
-    """Compare the length of `file` with that which its header tells (https://github.com/huggingface/safetensors)."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        try:
-            header = json.loads(stream.read(length) if length < size else b"")
-        except ValueError as error:
-            raise StartError(f"{key}: {file} is truncated or no safetensors file") from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != expected:
-        raise StartError(f"{key}: {file} is damaged: it has {size} bytes, and its header tells of {expected}")
-
-
-def _is_on_hub(source: str) -> bool:
-    from huggingface_hub import HfApi, try_to_load_from_cache  # takes a second, which a local model should not cost
-
-    if isinstance(try_to_load_from_cache(source, "model_index.json"), str):
-        return True
-    try:
-        HfApi().model_info(source, timeout=10)
-    except Exception:
-        return False
-    return True
+        raise StartError(f"{error.filename or path}: {error.strerror or error}") from error
 
 
 def _check_port(config: ServeDeploySchema, path: Path) -> None:

@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from deployments import console
 from deployments.answers import images_response, stream_event
 from deployments.body import read_json
 from deployments.decode import DecodedImage
@@ -66,6 +67,7 @@ class Ingress:
     """Checks requests, sends each image through its stages, and speaks the OpenAI Images API."""
 
     def __init__(self, settings: Settings, replicas: dict[str, DeploymentHandle]) -> None:
+        console.attach()
         self._settings = settings
         model = settings.read_model()
         self._offer = Offer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from backends import get_backend
+from deployments import console
 from deployments.decode import DecodedImage, VAEDecoder
 from deployments.denoise import Transformer
 from deployments.encode import TextEncoder
@@ -17,6 +18,7 @@ class StageReplica:
     """Holds what its stages need of the model; encoding, denoising and decoding of different images overlap."""
 
     def __init__(self, model: ModelConfig, placement: Placement) -> None:
+        console.attach()
         backend = get_backend(placement.backend)
         self._denoises = placement.denoises
         if ENCODE in placement.stages:

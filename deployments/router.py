@@ -11,6 +11,7 @@ from typing import Any, cast
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from ray.serve.metrics import Counter, Histogram
 
+from deployments import console
 from deployments.decode import DecodedImage
 from deployments.errors import APIError
 from deployments.route import Leg, Route, split
@@ -89,6 +90,11 @@ class Router:
         image = cast(DecodedImage, result)
         for span in image.spans:
             self._seconds.observe(span.end - span.start, tags={"stage": span.stage})
+        console.images.info(
+            f"image {image.index} of {route.image.request_id}: {route.image.size}, plan {route.plan.name!r}, "
+            f"seed {image.seed}, {sum(span.nfe for span in image.spans):g} evaluations, "
+            f"{image.spans[-1].end - image.spans[0].start:.2f} s"
+        )
         yield image
 
     async def _decode(self, route: Route, packet: bytes | None) -> DecodedImage:

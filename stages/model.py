@@ -221,7 +221,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     directory = find_part(config.source, "tokenizer")
     if not (directory / "tokenizer_config.json").is_file():
         raise BadFile("source", directory / "tokenizer_config.json", "is missing")
-    return AutoTokenizer.from_pretrained(directory)
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise BadFile("source", directory, f"cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_transformer(config: ModelConfig, backend: Backend) -> QwenImageTransformer2DModel:

@@ -1,0 +1,294 @@
+"""How a server starts, stands and stops: `python -m deployments` as a user meets it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from bench.servers import ROOT, Running, servers, started
+from deployments.check import StartError, check
+from deployments.readiness import Deployments, Readiness
+
+MODEL = ROOT / "configs" / "scenes.yaml"
+SLOW = {"prompt": "a ring", "plan": "base"}  # fifty steps
+
+
+def shipped() -> dict[str, Any]:
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        config["http_options"]["port"] = listener.getsockname()[1]
+    config["applications"][0]["args"]["model"] = str(MODEL)
+    return config
+
+
+def written(directory: Path, config: dict[str, Any]) -> Path:
+    path = directory / "serve.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the small model with its config, to be damaged."""
+    shutil.copytree(ROOT / "checkpoints" / "scenes", tmp_path / "checkpoints" / "scenes")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    return tmp_path / "configs" / "scenes.yaml"
+
+
+def test_shipped_config_is_accepted(tmp_path: Path) -> None:
+    check(written(tmp_path, shipped()))
+
+
+def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
+    def refusal(change: Any) -> str:
+        config = shipped()
+        change(config, config["applications"][0])
+        with pytest.raises(StartError) as refused:
+            check(written(tmp_path, config))
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    assert "deployments.0: num_replica is not a key" in refusal(
+        lambda config, app: app["deployments"][0].update(num_replica=2)
+    )
+    assert "options: num_cpu is not" in refusal(
+        lambda config, app: app["deployments"][0]["ray_actor_options"].update(num_cpu=2)
+    )
+    assert "num_replicas" in refusal(lambda config, app: app["deployments"][1].update(num_replicas="many"))
+    assert "args: max_imagez:" in refusal(lambda config, app: app["args"].update(max_imagez=2))
+    assert "args: max_images:" in refusal(lambda config, app: app["args"].update(max_images=0))
+    assert "default_plan must be" in refusal(lambda config, app: app["args"].update(default_plan="fastest"))
+    assert "Basis is not in args.placement" in refusal(lambda config, app: app["deployments"][2].update(name="Basis"))
+    assert "Ingress of args.placement is missing" in refusal(lambda config, app: app["deployments"].pop(0))
+    assert "import_path" in refusal(lambda config, app: app.update(import_path="app:build"))
+    assert "nothing.yaml: No such file" in refusal(lambda config, app: app["args"].update(model="configs/nothing.yaml"))
+
+
+def test_taken_port_is_refused(tmp_path: Path) -> None:
+    config = shipped()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", config["http_options"]["port"]))
+        listener.listen()
+        with pytest.raises(StartError, match=r"http_options\.port: 127\.0\.0\.1:\d+ cannot be had"):
+            check(written(tmp_path, config))
+
+
+def test_missing_and_damaged_files_are_refused_by_name(tmp_path: Path, model: Path) -> None:
+    config = shipped()
+    config["applications"][0]["args"]["model"] = str(model)
+    path = written(tmp_path, config)
+    check(path)
+    for directory in ("transformer", "bridge"):
+        (file,) = (tmp_path / "checkpoints" / "scenes").glob(f"**/{directory}/*.safetensors")
+        whole = file.read_bytes()
+        for damaged in (whole[:-100], whole[:50], b""):
+            file.write_bytes(damaged)
+            with pytest.raises(StartError, match=rf"(source|adapters\.bridge\.source): .*{file.name} cannot be read"):
+                check(path)
+        file.write_bytes(whole)
+        tensors = load_file(file)
+        name = sorted(tensors)[0]
+        save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, file)
+        with pytest.raises(StartError, match=rf"{file.name} holds numbers that are not finite"):
+            check(path)
+        file.unlink()
+        with pytest.raises(StartError, match=r"(source|adapters\.bridge\.source): .*(is missing|holds no)"):
+            check(path)
+        file.write_bytes(whole)
+    check(path)
+
+
+def test_command_ends_with_one_sentence_and_status_1(tmp_path: Path) -> None:
+    config = shipped()
+    config["applications"][0]["args"]["max_imagez"] = 3
+    command = [sys.executable, "-m", "deployments", str(written(tmp_path, config))]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (1, "", 1)
+    assert "max_imagez" in ended.stderr
+
+
+def test_unreadable_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
+    config = shipped()
+    config["applications"][0]["args"]["model"] = str(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "checkpoints" / "scenes" / "tokenizer" / name).write_text("{")
+        with pytest.raises(StartError, match=r"source: .*tokenizer cannot be loaded"):
+            check(written(tmp_path, config))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that is not here")
+def test_constructor_that_raises_ends_the_start_with_its_reason() -> None:
+    """A device is not looked for before a replica uses it: it may be another machine's."""
+    server = servers(MODEL)[1]
+    config = copy.deepcopy(server.config)
+    assert config
+    config["applications"][0]["args"]["placement"]["Device"]["backend"] = "cuda"
+    with pytest.raises(RuntimeError, match="cannot start: Device: "), started(replace(server, config=config), MODEL):
+        pass
+
+
+def test_readiness_counts_replicas_that_both_the_controller_and_ray_know() -> None:
+    first, second = "SERVE_REPLICA::images#Base#1", "SERVE_REPLICA::images#Base#2"
+    ran = Deployments({"images#Base": 1}, frozenset({"images#Base"}), frozenset({first}))
+
+    assert Readiness.of(Deployments(), frozenset()).reason == "starting"
+    assert Readiness.of(ran, frozenset({first})) == Readiness({"Base": 1}, None)
+    # The controller does not know of the death yet, nor what the new actor is worth.
+    assert Readiness.of(ran, frozenset()).reason == "no running replica of Base"
+    assert Readiness.of(ran, frozenset({second})).reason == "no running replica of Base"
+    loads = Deployments({"images#Base": 0}, frozenset(), frozenset({second}))
+    assert Readiness.of(loads, frozenset({second})).reason == "no running replica of Base"
+    scaled_to_none = Deployments({"images#Base": 0}, frozenset({"images#Base"}), frozenset())
+    assert Readiness.of(scaled_to_none, frozenset()).reason is None
+    one_of_two = Deployments({"images#Base": 2}, frozenset(), frozenset({first, second}))
+    assert Readiness.of(one_of_two, frozenset({second})) == Readiness({"Base": 1}, None)
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[Running]:
+    """All stages in one deployment, behind a queue of two."""
+    server = servers(MODEL)[1]
+    config = copy.deepcopy(server.config)
+    assert config
+    for deployment in config["applications"][0]["deployments"]:
+        deployment["health_check_period_s"] = 1
+        if deployment["name"] == "Ingress":
+            deployment.update(max_ongoing_requests=4, max_queued_requests=2)
+    with started(replace(server, config=config), MODEL) as running:
+        yield running
+
+
+def post(running: Running, body: dict[str, Any]) -> httpx.Response:
+    return httpx.post(f"{running.url}/v1/images/generations", json=body, timeout=120)
+
+
+def get(running: Running, path: str) -> httpx.Response:
+    return httpx.get(f"{running.url}{path}", timeout=30)
+
+
+def at_work(running: Running, requests: int) -> list[Future[httpx.Response]]:
+    pool = ThreadPoolExecutor(requests)
+    answers = [pool.submit(post, running, SLOW) for _ in range(requests)]
+    pool.shutdown(wait=False)
+    time.sleep(0.5)  # until they are there
+    return answers
+
+
+def assert_error(answer: httpx.Response, status: int, code: str) -> None:
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert (answer.headers.get("retry-after") is not None) == (status == 503)
+
+
+def test_start_is_quiet_and_its_last_line_tells_the_addresses(narrow: Running) -> None:
+    lines = narrow.log.read_text().splitlines()
+    assert len(lines) <= 15, "\n".join(lines)
+    assert lines[-1].startswith(f"ready: API at {narrow.url}/v1")
+    assert "dashboard at http://127.0.0.1:" in lines[-1]
+
+
+def test_an_image_is_a_line(narrow: Running) -> None:
+    before = len(narrow.log.read_text().splitlines())
+    assert post(narrow, {"prompt": "a ring", "n": 3, "seed": 5}).status_code == 200
+    deadline = time.monotonic() + 20
+    while len(lines := narrow.log.read_text().splitlines()[before:]) < 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert sorted(int(line.partition(" seed ")[2].partition(",")[0]) for line in lines) == [5, 6, 7]
+
+
+def test_probes_pass_a_full_queue_whose_refusals_have_the_apis_shape(narrow: Running) -> None:
+    answers = at_work(narrow, 12)
+    seconds = []
+    for path in ("/healthz", "/readyz") * 20:
+        start = time.monotonic()
+        assert get(narrow, path).status_code == 200
+        seconds.append(time.monotonic() - start)
+    print(f"slowest of {len(seconds)} probes: {1000 * max(seconds):.0f} ms")
+    assert not all(answer.done() for answer in answers)
+    statuses = [answer.result().status_code for answer in answers]
+    assert statuses.count(200) >= 4
+    assert set(statuses) == {200, 503}
+    for answer in answers:
+        if answer.result().status_code == 503:
+            assert_error(answer.result(), 503, "overloaded")
+
+
+def kill_replica(running: Running, deployment: str) -> float:
+    """Kill a deployment's process; seconds until `/readyz` tells so."""
+    title = f"ray::ServeReplica:images:{deployment}"
+    (process,) = [process for process in running.processes() if process.cmdline()[:1] == [title]]
+    start = time.monotonic()
+    process.send_signal(signal.SIGKILL)
+    while get(running, "/readyz").status_code == 200:
+        assert time.monotonic() - start < 30
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def test_death_of_a_replica_is_told_at_once_and_answered_in_the_apis_shape(narrow: Running) -> None:
+    answers = at_work(narrow, 2)
+    seconds = {"Ingress": kill_replica(narrow, "Ingress"), "Device": kill_replica(narrow, "Device")}
+    print(f"/readyz told of a death after {seconds} s")
+    assert_error(get(narrow, "/readyz"), 503, "not_ready")
+    assert get(narrow, "/readyz").json()["error"]["message"] == "no running replica of Device, Ingress"
+    assert_error(post(narrow, SLOW), 503, "not_ready")
+    assert_error(get(narrow, "/v1/models"), 503, "not_ready")
+    for answer in answers:
+        assert_error(answer.result(), 503, "replica_died")
+    deadline = time.monotonic() + 240
+    while get(narrow, "/readyz").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert post(narrow, {"prompt": "a ring"}).status_code == 200
+
+
+def end(running: Running, name: signal.Signals, *, group: bool) -> None:
+    """Send a signal while four images are made: they are answered, others refused, and no process is left."""
+    answers = at_work(running, 4)
+    processes = running.processes()
+    if group:
+        os.killpg(running.process.pid, name)
+    else:
+        running.process.send_signal(name)
+    while (probe := get(running, "/readyz")).status_code == 200:
+        time.sleep(0.02)
+    assert_error(probe, 503, "not_ready")
+    assert_error(post(running, SLOW), 503, "not_ready")
+    assert [answer.result().status_code for answer in answers] == [200] * 4
+    assert running.process.wait(timeout=60) == 0
+    _, left = psutil.wait_procs(processes, timeout=30)
+    assert not left
+    log = running.log.read_text()
+    assert "stopped before" not in log
+    assert "Traceback" not in log
+    assert "SIGTERM" not in log
+
+
+def test_sigterm_drains(narrow: Running) -> None:
+    """Comes last of those that share the server."""
+    end(narrow, signal.SIGTERM, group=False)
+
+
+def test_ctrl_c_drains() -> None:
+    """A terminal sends it to the whole group."""
+    with started(servers(MODEL)[1], MODEL) as running:
+        end(running, signal.SIGINT, group=True)
