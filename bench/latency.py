@@ -91,7 +91,7 @@ class RandomModel:
     def packet(self, size: str, length: int) -> LatentPacket:
         """Noise, and embeddings of `length` tokens for both prompts."""
         prompt, negative = torch.randn(2, length, self._width, dtype=self.backend.default_dtype)
-        return pure_noise("latency", 0, 0, size, self._channels, prompt, negative, avoids=True)
+        return pure_noise("latency", 0, 0, size, self._channels, prompt, negative, length, avoids=True)
 
     def decode(self, packet: LatentPacket) -> None:
         decode_latents(self._vae, packet.latent[None].to(self.backend.device), packet.grid)

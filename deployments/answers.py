@@ -23,6 +23,7 @@ def images_response(job: Job, images: Sequence[DecodedImage]) -> dict[str, Any]:
         "size": job.size,
         "output_format": job.format,
         "background": "opaque",
+        "usage": usage(images),
         "plan": job.plan.name,
         "seed": images[0].seed,
         "nfe": sum(entry["nfe"] for entry in data),
@@ -41,7 +42,21 @@ def stream_event(job: Job, image: DecodedImage, partial: int | None) -> dict[str
         "background": "opaque",
         **image_data(image),
     }
-    return event | (_warnings(job) if partial is None else {"partial_image_index": partial})
+    if partial is not None:
+        return {**event, "partial_image_index": partial}
+    return {**event, "usage": usage([image]), **_warnings(job)}
+
+
+def usage(images: Sequence[DecodedImage]) -> dict[str, Any]:
+    """Tokens as the model takes them: of text in the prompts, which the images share, and of latents in the images."""
+    text, drawn = images[0].text_tokens, sum(image.image_tokens for image in images)
+    return {
+        "input_tokens": text,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": 0},
+        "output_tokens": drawn,
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": drawn},
+        "total_tokens": text + drawn,
+    }
 
 
 def _warnings(job: Job) -> dict[str, Any]:

@@ -27,12 +27,16 @@ class DecodedImage:
     Attributes:
         index: which of the request's images.
         data: bytes of the file.
+        text_tokens: of the request's prompts.
+        image_tokens: of the latent.
         spans: one for each stage.
     """
 
     index: int
     seed: int
     data: bytes
+    text_tokens: int
+    image_tokens: int
     spans: tuple[Span, ...]
 
 
@@ -48,14 +52,20 @@ class VAEDecoder:
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
 
     async def decode(self, packet: LatentPacket, format: ImageFormat, quality: int) -> DecodedImage:
-        """Decode a packet's preview, or its latent where it has none; raises NotFinite."""
-        latent = packet.latent if packet.preview is None else packet.preview
+        """Decode a packet's latent; raises NotFinite."""
         start = time.time()
-        image = await self._to_pixels((latent, packet.grid))
+        image = await self._to_pixels((packet.latent, packet.grid))
         if isinstance(image, NotFinite):
             raise image
         data = await asyncio.get_running_loop().run_in_executor(self._files, to_file, image, format, quality)
-        return DecodedImage(packet.image_index, packet.seed, data, (*packet.spans, Span("decode", start, time.time())))
+        return DecodedImage(
+            index=packet.image_index,
+            seed=packet.seed,
+            data=data,
+            text_tokens=packet.text_tokens,
+            image_tokens=len(packet.latent),
+            spans=(*packet.spans, Span("decode", start, time.time())),
+        )
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)
     async def _to_pixels(self, latents: list[tuple[torch.Tensor, Grid]]) -> list[Image.Image | NotFinite]:

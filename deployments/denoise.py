@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from threading import Thread
 
 from backends import Backend
+from deployments.route import Leg
 from deployments.settings import Placement
 from stages.batching import StepBatcher
 from stages.model import ModelConfig
@@ -34,16 +36,25 @@ class Transformer:
             raise RuntimeError("the thread that uses the device has died")
 
     async def denoise(
-        self, packet: LatentPacket, plan: Plan, stages: int, preview: bool, deadline: float
+        self, packet: LatentPacket, plan: Plan, leg: Leg, deadline: float, show: Callable[[LatentPacket], None]
     ) -> LatentPacket:
-        """Take a packet through the next stages of `plan`, so many; see `stages.stage.Denoiser.begin`.
+        """Take a packet through the stages of `leg`; see `stages.stage.Denoiser.begin`.
 
         A caller that cancels stops the work before its next step.
 
         Args:
             deadline: seconds since the epoch; who has less time goes first.
+            show: takes the packets of the leg's previews, in the event loop's thread.
         """
-        submitted = self._batcher.submit(packet, plan, stages=stages, preview=preview, deadline=deadline)
+        loop = asyncio.get_running_loop()
+        submitted = self._batcher.submit(
+            packet,
+            plan,
+            stages=leg.stages,
+            previews=leg.previews,
+            show=lambda preview: loop.call_soon_threadsafe(show, preview),
+            deadline=deadline,
+        )
         try:
             done = await asyncio.wrap_future(submitted)
         except asyncio.CancelledError:
@@ -51,7 +62,7 @@ class Transformer:
             raise
         work = ", ".join(
             f"{span.stage} {span.nfe:g} evaluations {1000 * (span.end - span.start):.0f} ms"
-            for span in done.spans[-stages:]
+            for span in done.spans[-leg.stages :]
         )
         logger.info(f"image {done.image_index} of {done.request_id}, sigma {packet.sigma:g} to {done.sigma:g}: {work}")
         return done

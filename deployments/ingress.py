@@ -76,6 +76,13 @@ class Ingress:
             default_plan=settings.default_plan,
             max_images=settings.max_images,
         )
+        self._described = {
+            "id": model.name,
+            "object": "model",
+            "created": int(settings.model.stat().st_mtime),
+            "owned_by": "local",
+            "sizes": model.sizes,
+        }
         deployments = {stage: name for name, placement in settings.placement.items() for stage in placement.stages}
         # In this process: a deployment of its own would be one more call, and what it does is to wait.
         self._router = Router(replicas, deployments)
@@ -98,8 +105,14 @@ class Ingress:
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
         """The model that is served, with the sizes that it draws."""
-        model = {"id": self._offer.model.name, "object": "model", "created": 0, "owned_by": "local"}
-        return {"object": "list", "data": [{**model, "sizes": self._offer.model.sizes}]}
+        return {"object": "list", "data": [self._described]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(self, name: str) -> dict[str, Any]:
+        """One model of the list."""
+        if name != self._described["id"]:
+            raise APIError(404, "model_not_found", f"model must be {self._described['id']!r}, not {name!r}", "model")
+        return self._described
 
     @app.get("/v1/plans")
     async def plans(self) -> dict[str, Any]:

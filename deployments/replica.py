@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
 from backends import get_backend
 from deployments import console
 from deployments.decode import DecodedImage, VAEDecoder
 from deployments.denoise import Transformer
 from deployments.encode import TextEncoder
-from deployments.route import Leg, Route
+from deployments.route import Leg, Preview, Route
 from deployments.settings import DECODE, ENCODE, Placement
 from stages.encode import PromptTooLong
 from stages.model import ModelConfig
@@ -47,12 +50,31 @@ class StageReplica:
             PacketError: not a packet of this version.
             ValueError: see `stages.stage.Denoiser.begin`.
         """
+        return await self._run(route, leg, packet, show=lambda preview: None)
+
+    async def run_with_previews(
+        self, route: Route, leg: Leg, packet: bytes | None
+    ) -> AsyncGenerator[Preview | bytes | DecodedImage | PromptTooLong]:
+        """As `run`, with the leg's previews before what it returns, each as soon as its step is done."""
+        previews: asyncio.Queue[LatentPacket | None] = asyncio.Queue()
+        result = asyncio.create_task(self._run(route, leg, packet, previews.put_nowait))
+        result.add_done_callback(lambda _: previews.put_nowait(None))
+        try:
+            while preview := await previews.get():
+                yield Preview(preview.to_bytes())
+            yield await result
+        finally:
+            result.cancel()
+
+    async def _run(
+        self, route: Route, leg: Leg, packet: bytes | None, show: Callable[[LatentPacket], None]
+    ) -> bytes | DecodedImage | PromptTooLong:
         try:
             current = await self._encoder.encode(route.image) if packet is None else LatentPacket.from_bytes(packet)
         except PromptTooLong as refusal:
             return refusal
         if leg.stages:
-            current = await self._transformer.denoise(current, route.plan, leg.stages, leg.preview, route.deadline)
+            current = await self._transformer.denoise(current, route.plan, leg, route.deadline, show)
         if leg.decodes:
             return await self._decoder.decode(current, route.format, route.quality)
         return current.to_bytes()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 from deployments.encode import ImageRequest
 from deployments.settings import DECODE, ENCODE, ServedStage
@@ -19,7 +18,7 @@ class Route:
     Attributes:
         preset: name of the model's plan that `plan` is or comes from; None for a request's own.
         quality: 1 to 100, of formats that lose something.
-        partial_images: after how many of the plan's stages, in all their parts, to send what the image will look like.
+        partial_images: how often to send what the image will look like, see `split`.
         deadline: seconds since the epoch, after which to give up.
     """
 
@@ -39,27 +38,42 @@ class Leg:
     Attributes:
         deployment: that runs them.
         stages: how many of the plan's, each part counted.
-        preview: whether the image that the last of them foresees will be sent.
+        previews: after which of its steps, counted from 1, to send the image that the step foresees.
         decodes: whether the call ends with the image.
     """
 
     deployment: str
     stages: int = 0
-    preview: bool = False
+    previews: tuple[int, ...] = ()
     decodes: bool = False
 
 
+@dataclass(frozen=True)
+class Preview:
+    """A packet that a leg sends before it is done, to be decoded."""
+
+    packet: bytes
+
+
 def split(plan: Plan, deployments: Mapping[ServedStage, str], partial_images: int) -> list[Leg]:
-    """As few legs as the stages' deployments, and partial images after the first of the plan's stages, allow."""
+    """Split a plan into as few legs as its stages' deployments allow.
+
+    Args:
+        partial_images: previews at equal shares of the plan's steps; fewer where there are not as many steps before
+            the last one.
+    """
+    steps = sum(stage.steps for stage in plan.stages)
+    count = min(partial_images, steps - 1)
+    shown = [number * steps // (count + 1) for number in range(1, count + 1)]
     legs = [Leg(deployments[ENCODE])]
-    shown = 0
-    for stage, following in zip_longest(plan.stages, plan.stages[1:]):
-        deployment = deployments[stage.name]
-        if legs[-1].preview or legs[-1].deployment != deployment:
-            legs.append(Leg(deployment))
-        preview = shown < partial_images and following is not None and following.name != stage.name
-        shown += preview
-        legs[-1] = replace(legs[-1], stages=legs[-1].stages + 1, preview=preview)
+    done = start = 0  # steps, by now and before the leg
+    for stage in plan.stages:
+        if legs[-1].deployment != deployments[stage.name]:
+            legs.append(Leg(deployments[stage.name]))
+            start = done
+        here = tuple(step - start for step in shown if done < step <= done + stage.steps)
+        legs[-1] = replace(legs[-1], stages=legs[-1].stages + 1, previews=(*legs[-1].previews, *here))
+        done += stage.steps
     if legs[-1].deployment != deployments[DECODE]:
         legs.append(Leg(deployments[DECODE]))
     legs[-1] = replace(legs[-1], decodes=True)

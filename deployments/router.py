@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Histogram
 
 from deployments import console
 from deployments.decode import DecodedImage
 from deployments.errors import APIError
-from deployments.route import Leg, Route, split
+from deployments.route import Leg, Preview, Route, split
 from deployments.settings import DECODE, ServedStage
 from stages.encode import PromptTooLong
 
@@ -29,10 +30,8 @@ class Partial:
     image: DecodedImage
 
 
-async def _within(deadline: float, response: DeploymentResponse) -> Any:
-    """What a call returns, here before the next one starts: so a failure shows where it happened (ray issue 61594)."""
-    async with asyncio.timeout(deadline - time.time()):
-        return await response
+def _ignore(preview: bytes) -> None:
+    pass
 
 
 class Router:
@@ -59,19 +58,14 @@ class Router:
         Raises:
             APIError: see `APIError.from_failure`.
         """
-        outcome, order, preview = "failed", 0, False
-        packet: bytes | None = None
-        response: DeploymentResponse | None = None
+        partials: asyncio.Queue[Partial | None] = asyncio.Queue()
+        travel = asyncio.create_task(self._travel(route, partials.put_nowait))
+        travel.add_done_callback(lambda _: partials.put_nowait(None))
+        outcome = "failed"
         try:
-            for leg in split(route.plan, self._deployments, route.partial_images):
-                response = self._replicas[leg.deployment].run.remote(route, leg, packet)
-                if preview:
-                    yield Partial(order, await self._decode(route, packet))
-                    order += 1
-                result = await _within(route.deadline, response)
-                if isinstance(result, PromptTooLong):
-                    raise result
-                packet, preview = result, leg.preview
+            while partial := await partials.get():
+                yield partial
+            image = await travel
             outcome = "done"
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
@@ -84,10 +78,8 @@ class Router:
                 outcome = "not_finite"
             raise failure from error
         finally:
-            if response:
-                response.cancel()  # of no effect on one that is done
+            travel.cancel()
             self._images.inc(tags={"plan": route.preset or "inline", "outcome": outcome})
-        image = cast(DecodedImage, result)
         for span in image.spans:
             self._seconds.observe(span.end - span.start, tags={"stage": span.stage})
         console.images.info(
@@ -97,8 +89,48 @@ class Router:
         )
         yield image
 
-    async def _decode(self, route: Route, packet: bytes | None) -> DecodedImage:
-        """Beside the next leg."""
-        leg = Leg(self._deployments[DECODE], decodes=True)
-        response = self._replicas[leg.deployment].run.remote(route, leg, packet)
-        return cast(DecodedImage, await _within(route.deadline, response))
+    async def _travel(self, route: Route, show: Callable[[Partial], None]) -> DecodedImage:
+        """Take an image along its legs, each call awaited here: so a failure shows where it happened (ray issue 61594).
+
+        Args:
+            show: takes the partial images in their order; they are decoded beside the stages that follow.
+        """
+        packet: Any = None
+        orders, turn = itertools.count(), asyncio.Lock()
+
+        async def decode(preview: bytes) -> None:
+            async with turn:
+                leg = Leg(self._deployments[DECODE], decodes=True)
+                image = await self._call(route, leg, preview)
+                show(Partial(next(orders), cast(DecodedImage, image)))
+
+        async with asyncio.timeout(route.deadline - time.time()), asyncio.TaskGroup() as decoding:
+            for leg in split(route.plan, self._deployments, route.partial_images):
+                packet = await self._call(route, leg, packet, lambda preview: decoding.create_task(decode(preview)))
+                if isinstance(packet, PromptTooLong):
+                    raise packet
+        return cast(DecodedImage, packet)
+
+    async def _call(
+        self, route: Route, leg: Leg, packet: bytes | None, show: Callable[[bytes], object] = _ignore
+    ) -> bytes | DecodedImage | PromptTooLong:
+        """What a leg ends with; cancelled, it cancels the replica's work.
+
+        Args:
+            show: takes the packets of the leg's previews.
+        """
+        replica = self._replicas[leg.deployment]
+        if not leg.previews:
+            response = replica.run.remote(route, leg, packet)
+            try:
+                return await response
+            finally:
+                response.cancel()  # of no effect on one that is done
+        results = replica.options(stream=True).run_with_previews.remote(route, leg, packet)
+        try:
+            async for result in results:
+                if isinstance(result, Preview):
+                    show(result.packet)
+            return result
+        finally:
+            results.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Condition
@@ -13,6 +13,10 @@ from stages.finite import NotFinite
 from stages.packet import LatentPacket
 from stages.plan import Plan
 from stages.stage import Denoiser, Task
+
+
+def _ignore(preview: LatentPacket) -> None:
+    pass
 
 
 @dataclass(order=True)
@@ -24,9 +28,11 @@ class _Entry:
     packet: LatentPacket = field(compare=False)
     plan: Plan = field(compare=False)
     end: int = field(compare=False)  # position of the packet when it leaves
-    preview: bool = field(compare=False)
+    previews: Collection[int] = field(compare=False)
+    show: Callable[[LatentPacket], object] = field(compare=False)
     future: Future[LatentPacket] = field(compare=False, default_factory=Future)
     task: Task | None = field(compare=False, default=None)
+    steps: int = field(compare=False, default=0)  # done since it came
 
     @property
     def tokens(self) -> int:
@@ -59,7 +65,8 @@ class StepBatcher:
         plan: Plan,
         *,
         stages: int = 1,
-        preview: bool = False,
+        previews: Collection[int] = (),
+        show: Callable[[LatentPacket], object] = _ignore,
         deadline: float = math.inf,
     ) -> Future[LatentPacket]:
         """Queue a packet for the stages of `plan` from the one that it waits for; from any thread.
@@ -68,13 +75,17 @@ class StepBatcher:
 
         Args:
             stages: how many to take it through, parts counted.
-            preview: of the last of them, see `Denoiser.begin`, whose errors the future also raises, and NotFinite.
+            previews: after which of the steps from here on, counted from 1, to call `show`.
+            show: takes a packet to decode, see `Task.preview`, on the device's thread.
             deadline: seconds since the epoch; who has less time goes first.
+
+        Returns:
+            What also raises the errors of `Denoiser.begin`, and NotFinite.
 
         Raises:
             RuntimeError: closed.
         """
-        entry = _Entry(deadline, next(self._numbers), packet, plan, packet.position + stages, preview)
+        entry = _Entry(deadline, next(self._numbers), packet, plan, packet.position + stages, previews, show)
         with self._changed:
             if self._closed:
                 raise RuntimeError("this replica takes no more work")
@@ -109,9 +120,16 @@ class StepBatcher:
                 self._leave(batch, error)
             else:
                 for entry in batch:
-                    if entry.task and entry.task.row.done:
-                        self._finish(entry, entry.task)
+                    if entry.task:
+                        self._advance(entry, entry.task)
         return packets
+
+    def _advance(self, entry: _Entry, task: Task) -> None:
+        entry.steps += 1
+        if entry.steps in entry.previews:
+            entry.show(task.preview())
+        if task.row.done:
+            self._finish(entry, task)
 
     def _finish(self, entry: _Entry, task: Task) -> None:
         """End a stage: the entry goes on to its next, or leaves."""
@@ -143,8 +161,7 @@ class StepBatcher:
         """Whether the entry is under way; if it cannot be, its future says why."""
         if entry.task is None:
             try:
-                preview = entry.preview and entry.packet.position == entry.end - 1
-                entry.task = self._denoiser.begin(entry.packet, entry.plan, preview=preview)
+                entry.task = self._denoiser.begin(entry.packet, entry.plan)
             except Exception as error:
                 self._leave([entry], error)
                 return False

@@ -46,6 +46,7 @@ def pure_noise(
     channels: int,
     prompt_embeds: torch.Tensor,
     negative_embeds: torch.Tensor | None,
+    text_tokens: int,
     avoids: bool,
 ) -> LatentPacket:
     """The packet that an image of `size` starts as, its latent of `channels` channels in the embeddings' dtype."""
@@ -57,6 +58,7 @@ def pure_noise(
         grid=(rows, columns),
         sigma=1.0,
         position=0,
+        text_tokens=text_tokens,
         avoids=avoids,
         spans=(),
         latent=draw_noise(seed, channels, 2 * rows, 2 * columns).to(prompt_embeds.dtype),
@@ -88,11 +90,16 @@ class Encoder:
             PromptTooLong: it is, which `parameter` is blamed for.
             NotFinite: the embeddings are not.
         """
+        self.count(prompt, parameter)
+        with self._lock:  # images of one request ask for the same prompt at the same time
+            return self._remembered(prompt)
+
+    def count(self, prompt: str, parameter: str = "prompt") -> int:
+        """Tokens of `prompt`, without its template's; raises PromptTooLong, blaming `parameter`."""
         tokens = self._tokens(prompt) - self._template
         if tokens > self._limit:
             raise PromptTooLong(parameter, tokens, self._limit)
-        with self._lock:  # images of one request ask for the same prompt at the same time
-            return self._remembered(prompt)
+        return tokens
 
     def _tokens(self, prompt: str) -> int:
         """Of the prompt in its template, which are what diffusers cuts."""
@@ -124,5 +131,8 @@ class Encoder:
         embeds = self.encode(prompt, "prompt")
         negative = None if negative_prompt is None else self.encode(negative_prompt, "negative_prompt")
         avoids = bool(negative_prompt and negative_prompt.strip())
-        packet = pure_noise(request_id, image_index, seed, size, self._latent_channels, embeds, negative, avoids)
+        text_tokens = self.count(prompt) + (self.count(negative_prompt) if negative_prompt and avoids else 0)
+        packet = pure_noise(
+            request_id, image_index, seed, size, self._latent_channels, embeds, negative, text_tokens, avoids
+        )
         return replace(packet, spans=(Span("encode", start, time.time()),))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-VERSION = 2
+VERSION = 3
 _MAGIC = b"LTNT"
 _PREFIX = struct.Struct("<4sHI")
 _LENGTH = struct.Struct("<I")
@@ -54,12 +54,12 @@ class LatentPacket:
         grid: (rows, columns) of latent tokens.
         sigma: noise level of `latent`.
         position: stages of the plan that are done.
+        text_tokens: of the request's prompts, for its bill.
         avoids: whether the request has a negative prompt; if not, `negative_embeds` are the empty prompt's.
         spans: what was done so far, for timings and traces.
         latent: (rows * columns, channels).
         prompt_embeds: (length, width), without padding.
         negative_embeds: (length, width), or None where no stage to come needs it.
-        preview: (rows * columns, channels), the clean latent as the last step foresaw it, if asked for.
     """
 
     request_id: str
@@ -68,12 +68,12 @@ class LatentPacket:
     grid: tuple[int, int]
     sigma: float
     position: int
+    text_tokens: int
     avoids: bool
     spans: tuple[Span, ...]
     latent: torch.Tensor
     prompt_embeds: torch.Tensor
     negative_embeds: torch.Tensor | None = None
-    preview: torch.Tensor | None = None
 
     def to_bytes(self) -> bytes:
         """Serialise; tensors are copied to the CPU."""
@@ -81,7 +81,6 @@ class LatentPacket:
             "latent": self.latent,
             "prompt_embeds": self.prompt_embeds,
             "negative_embeds": self.negative_embeds,
-            "preview": self.preview,
         }
         # Copies, because safetensors refuses tensors that share memory, as embeddings of equal prompts do.
         tensors = {
@@ -97,6 +96,7 @@ class LatentPacket:
                 "grid": self.grid,
                 "sigma": self.sigma,
                 "position": self.position,
+                "text_tokens": self.text_tokens,
                 "avoids": self.avoids,
                 "spans": [asdict(span) for span in self.spans],
             }

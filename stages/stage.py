@@ -30,7 +30,6 @@ class Task:
         stage: where it is.
         row: how far it is.
         keep_negative: whether a stage to come still needs the negative prompt.
-        preview: whether to keep the clean latent that the last step foresaw.
         started: seconds since the epoch.
     """
 
@@ -38,7 +37,6 @@ class Task:
     stage: StageSpec
     row: Row
     keep_negative: bool
-    preview: bool
     started: float
 
     def finish(self) -> LatentPacket:
@@ -47,12 +45,25 @@ class Task:
         return replace(
             self.packet,
             latent=check_finite(self.row.latent.to(dtype), self.stage.name),
-            preview=self.row.denoised.to(dtype) if self.preview else None,
             negative_embeds=self.packet.negative_embeds if self.keep_negative else None,
             sigma=self.stage.sigma_end,
             position=self.packet.position + 1,
-            spans=(*self.packet.spans, Span(self.stage.name, self.started, time.time(), self.row.nfe)),
+            spans=self._spans(),
         )
+
+    def preview(self) -> LatentPacket:
+        """The clean latent that the last step foresaw, as a packet to decode, without its prompts."""
+        return replace(
+            self.packet,
+            latent=self.row.denoised.to(self.packet.latent.dtype),
+            prompt_embeds=self.packet.prompt_embeds[:0],
+            negative_embeds=None,
+            sigma=0.0,
+            spans=self._spans(),
+        )
+
+    def _spans(self) -> tuple[Span, ...]:
+        return (*self.packet.spans, Span(self.stage.name, self.started, time.time(), self.row.nfe))
 
 
 class Denoiser:
@@ -89,11 +100,8 @@ class Denoiser:
         """Of the transformer."""
         return self._network.blocks
 
-    def begin(self, packet: LatentPacket, plan: Plan, *, preview: bool = False) -> Task:
+    def begin(self, packet: LatentPacket, plan: Plan) -> Task:
         """Let a packet enter the stage of `plan`, number `packet.position`, that it waits for.
-
-        Args:
-            preview: also keep the clean latent that the last step foresees.
 
         Raises:
             ValueError: it arrives at another noise level than the stage starts from, or without the negative prompt
@@ -130,14 +138,14 @@ class Denoiser:
             negative_cache=make_cache(stage.cache, stage.steps) if stage.cache and stage.guided else None,
         )
         needed_after = any(later.needs_negative(packet.avoids) for later in plan.stages[packet.position + 1 :])
-        return Task(packet, stage, row, needed_after, preview, time.time())
+        return Task(packet, stage, row, needed_after, time.time())
 
     def step(self, tasks: Sequence[Task]) -> None:
         """Take tasks of one grid, of any plans and stages, one denoising step further in one forward pass."""
         step(self._network, [task.row for task in tasks])
         self._backend.synchronise()
 
-    def denoise(self, packets: Sequence[LatentPacket], plan: Plan, *, preview: bool = False) -> list[LatentPacket]:
+    def denoise(self, packets: Sequence[LatentPacket], plan: Plan) -> list[LatentPacket]:
         """Take packets of one grid through the stages of `plan` that they wait for; see `begin`.
 
         Raises:
@@ -147,7 +155,7 @@ class Denoiser:
         for packet in packets:
             if packet.grid != packets[0].grid:
                 raise ValueError(f"packets of grids {packets[0].grid} and {packet.grid} cannot share a batch")
-        tasks = [self.begin(packet, plan, preview=preview) for packet in packets]
+        tasks = [self.begin(packet, plan) for packet in packets]
         while under_way := [task for task in tasks if not task.row.done]:
             self.step(under_way)
         return [task.finish() for task in tasks]

@@ -184,11 +184,49 @@ def test_the_devices_thread_serves_many_callers_and_ends_when_closed(pipeline: P
 def test_a_packet_goes_through_several_stages_in_one_go(pipeline: Pipeline, batcher: StepBatcher) -> None:
     hybrid = PLANS["hybrid"]
     packet = expected = packet_of(pipeline, 3)
-    future = batcher.submit(packet, hybrid, stages=4, preview=True)
+    future = batcher.submit(packet, hybrid, stages=4)
     assert steps(batcher) == [[3]] * 5
     for _ in range(4):
         (expected,) = pipeline.denoiser.denoise([expected], hybrid)
     done = future.result(0)
     assert (done.position, done.sigma) == (4, 0.5)
     assert torch.equal(done.latent, expected.latent)
-    assert done.preview is not None
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        None,
+        {"kind": "first_block", "threshold": 0.5},
+        {"kind": "taylorseer", "interval": 2, "warmup": 2},
+        {"kind": "teacache", "threshold": 0.5},
+        {"kind": "magcache", "threshold": 0.5, "ratios": [1.0, 1.0]},
+        {"kind": "seacache", "threshold": 0.5},
+    ],
+)
+def test_previews_of_steps_leave_the_image_and_its_caches_as_they_were(
+    pipeline: Pipeline, batcher: StepBatcher, cache: dict[str, object] | None
+) -> None:
+    plan, packet = plan_of(7, guidance_scale=4.0, cache=cache), packet_of(pipeline, 3)
+    previews: list[LatentPacket] = []
+    future = batcher.submit(packet, plan, previews=(2, 5), show=previews.append)
+    steps(batcher)
+    alone = batcher.submit(packet, plan)
+    steps(batcher)
+    assert torch.equal(future.result(0).latent, alone.result(0).latent)
+    assert future.result(0).spans[-1].nfe == alone.result(0).spans[-1].nfe
+    task = pipeline.denoiser.begin(packet, plan)
+    for preview, count in zip(previews, (2, 3), strict=True):
+        for _ in range(count):
+            pipeline.denoiser.step([task])
+        assert torch.equal(preview.latent, task.row.denoised)
+
+
+def test_steps_of_previews_are_counted_from_where_a_packet_came_in(pipeline: Pipeline, batcher: StepBatcher) -> None:
+    """The hybrid plan's base takes a step, a guided one and two more."""
+    seen: list[LatentPacket] = []
+    packet = packet_of(pipeline, 3)
+    future = batcher.submit(packet, PLANS["hybrid"], stages=4, previews=(1, 3, 5), show=seen.append)
+    steps(batcher)
+    assert [preview.position for preview in seen] == [0, 2, 3]
+    assert future.result(0).position == 4

@@ -183,7 +183,7 @@ def test_an_unguided_step_is_eulers_and_foresees_the_clean_latent(
     assert (row.index, row.done, row.sigma) == (1, False, pytest.approx(0.2))
 
 
-def test_preview_of_a_stage_is_the_clean_latent_foreseen_by_its_last_step(
+def test_preview_of_a_step_is_the_clean_latent_that_it_foresees(
     pipeline: Pipeline, transformer: QwenImageTransformer2DModel, packet: LatentPacket
 ) -> None:
     plan = plan_of(1, sigma_end=0.4, guidance_scale=3.0)
@@ -193,16 +193,22 @@ def test_preview_of_a_stage_is_the_clean_latent_foreseen_by_its_last_step(
             for embed in (packet.prompt_embeds, packet.negative_embeds)
         )
     velocity = guide(positive, negative, 3.0)
-    (after,) = pipeline.denoiser.denoise([packet], plan, preview=True)
-    assert difference(after.preview, packet.latent - 1.0 * velocity) < TOLERANCE
+    task = pipeline.denoiser.begin(packet, plan)
+    pipeline.denoiser.step([task])
+    preview, after = task.preview(), task.finish()
+    assert difference(preview.latent, packet.latent - 1.0 * velocity) < TOLERANCE
     assert difference(after.latent, packet.latent - 0.6 * velocity) < TOLERANCE
-    assert difference(after.preview, after.latent) > 1e-2
+    assert difference(preview.latent, after.latent) > 1e-2
+    assert preview.latent.dtype == packet.latent.dtype
+    assert [span.nfe for span in preview.spans] == [0, 2]
+    assert (preview.sigma, len(preview.prompt_embeds), preview.negative_embeds) == (0.0, 0, None)
 
 
-def test_preview_of_the_last_stage_is_its_result(pipeline: Pipeline, packet: LatentPacket) -> None:
-    (after,) = pipeline.denoiser.denoise([packet], plan_of(3), preview=True)
-    assert difference(after.preview, after.latent) < 1e-6
-    assert pipeline.denoiser.denoise([packet], plan_of(3))[0].preview is None
+def test_preview_of_the_last_step_is_its_result(pipeline: Pipeline, packet: LatentPacket) -> None:
+    task = pipeline.denoiser.begin(packet, plan_of(3))
+    while not task.row.done:
+        pipeline.denoiser.step([task])
+    assert difference(task.preview().latent, task.finish().latent) < 1e-6
 
 
 def test_packets_record_what_was_done_to_them(pipeline: Pipeline, packet: LatentPacket) -> None:

@@ -13,7 +13,7 @@ import torch
 from stages.packet import VERSION, LatentPacket, PacketError, Span
 
 
-def make_packet(dtype: torch.dtype = torch.float32, *, negative: bool = True, preview: bool = True) -> LatentPacket:
+def make_packet(dtype: torch.dtype = torch.float32, *, negative: bool = True) -> LatentPacket:
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -26,12 +26,12 @@ def make_packet(dtype: torch.dtype = torch.float32, *, negative: bool = True, pr
         grid=(2, 3),
         sigma=0.9,
         position=1,
+        text_tokens=5,
         avoids=negative,
         spans=(Span("encode", 1764000000.125, 1764000000.25), Span("base", 1764000001.0, 1764000002.5, nfe=3.5)),
         latent=draw(6, 8),
         prompt_embeds=draw(5, 4),
         negative_embeds=draw(2, 4) if negative else None,
-        preview=draw(6, 8) if preview else None,
     )
 
 
@@ -51,22 +51,21 @@ def with_checksum(body: bytes, *, magic: bytes = b"LTNT", version: int = VERSION
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("negative", [True, False])
-@pytest.mark.parametrize("preview", [True, False])
-def test_round_trip(dtype: torch.dtype, negative: bool, preview: bool) -> None:
-    packet = make_packet(dtype, negative=negative, preview=preview)
+def test_round_trip(dtype: torch.dtype, negative: bool) -> None:
+    packet = make_packet(dtype, negative=negative)
     assert_same(LatentPacket.from_bytes(packet.to_bytes()), packet)
 
 
 def test_round_trip_of_tensors_that_are_views_of_others() -> None:
     packet = make_packet()
-    packet = replace(packet, latent=torch.randn(8, 6).T, preview=torch.randn(4, 6, 8)[2])
+    packet = replace(packet, latent=torch.randn(8, 6).T, prompt_embeds=torch.randn(4, 6, 8)[2])
     assert_same(LatentPacket.from_bytes(packet.to_bytes()), packet)
 
 
 def test_round_trip_of_tensors_that_share_their_memory() -> None:
     """As the two embeddings do when the negative prompt is the prompt."""
     packet = make_packet()
-    packet = replace(packet, negative_embeds=packet.prompt_embeds, preview=packet.latent)
+    packet = replace(packet, negative_embeds=packet.prompt_embeds, latent=packet.prompt_embeds)
     assert_same(LatentPacket.from_bytes(packet.to_bytes()), packet)
 
 
