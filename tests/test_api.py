@@ -191,7 +191,7 @@ def test_errors_name_the_field_of_a_cache(kind: str, offer: Offer) -> None:
         ({"skip_blocks": [6]}, "skip_blocks", "below 6"),
         ({"skip_blocks": list(range(6))}, "skip_blocks", "must leave one of 6"),
         ({"skip_blocks": [0], "cache": {"kind": "first_block", "threshold": 0.1}}, "skip_blocks", "must not have 0"),
-        ({"adapter": "turbo"}, "adapter", "must be one of ['bridge', 'distilled']"),
+        ({"adapter": "turbo"}, "adapter", "must be one of ['bridge', 'distilled', 'finish']"),
         ({"adapter": "distilled", "guidance_scale": 3}, "guidance_scale", "must be 1"),
         ({"reads_negative": True}, "reads_negative", "needs an adapter"),
         ({"sigma_start": 0.9}, "sigma_start", "must be 1 (pure noise)"),

@@ -16,7 +16,7 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 from pydantic import ValidationError
-from served import deployment_statuses, log_lines, pixels
+from served import deployment_statuses, log_lines, metrics, pixels
 
 from bench.servers import Running
 from bench.trace import chrome_trace, most_busy
@@ -197,6 +197,47 @@ def test_the_api_is_described(url: str) -> None:
     content = document["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
     assert {"prompt", "negative_prompt", "quality"} <= set(content["schema"]["properties"])
     assert "Plan" in document["components"]["schemas"]
+
+
+INLINE = {"stages": [{"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": 1}]}
+
+
+def test_a_clients_text_is_one_escaped_line_of_the_log(server: Running, url: str) -> None:
+    body = {"prompt": "a ring", "seed": 4711, "user": "eve\nINFO forged \x1b[31m", "plan": {**INLINE, "name": "a\nb"}}
+    httpx.post(f"{url}/v1/images/generations", json=body, timeout=60).raise_for_status()
+    (line,) = log_lines(server, "Ingress", "seed 4711")
+    assert r"by plan inline, seed 4711, user 'eve\nINFO forged \x1b[31m'" in line
+
+
+def test_a_prompt_that_is_too_long_is_refused_without_a_traceback(server: Running, url: str) -> None:
+    body = {"prompt": "red star " * 200, "plan": "base"}
+    answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+    assert answer.json()["error"]["code"] == "prompt_too_long"
+    for deployment in ("Ingress", "TextEncoder"):
+        assert not log_lines(server, deployment, "Traceback")
+        assert not log_lines(server, deployment, "PromptTooLong")
+
+
+def test_metrics_have_a_closed_set_of_plans_and_outcomes(server: Running, url: str) -> None:
+    for name in ("mine", "yours"):
+        body = {"prompt": "a ring", "plan": {**INLINE, "name": name}}
+        httpx.post(f"{url}/v1/images/generations", json=body, timeout=60).raise_for_status()
+    httpx.post(f"{url}/v1/images/generations", json={"prompt": "red star " * 200, "plan": "base"}, timeout=60)
+
+    deadline = time.monotonic() + 120
+    counted: set[tuple[str, str]] = set()
+    while not {("inline", "done"), ("base", "refused")} <= counted and time.monotonic() < deadline:
+        lines = metrics(server, "ray_images")
+        counted = {(tag("plan", line), tag("outcome", line)) for line in lines}
+        time.sleep(1)
+    assert {("inline", "done"), ("base", "refused")} <= counted
+    assert {plan for plan, _ in counted} <= {"inline", "base", "cached", "distilled", "hybrid"}
+    assert {outcome for _, outcome in counted} <= {"done", "refused", "cancelled", "failed", "not_finite"}
+
+
+def tag(name: str, line: str) -> str:
+    """A metric's label."""
+    return line.partition(f'{name}="')[2].partition('"')[0]
 
 
 def test_concurrent_requests_keep_several_stages_busy_at_once(url: str) -> None:
