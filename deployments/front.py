@@ -28,8 +28,15 @@ def middlewares() -> list[Middleware]:
 class Front:
     """Answers probes at once, refuses what cannot be served now, and gives every error the API's shape."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, refuses: bool = True) -> None:
+        """Watch the cluster from now on.
+
+        Args:
+            app: what is behind.
+            refuses: whether to refuse requests, which one front on their way should.
+        """
         self._app = app
+        self._refuses = refuses
         self._in_flight = 0
         self._watch = Watch(lambda: self._in_flight)
 
@@ -59,7 +66,7 @@ class Front:
     def _refusal(self) -> JSONResponse | None:
         """Answer to a request that would only wait; one for a stage that restarts may wait until its deadline."""
         readiness = self._watch.readiness
-        if self._watch.was_ready and readiness.replicas.get("Ingress"):
+        if not self._refuses or (self._watch.was_ready and readiness.replicas.get("Ingress")):
             return None
         return _error(503, "not_ready", readiness.reason or "starting")
 

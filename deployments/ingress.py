@@ -42,7 +42,7 @@ class _API(FastAPI):
 
 
 app = _API(title="Images", description="Text-to-image generation through base, bridge and distilled stages.")
-app.add_middleware(Front)  # where Serve's proxy has none, probes get here
+app.add_middleware(Front, refuses=False)  # where Serve's proxy has none, probes get here
 
 
 @app.exception_handler(APIError)

@@ -51,15 +51,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def validate(path: Path, kind: type[T], content: object) -> T:
-    """`content` of the file `path` as a `kind`, in which numbers and words do not stand for one another.
+def validate(path: Path | str, kind: type[T], content: object, *, strict: bool = True) -> T:
+    """`content` of `path`, a file or a key in one, as a `kind`.
+
+    Args:
+        strict: whether numbers and words may not stand for one another.
 
     Raises:
         ConfigError: names each key that is wrong.
     """
     try:
         # As JSON, in which pydantic's strict mode takes lists for tuples and words for paths, but not true for 1.
-        return TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=strict)
     except ValidationError as error:
         raise ConfigError("; ".join(f"{path}: {_sentence(each)}" for each in error.errors())) from error
 

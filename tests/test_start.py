@@ -19,9 +19,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
 from bench.servers import ROOT, Running, servers, started
 from deployments.check import StartError, check
@@ -67,10 +65,11 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
         return str(refused.value)
 
-    assert "deployments.0: num_replica is not a key" in refusal(
+    deployment = "applications.0.deployments.0"
+    assert f": {deployment}.num_replica: Ray" in refusal(
         lambda config, app: app["deployments"][0].update(num_replica=2)
     )
-    assert "options: num_cpu is not" in refusal(
+    assert f": {deployment}.ray_actor_options.num_cpu: Ray" in refusal(
         lambda config, app: app["deployments"][0]["ray_actor_options"].update(num_cpu=2)
     )
     assert "num_replicas" in refusal(lambda config, app: app["deployments"][1].update(num_replicas="many"))
@@ -93,25 +92,18 @@ def test_taken_port_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged_files_are_refused_by_name(tmp_path: Path, model: Path) -> None:
+    """Of what `stages.check` looks at, two kinds; its own tests have the others."""
     config = shipped()
     config["applications"][0]["args"]["model"] = str(model)
     path = written(tmp_path, config)
-    check(path)
-    for directory in ("transformer", "bridge"):
+    for directory, key in (("transformer", "source"), ("bridge", "adapters.bridge.source")):
         (file,) = (tmp_path / "checkpoints" / "scenes").glob(f"**/{directory}/*.safetensors")
         whole = file.read_bytes()
-        for damaged in (whole[:-100], whole[:50], b""):
-            file.write_bytes(damaged)
-            with pytest.raises(StartError, match=rf"(source|adapters\.bridge\.source): .*{file.name} cannot be read"):
-                check(path)
-        file.write_bytes(whole)
-        tensors = load_file(file)
-        name = sorted(tensors)[0]
-        save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, file)
-        with pytest.raises(StartError, match=rf"{file.name} holds numbers that are not finite"):
+        file.write_bytes(whole[:-100])
+        with pytest.raises(StartError, match=rf"^{model}: {key}: .*{file.name} cannot be read as safetensors"):
             check(path)
         file.unlink()
-        with pytest.raises(StartError, match=r"(source|adapters\.bridge\.source): .*(is missing|holds no)"):
+        with pytest.raises(StartError, match=rf"^{model}: {key}: .*holds no \.safetensors file"):
             check(path)
         file.write_bytes(whole)
     check(path)
@@ -135,14 +127,16 @@ def test_unreadable_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
             check(written(tmp_path, config))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that is not here")
 def test_constructor_that_raises_ends_the_start_with_its_reason() -> None:
-    """A device is not looked for before a replica uses it: it may be another machine's."""
+    """A replica that asks Ray for no GPU sees none, whatever the machine has."""
     server = servers(MODEL)[1]
     config = copy.deepcopy(server.config)
     assert config
     config["applications"][0]["args"]["placement"]["Device"]["backend"] = "cuda"
-    with pytest.raises(RuntimeError, match="cannot start: Device: "), started(replace(server, config=config), MODEL):
+    with (
+        pytest.raises(RuntimeError, match=r"cannot start: Device: .*CUDA"),
+        started(replace(server, config=config), MODEL),
+    ):
         pass
 
 
@@ -218,10 +212,11 @@ def test_an_image_is_a_line(narrow: Running) -> None:
 def test_probes_pass_a_full_queue_whose_refusals_have_the_apis_shape(narrow: Running) -> None:
     answers = at_work(narrow, 12)
     seconds = []
-    for path in ("/healthz", "/readyz") * 20:
-        start = time.monotonic()
-        assert get(narrow, path).status_code == 200
-        seconds.append(time.monotonic() - start)
+    with httpx.Client(base_url=narrow.url, timeout=30) as client:
+        for path in ("/healthz", "/readyz") * 10:
+            start = time.monotonic()
+            assert client.get(path).status_code == 200
+            seconds.append(time.monotonic() - start)
     print(f"slowest of {len(seconds)} probes: {1000 * max(seconds):.0f} ms")
     assert not all(answer.done() for answer in answers)
     statuses = [answer.result().status_code for answer in answers]
