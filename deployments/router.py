@@ -83,7 +83,7 @@ class Router:
         for span in image.spans:
             self._seconds.observe(span.end - span.start, tags={"stage": span.stage})
         console.images.info(
-            f"image {image.index} of {route.image.request_id}: {route.image.size}, plan {route.plan.name!r}, "
+            f"image {image.index} of {route.image.request_id}: {route.image.size}, plan {route.preset or 'inline'}, "
             f"seed {image.seed}, {sum(span.nfe for span in image.spans):g} evaluations, "
             f"{image.spans[-1].end - image.spans[0].start:.2f} s"
         )

@@ -205,8 +205,9 @@ INLINE = {"stages": [{"name": "base", "sigma_start": 1, "sigma_end": 0, "steps":
 def test_a_clients_text_is_one_escaped_line_of_the_log(server: Running, url: str) -> None:
     body = {"prompt": "a ring", "seed": 4711, "user": "eve\nINFO forged \x1b[31m", "plan": {**INLINE, "name": "a\nb"}}
     httpx.post(f"{url}/v1/images/generations", json=body, timeout=60).raise_for_status()
-    (line,) = log_lines(server, "Ingress", "seed 4711")
-    assert r"by plan inline, seed 4711, user 'eve\nINFO forged \x1b[31m'" in line
+    asked, made = log_lines(server, "Ingress", "seed 4711")
+    assert r"by plan inline, seed 4711, user 'eve\nINFO forged \x1b[31m'" in asked
+    assert "plan inline, seed 4711, 1 evaluations" in made
 
 
 def test_a_prompt_that_is_too_long_is_refused_without_a_traceback(server: Running, url: str) -> None:

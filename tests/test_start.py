@@ -230,7 +230,9 @@ def test_probes_pass_a_full_queue_whose_refusals_have_the_apis_shape(narrow: Run
 def kill_replica(running: Running, deployment: str) -> float:
     """Kill a deployment's process; seconds until `/readyz` tells so."""
     title = f"ray::ServeReplica:images:{deployment}"
-    (process,) = [process for process in running.processes() if process.cmdline()[:1] == [title]]
+    commands = [(process, process.cmdline()) for process in running.processes()]
+    # A dot and the method's name follow the title while one runs.
+    (process,) = [process for process, command in commands if command and command[0].partition(".")[0] == title]
     start = time.monotonic()
     process.send_signal(signal.SIGKILL)
     while get(running, "/readyz").status_code == 200:
