@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from backends import get_backend
 from stages.denoise import Row, join_negative, step
-from stages.model import ModelConfig, load_transformer
+from stages.model import ModelConfig, load_adapters, load_transformer
 from stages.network import Network
 from stages.plan import StageSpec, read_plans
 from stages.vae import convolve_images
@@ -163,7 +163,9 @@ def test_a_stage_in_training_is_the_engines(stage: StageSpec) -> None:
     pipeline = load_pipeline(CHECKPOINT, torch.device("cpu"))
     for name in ("finish", "bridge"):
         pipeline.load_lora_weights(CHECKPOINT / "loras" / name, adapter_name=name)
-    network = Network(load_transformer(ModelConfig.read(ROOT / "configs" / "scenes.yaml"), get_backend("cpu")))
+    config = ModelConfig.read(ROOT / "configs" / "scenes.yaml")
+    transformer = load_transformer(config, get_backend("cpu"))
+    network = Network(transformer, load_adapters(config, transformer))
     texts = embed_pairs(pipeline, ["a red star", "a small blue moon on the left"], ["furry", " "], length=24)
     latents = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.9, 0.6])
