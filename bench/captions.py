@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-from training.scenes import Scene, SceneObject, name_value, with_article
+from training.scenes import Scene, SceneObject, name_value, relate, with_article
 
 
 def _describe(thing: SceneObject, rng: Random) -> str:
@@ -36,15 +36,4 @@ def caption(scene: Scene, rng: Random) -> str:
     if chance < bare:
         attributes = [first.color, first.shape, first.fill, first.size, background]
         return ", ".join(rng.sample(attributes, rng.choice((1, 1, 2))))
-    described = [_describe(thing, rng) for thing in scene.objects]
-    if scene.relation and rng.random() < 0.7:
-        text = f"{described[0]} {scene.relation} {described[1]}"
-    elif len(described) == 1:
-        text = described[0]
-    else:
-        text = f"{', '.join(described[:-1])} and {described[-1]}"
-    if scene.position and rng.random() < 0.35:
-        text = f"{text} {scene.position}"
-    if rng.random() < 0.35:
-        text = f"{text} on a {background}"
-    return text
+    return relate(scene, [_describe(thing, rng) for thing in scene.objects], rng)

@@ -303,6 +303,21 @@ def _list_values(scene: Scene, rng: Random) -> str:
     return ", ".join(items)
 
 
+def relate(scene: Scene, described: list[str], rng: Random) -> str:
+    """A phrase of the objects as `described`, with their relation or position and the background told or not."""
+    if scene.relation and rng.random() < 0.7:
+        text = f"{described[0]} {scene.relation} {described[1]}"
+    elif len(described) == 1:
+        text = described[0]
+    else:
+        text = f"{', '.join(described[:-1])} and {described[-1]}"
+    if scene.position and rng.random() < 0.35:
+        text = f"{text} {scene.position}"
+    if rng.random() < 0.35:
+        text = f"{text} on a {name_value('background', scene.background)}"
+    return text
+
+
 def caption(scene: Scene, rng: Random) -> str:
     """Tell part of `scene`: 12 % empty, 13 % a list of values, the rest a phrase.
 
@@ -315,17 +330,7 @@ def caption(scene: Scene, rng: Random) -> str:
         return rng.choice(("", " "))
     if chance < listed:
         return _list_values(scene, rng)
-    described = [_describe(thing, rng) for thing in scene.objects]
-    if scene.relation and rng.random() < 0.7:
-        text = f"{described[0]} {scene.relation} {described[1]}"
-    elif len(described) == 1:
-        text = described[0]
-    else:
-        text = f"{', '.join(described[:-1])} and {described[-1]}"
-    if scene.position and rng.random() < 0.35:
-        text = f"{text} {scene.position}"
-    if rng.random() < 0.35:
-        text = f"{text} on a {name_value('background', scene.background)}"
+    text = relate(scene, [_describe(thing, rng) for thing in scene.objects], rng)
     return text + rng.choice((".", "!")) if rng.random() < 0.04 else text
 
 
