@@ -24,7 +24,7 @@ lock:
 	python3 -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install --quiet pip-tools==7.6.2
 	CUSTOM_COMPILE_COMMAND="make lock" $(VENV)-lock/bin/pip-compile --quiet --output-file requirements.lock pyproject.toml
-	CUSTOM_COMPILE_COMMAND="make lock" $(VENV)-lock/bin/pip-compile --quiet --generate-hashes --strip-extras \
+	CUSTOM_COMPILE_COMMAND="make lock" $(VENV)-lock/bin/pip-compile --quiet --no-config --generate-hashes --strip-extras \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
 		--output-file $(CLIENTS)/requirements.lock $(CLIENTS)/requirements.in
 	! grep --extended-regexp '^(nvidia|triton|torch)[a-z0-9-]*==' requirements.lock | grep --invert-match torchao

@@ -27,8 +27,9 @@ _PlanOrName = Annotated[
 class ImagesRequest(BaseModel):
     """Body of `POST /v1/images/generations`: every field that OpenAI's has, and this engine's own.
 
-    What this engine has no choice of takes the values that ask for nothing special. The last four fields are its own:
-    `seed` is the first image's, each further one adds one; `plan` is a preset's name or a plan's stages.
+    What this engine has no choice of takes the values that ask for nothing special. The last five fields are its own:
+    `seed` is the first image's, each further one adds one; `plan` is a preset's name or a plan's stages; `timeout_s` is
+    the time after which the images are of no use, in seconds, queues included.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -58,6 +59,7 @@ class ImagesRequest(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     guidance_scale: Annotated[float, Field(ge=1.0, le=20.0)] | None = None
     plan: _PlanOrName | None = None
+    timeout_s: Annotated[float, Field(gt=0.0)] | None = None
 
     @field_validator(
         "n", "size", "response_format", "output_format", "output_compression", "stream", "partial_images", "quality",

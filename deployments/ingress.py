@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi_offline import FastAPIOffline
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -30,18 +31,24 @@ from deployments.settings import Settings
 logger = logging.getLogger("ray.serve")
 
 
-class _API(FastAPI):
-    def openapi(self) -> dict[str, Any]:
-        """Describe the API, with the body that `Ingress.generate` reads by itself."""
-        document = super().openapi()
-        schema = ImagesRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schema.pop("$defs"))
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        document["paths"]["/v1/images/generations"]["post"]["requestBody"] = body
-        return document
+# With the description's page and its script from this server: users' networks may lead nowhere else.
+app = FastAPIOffline(
+    redoc_url=None, title="Images", description="Text-to-image generation through base, bridge and distilled stages."
+)
+describe_routes = app.openapi
 
 
-app = _API(title="Images", description="Text-to-image generation through base, bridge and distilled stages.")
+def describe() -> dict[str, Any]:
+    """Describe the API, with the body that `Ingress.generate` reads by itself."""
+    document = describe_routes()
+    schema = ImagesRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    document.setdefault("components", {}).setdefault("schemas", {}).update(schema.pop("$defs"))
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    document["paths"]["/v1/images/generations"]["post"]["requestBody"] = body
+    return document
+
+
+app.openapi = describe  # type: ignore[method-assign]
 app.add_middleware(Front, refuses=False)  # where Serve's proxy has none, probes get here
 
 
@@ -75,6 +82,7 @@ class Ingress:
             blocks=model.read_transformer()["num_layers"],
             default_plan=settings.default_plan,
             max_images=settings.max_images,
+            max_timeout_s=settings.request_timeout_s,
         )
         self._described = {
             "id": model.name,
@@ -92,7 +100,7 @@ class Ingress:
         """Generate `n` images of a prompt."""
         job = resolve(ImagesRequest.read(await read_json(request, self._settings.max_body_bytes)), self._offer)
         logger.info(f"{job.n} of {job.size} by plan {job.preset or 'inline'}, seed {job.seed}, user {job.user!r}")
-        routes = job.routes(request.headers["x-request-id"], time.time() + self._settings.request_timeout_s)
+        routes = job.routes(request.headers["x-request-id"], time.time() + job.timeout_s)
         if job.stream:
             return StreamingResponse(self._stream(job, routes[0]), media_type="text/event-stream")
         try:
@@ -110,7 +118,7 @@ class Ingress:
     @app.get("/v1/models/{name:path}")
     async def model(self, name: str) -> dict[str, Any]:
         """One model of the list."""
-        if name != self._described["id"]:
+        if name not in (self._described["id"], *self._offer.model.aliases):
             raise APIError(404, "model_not_found", f"model must be {self._described['id']!r}, not {name!r}", "model")
         return self._described
 

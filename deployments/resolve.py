@@ -25,12 +25,14 @@ class Offer:
         blocks: of the model's transformer.
         default_plan: the model's plan for requests that name none.
         max_images: largest `n` of a request.
+        max_timeout_s: longest time that a request may take, which is also the one of requests that name none.
     """
 
     model: ModelConfig
     blocks: int
     default_plan: str
     max_images: int
+    max_timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Job:
         negative_prompt: None where no stage needs one.
         quality: 1 to 100, of formats that lose something.
         user: who the client says that it asks for.
+        timeout_s: time after which to give up.
         warnings: what the client is told beside its images.
     """
 
@@ -59,6 +62,7 @@ class Job:
     stream: bool
     partial_images: int
     user: str | None
+    timeout_s: float
     warnings: list[str]
 
     def routes(self, request_id: str, deadline: float) -> list[Route]:
@@ -87,14 +91,19 @@ def resolve(body: ImagesRequest, offer: Offer) -> Job:
     Raises:
         APIError: names the field and what it may be.
     """
-    if body.model not in (None, offer.model.name):
-        raise APIError(404, "model_not_found", f"model must be {offer.model.name!r}, not {body.model!r}", "model")
+    names = (offer.model.name, *offer.model.aliases)
+    if body.model not in (None, *names):
+        known = " or ".join(map(repr, names))
+        raise APIError(404, "model_not_found", f"model must be {known}, not {body.model!r}", "model")
     if body.n > offer.max_images:
         raise _invalid("n", f"must be 1 to {offer.max_images}, not {body.n}")
     if body.stream and body.n > 1:
         raise _invalid("n", f"must be 1 with stream, not {body.n}")
     if body.partial_images and not body.stream:
         raise _invalid("partial_images", "needs stream")
+    timeout_s = offer.max_timeout_s if body.timeout_s is None else body.timeout_s
+    if timeout_s > offer.max_timeout_s:
+        raise _invalid("timeout_s", f"must be at most {offer.max_timeout_s:g}, not {timeout_s:g}")
     size = offer.model.sizes[0] if body.size == "auto" else body.size
     if size not in offer.model.sizes:
         raise _invalid("size", f"must be one of {', '.join(('auto', *offer.model.sizes))}, not {size!r}")
@@ -115,6 +124,7 @@ def resolve(body: ImagesRequest, offer: Offer) -> Job:
         stream=body.stream,
         partial_images=body.partial_images,
         user=body.safety_identifier or body.user,
+        timeout_s=timeout_s,
         warnings=prompt_warnings(body.prompt, body.negative_prompt, offer.model.vocabulary),
     )
 

@@ -35,6 +35,7 @@ _TAKEN = frozenset(dir(torch.nn.ModuleDict()))
 
 Word = Annotated[str, Field(pattern=r"^[^\WA-Z_]+$", max_length=32)]
 Source = Annotated[str, Field(min_length=1, max_length=4096)]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$", max_length=128)]
 
 TEXT_ENCODER, TRANSFORMER, VAE = (
     Qwen2_5_VLForConditionalGeneration,
@@ -66,6 +67,7 @@ class ModelConfig(BaseModel):
 
     Attributes:
         name: what the API calls it.
+        aliases: other names that requests may call it by, for clients that offer no choice of names.
         source: directory, or repo id on a hub; a directory is looked up from the config file's own place too.
         dtype: of the weights, or None for the backend's default.
         sizes: `WIDTHxHEIGHT` in pixels, the first one the default.
@@ -79,7 +81,8 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$", max_length=128)]
+    name: ModelName
+    aliases: Annotated[tuple[ModelName, ...], Field(max_length=16)] = ()
     source: Source
     dtype: str | None = None
     sizes: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ STAGE = {"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": 4}
 
 @pytest.fixture(scope="module")
 def offer(config: ModelConfig) -> Offer:
-    return Offer(config, blocks=6, default_plan="hybrid", max_images=10)
+    return Offer(config, blocks=6, default_plan="hybrid", max_images=10, max_timeout_s=120.0)
 
 
 def read(**fields: Any) -> ImagesRequest:
@@ -105,12 +106,27 @@ def test_values_that_ask_for_nothing_special_are_accepted(fields: dict[str, Any]
         ({"seed": MAX_SEED + 1}, f"less than or equal to {MAX_SEED}"),
         ({"seed": MAX_SEED, "n": 2}, f"at most {MAX_SEED - 1}"),
         ({"guidance_scale": 21}, "less than or equal to 20"),
+        ({"timeout_s": 0}, "greater than 0"),
+        ({"timeout_s": 121}, "at most 120"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_what_can(fields: dict[str, Any], allowed: str, offer: Offer) -> None:
     error = refusal(fields, offer)
     assert (error["param"], error["code"]) == (next(iter(fields)), "invalid_value")
     assert allowed in error["message"]
+
+
+def test_a_model_answers_to_its_aliases(offer: Offer) -> None:
+    known = replace(offer, model=offer.model.model_copy(update={"aliases": ("gpt-image-1",)}))
+    for name in ("scenes", "gpt-image-1"):
+        assert isinstance(resolve(read(model=name), known), Job)
+    with pytest.raises(APIError, match="model must be 'scenes' or 'gpt-image-1', not 'dall-e-3'"):
+        resolve(read(model="dall-e-3"), known)
+
+
+def test_time_that_a_request_may_take_is_its_own_or_the_servers(offer: Offer) -> None:
+    assert resolve(read(), offer).timeout_s == offer.max_timeout_s
+    assert resolve(read(timeout_s=0.5), offer).timeout_s == 0.5
 
 
 @pytest.mark.parametrize(

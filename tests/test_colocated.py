@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 import yaml
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
-from served import deployment_statuses, pixels
+from served import deployment_statuses, metrics, pixels
 
 from backends import Backend
-from bench.servers import servers, started
+from bench.servers import Running, servers, started
 from stages.model import ModelConfig, load_transformer
 from stages.network import Network
 from stages.pipeline import Pipeline
@@ -45,9 +46,14 @@ def model(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def url(model: Path) -> Iterator[str]:
+def colocated(model: Path) -> Iterator[Running]:
     with started(servers(model)[1], model) as running:
-        yield running.url
+        yield running
+
+
+@pytest.fixture(scope="module")
+def url(colocated: Running) -> str:
+    return colocated.url
 
 
 def test_one_deployment_runs_all_stages(url: str) -> None:
@@ -71,7 +77,7 @@ def test_concurrent_images_of_several_plans_are_those_of_one_process(url: str, p
         assert np.abs(pixels(served) - np.asarray(local.image).astype(int)).max() <= 2
 
 
-def test_an_image_that_overflows_fails_alone_and_says_where(url: str) -> None:
+def test_an_image_that_overflows_fails_alone_and_says_where(colocated: Running, url: str) -> None:
     stage = {"name": "distilled", "sigma_start": 1.0, "sigma_end": 0.0, "steps": 4, "adapter": "overflow"}
 
     async def send() -> list[httpx.Response]:
@@ -89,6 +95,10 @@ def test_an_image_that_overflows_fails_alone_and_says_where(url: str) -> None:
         "code": "not_finite",
     }
     assert done.status_code == 200
+    deadline = time.monotonic() + 120
+    while not any('outcome="not_finite"' in line for line in metrics(colocated, "ray_images")):
+        assert time.monotonic() < deadline
+        time.sleep(1)
 
 
 def test_partial_images_come_between_stages_of_one_deployment(url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -197,6 +198,26 @@ def test_the_api_is_described(url: str) -> None:
     content = document["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
     assert {"prompt", "negative_prompt", "quality"} <= set(content["schema"]["properties"])
     assert "Plan" in document["components"]["schemas"]
+
+
+def test_the_description_is_a_page_that_needs_no_other_server(url: str) -> None:
+    page = httpx.get(f"{url}/docs", timeout=10).text
+    assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page)
+    script, style = (re.search(rf"""["'](/[^"']+\.{kind})["']""", page) for kind in ("js", "css"))
+    for asset in (script, style):
+        assert asset
+        assert httpx.get(f"{url}{asset[1]}", timeout=10).raise_for_status().content
+
+
+def test_an_image_that_cannot_be_done_in_time_is_given_up_at_its_deadline(url: str) -> None:
+    """In the shape of the API, in a stream too."""
+    body = {"prompt": "a ring", "plan": "base", "size": "256x256", "timeout_s": 0.05}
+    answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+    streamed = httpx.post(f"{url}/v1/images/generations", json={**body, "stream": True}, timeout=60)
+    assert streamed.status_code == 200
+    assert streamed.text.startswith("event: error")
+    assert "deadline_exceeded" in streamed.text
 
 
 INLINE = {"stages": [{"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": 1}]}

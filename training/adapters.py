@@ -47,10 +47,18 @@ class Lora:
         self._optimizer.step()
 
 
-def add_lora(transformer: QwenImageTransformer2DModel, name: str, rank: int) -> list[torch.nn.Parameter]:
-    """Add a LoRA that changes nothing yet; its parameters, in float32."""
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), adapter_name=name)
-    return lora_parameters(transformer, name)
+def add_lora(
+    transformer: QwenImageTransformer2DModel, name: str, rank: int, start_from: str | None = None
+) -> list[torch.nn.Parameter]:
+    """Add a LoRA that changes nothing yet, or a saved one; return its parameters, in float32."""
+    if start_from is None:
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), adapter_name=name)
+    else:
+        transformer.load_lora_adapter(QwenImagePipeline.lora_state_dict(start_from), adapter_name=name)
+    parameters = lora_parameters(transformer, name)
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
 
 
 def lora_parameters(transformer: QwenImageTransformer2DModel, name: str) -> list[torch.nn.Parameter]:

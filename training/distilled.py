@@ -2,7 +2,8 @@
 
 `python -m training.distilled training/scenes.yaml PIPELINE_DIRECTORY TRAJECTORY_DIRECTORY RUN_DIRECTORY`
 
-First the student regresses the teacher's trajectories; then distribution matching (`training.matching`) sharpens it.
+First the student regresses the teacher's trajectories; then the critic gets to know it, and distribution matching
+(`training.matching`) sharpens it.
 As in trajectory distribution matching (Luo et al. 2025, arXiv 2503.06674) the student walks its own few steps, so that
 it trains on the latents that it will meet; or, as after the base stage of a hybrid plan, it takes over from the
 teacher's trajectory. Student and critic are two LoRAs on the one set of base weights.
@@ -87,11 +88,8 @@ def main() -> None:
         lora.step()
         return {"regression": loss}
 
-    def match(rng: Random, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """One update of the student and those of the critic, on the same samples.
-
-        From one of the student's steps, on the way there that is its own or the teacher's.
-        """
+    def draw_samples(rng: Random, generator: torch.Generator) -> Samples:
+        """Draw what one of the student's steps starts from, on a way there that is its own or the teacher's."""
         takes_over = rng.random() < config["take_over"]
         width, height = rng.choice(config["sizes"])
         grid = taught.grid if takes_over else (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
@@ -108,12 +106,17 @@ def main() -> None:
             noise = torch.randn(shape, generator=generator, device=device)
             text = (texts.prompt.embeds, texts.prompt.mask)
             start = integrate(lambda x, sigma: gone[grid](x, sigma, *text)[0], noise, sigmas[: index + 1])[-1]
-        return matching.update(Samples(start, float(sigmas[index]), texts.prompt, texts, grid), generator)
+        return Samples(start, float(sigmas[index]), texts.prompt, texts, grid)
 
     def step(index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{schedule.seed} {index}")
         generator = torch.Generator(device).manual_seed(rng.getrandbits(63))
-        losses = regress(rng) if index < config["regression_steps"] else match(rng, generator)
+        if index < config["regression_steps"]:
+            losses = regress(rng)
+        elif index < config["regression_steps"] + config["critic_steps"]:
+            losses = matching.update_critic(draw_samples(rng, generator), generator)
+        else:
+            losses = matching.update(draw_samples(rng, generator), generator)
         scheduler.step()
         return losses
 

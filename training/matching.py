@@ -74,7 +74,7 @@ class Matching:
         object.__setattr__(self, "_recorded", {})
 
     def update(self, samples: Samples, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """One update of the LoRA, and those of the critic on the clean latents that it foresaw; their losses.
+        """Update the LoRA once, and the critic on the clean latents that it foresaw; return their losses.
 
         Args:
             generator: on the device of the samples.
@@ -89,18 +89,41 @@ class Matching:
             *(texts.prompt.embeds, texts.prompt.mask, texts.negative.embeds, texts.negative.mask),
         )
         self.lora.step()
+        return {"matching": loss} | self._update_critic(samples, clean, generator)
+
+    def update_critic(self, samples: Samples, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Update the critic alone, as `update` does; return its loss.
+
+        A new critic knows nothing of a LoRA that was trained before, and would lead it astray.
+        """
+        start = torch.full((len(samples.latents),), samples.sigma, device=samples.latents.device)
+        text = samples.text
+        (clean,) = self._run("foresee", self._foresee, samples.grid)(samples.latents, start, text.embeds, text.mask)
+        return self._update_critic(samples, clean, generator)
+
+    def _update_critic(
+        self, samples: Samples, clean: torch.Tensor, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
         for _ in range(self.critic_updates):
             noise, level = self._diffusion(samples, generator)
-            (critic_loss,) = self._run("critic", self._criticise, samples.grid)(
-                clean, noise, level, text.embeds, text.mask
+            (loss,) = self._run("critic", self._criticise, samples.grid)(
+                clean, noise, level, samples.text.embeds, samples.text.mask
             )
             self.critic.step()
-        return {"matching": loss, "critic": critic_loss}
+        return {"critic": loss}
 
     def _run(self, name: str, function: Callable[..., Any], grid: tuple[int, int]) -> Recorded:
         if (name, grid) not in self._recorded:
             self._recorded[name, grid] = Recorded(partial(function, grid))
         return self._recorded[name, grid]
+
+    @torch.no_grad()
+    def _foresee(
+        self, grid: tuple[int, int], latents: torch.Tensor, start: torch.Tensor, *text: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        """The clean latents that the LoRA foresees."""
+        with self.accelerator.autocast(), active(self.transformer, self.lora.name):
+            return (latents - start[:, None, None] * evaluate(self.transformer, latents, start, Text(*text), grid),)
 
     def _match(
         self,
@@ -160,9 +183,12 @@ def prepare(
     config: dict[str, Any],
     schedule: Schedule,
 ) -> tuple[Matching, LRScheduler]:
-    """LoRA `name` and its critic on a transformer that stays as it is, with what trains them by a trainer's config."""
+    """LoRA `name` and its critic on a transformer that stays as it is, with what trains them by a trainer's config.
+
+    The LoRA is a new one, or the one in the directory that the config's `start_from` names.
+    """
     transformer.requires_grad_(False)
-    parameters = add_lora(transformer, name, config["rank"])
+    parameters = add_lora(transformer, name, config["rank"], config.get("start_from"))
     critic = add_lora(transformer, "critic", config["rank"])
     optimizer = torch.optim.AdamW(
         parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
