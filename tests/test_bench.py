@@ -247,6 +247,7 @@ def test_renders_are_nearer_to_renders_than_images_of_base_are(bench: QualityBen
     assert rows["renders"].frechet < row.frechet
 
 
+@pytest.mark.slow
 def test_attention_guidance_removes_fills_that_come_without_it(pipeline: Pipeline) -> None:
     """Fills are drawn after the hybrid plan's guided step."""
     negative = Cases.read(ROOT / "bench" / "cases" / "scenes-dev.yaml").negative

@@ -103,6 +103,7 @@ def test_nothing_is_compiled_after_the_warm_up(
     assert costs == [[1.0] * len(queries), [0.5] * len(queries)]
 
 
+@pytest.mark.slow
 def test_a_second_start_finds_what_the_first_compiled(
     config: ModelConfig, backend: Backend, pipeline: Pipeline
 ) -> None:

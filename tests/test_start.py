@@ -128,6 +128,7 @@ def test_unreadable_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
             check(written(tmp_path, config))
 
 
+@pytest.mark.slow
 def test_constructor_that_raises_ends_the_start_with_its_reason() -> None:
     """A replica that asks Ray for no GPU sees none, whatever the machine has."""
     server = servers(MODEL)[1]
@@ -291,6 +292,7 @@ def test_sigterm_drains(narrow: Running) -> None:
     end(narrow, signal.SIGTERM, group=False)
 
 
+@pytest.mark.slow
 def test_ctrl_c_drains() -> None:
     """A terminal sends it to the whole group."""
     with started(servers(MODEL)[1], MODEL) as running:
