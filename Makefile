@@ -18,6 +18,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 # To be run where pip finds a CPU build of torch: a vendor's would bring its libraries into the lock.
 lock:

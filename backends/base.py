@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
-from typing import ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound="nn.Module")
 
 # Of the linear layers: weights in eight bits, or weights and, row by row as they come, activations.
 Quantization = Literal["int8_weight_only", "int8_dynamic", "fp8_dynamic"]
@@ -20,18 +20,15 @@ class Backend(ABC):
 
     Attributes:
         name: what configs call it.
+        device: where modules and their inputs live, by torch's name.
         default_dtype: of the weights where a model's config names none.
         quantizations: what `quantize` takes.
     """
 
     name: ClassVar[str]
-    default_dtype: ClassVar[torch.dtype]
+    device: ClassVar[str]
+    default_dtype: ClassVar[Literal["float32", "bfloat16"]]
     quantizations: ClassVar[tuple[Quantization, ...]] = ()
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where modules and their inputs live."""
 
     @abstractmethod
     def synchronise(self) -> None:

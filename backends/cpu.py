@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
+from typing import ClassVar, Literal
 
 from backends.base import Backend, Quantization
 
@@ -13,12 +11,9 @@ class CPUBackend(Backend):
     """Runs in float32: exact, and on most processors faster than emulated half precision."""
 
     name: ClassVar[str] = "cpu"
-    default_dtype: ClassVar[torch.dtype] = torch.float32
+    device: ClassVar[str] = "cpu"
+    default_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"
     quantizations: ClassVar[tuple[Quantization, ...]] = ("int8_weight_only", "int8_dynamic")
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
     def synchronise(self) -> None:
-        """Nothing is queued: every operation has run when it returns."""
+        """Do nothing: every operation has run when it returns."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
+from typing import ClassVar, Literal
 
 from backends.base import Backend, Quantization
 
@@ -13,12 +11,11 @@ class CUDABackend(Backend):
     """Runs in bfloat16 on the process's current device, which Ray chooses by what a replica asks for."""
 
     name: ClassVar[str] = "cuda"
-    default_dtype: ClassVar[torch.dtype] = torch.bfloat16
+    device: ClassVar[str] = "cuda"
+    default_dtype: ClassVar[Literal["float32", "bfloat16"]] = "bfloat16"
     quantizations: ClassVar[tuple[Quantization, ...]] = ("int8_weight_only", "int8_dynamic", "fp8_dynamic")
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda")
-
     def synchronise(self) -> None:
+        import torch  # which a check of a configuration does without
+
         torch.cuda.synchronize()

@@ -13,7 +13,7 @@ import torch
 
 from bench.load import LoadFigures
 from cluster.simulate import Device, Scenario, Stage, circulate
-from stages.model import parse_size, token_grid
+from stages.image import parse_size
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, StageSpec
 
@@ -64,7 +64,8 @@ def calibrate(
         parts[stage.name].append(stage)
     steps = {name: sum(part.steps for part in stage) for name, stage in parts.items()}
     rows = {name: max(part.evaluations for part in stage) for name, stage in parts.items()}
-    most = {name: batch_tokens // (prod(token_grid(size)) * evaluations) for name, evaluations in rows.items()}
+    tokens = prod(pipeline.config.grid(size))
+    most = {name: batch_tokens // (tokens * evaluations) for name, evaluations in rows.items()}
     stages = {"http": Stage(device="core", per_image=one_client.elsewhere)}
     for name in ("encode", *steps, "decode"):
         stages[name] = _stage(

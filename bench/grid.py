@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from backends import get_backend
-from stages.model import ModelConfig
+from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
 

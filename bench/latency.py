@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from backends import Backend, Quantization, get_backend
 from bench.machine import machine_name
 from bench.methods import read_methods
 from bench.results import add_output_argument, output_directory, write_json
-from stages.decode import decode_latents
+from stages.config import ModelConfig
+from stages.decode import to_images
 from stages.encode import pure_noise
-from stages.model import ModelConfig
+from stages.families import get_family
 from stages.network import Network
 from stages.packet import LatentPacket
 from stages.plan import Plan, TaylorSeerSpec
 from stages.stage import Denoiser
-from stages.vae import convolve_images
 
 QWEN_IMAGE = Path(__file__).parent.parent / "configs" / "qwen_image.yaml"
 
@@ -53,48 +53,61 @@ class Latency:
 class RandomModel:
     """A denoiser and an autoencoder of an architecture, with random weights."""
 
-    def __init__(self, source: str | None, backend: Backend, quantize: Quantization | None = None) -> None:
-        """Args:
-        source: directory of a pipeline whose architecture to take, or None for Qwen-Image's.
-        quantize: the transformer's blocks by this, if at all.
+    def __init__(
+        self, config: ModelConfig, backend: Backend, quantize: Quantization | None = None, *, full: bool = False
+    ) -> None:
+        """Make the parts of a config's pipeline.
+
+        Args:
+            config: of a model whose files are here, unless `full`.
+            backend: to place them on.
+            quantize: the transformer's blocks by this, if at all.
+            full: whether to take the architecture from diffusers' defaults, which are those of Qwen-Image.
         """
         self.backend = backend
+        self._config = config
+        family = get_family(config.family)
         before = torch.get_default_dtype()
-        torch.set_default_dtype(backend.default_dtype)
+        torch.set_default_dtype(getattr(torch, backend.default_dtype))
         try:
-            with backend.device:
-                if source is None:  # diffusers' defaults
-                    transformer, vae = QwenImageTransformer2DModel(), AutoencoderKLQwenImage()
+            with torch.device(backend.device):
+                if full:
+                    module, vae = family.transformer.kind(), family.autoencoder.kind()
                     scheduler = FlowMatchEulerDiscreteScheduler(
                         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,
                         shift_terminal=0.02,
                     )  # fmt: skip
                 else:
-                    transformer, vae, scheduler = (
-                        part.from_config(part.load_config(source, subfolder=folder))
+                    module, vae, scheduler = (
+                        part.from_config(part.load_config(config.source, subfolder=folder))
                         for part, folder in (
-                            (QwenImageTransformer2DModel, "transformer"),
-                            (AutoencoderKLQwenImage, "vae"),
+                            (family.transformer.kind, "transformer"),
+                            (family.autoencoder.kind, "vae"),
                             (FlowMatchEulerDiscreteScheduler, "scheduler"),
                         )
                     )
         finally:
             torch.set_default_dtype(before)
-        backend.place(transformer)
+        transformer = family.transformer(backend.place(module))
         if quantize:
-            backend.quantize(transformer.transformer_blocks, quantize)
-        self.denoiser = Denoiser(Network(transformer), scheduler, backend)
-        self._vae = convolve_images(backend.place(vae))
-        self._width = transformer.config.joint_attention_dim
-        self._channels = transformer.config.in_channels // 4
+            backend.quantize(transformer.blocks, quantize)
+        self.denoiser = Denoiser(config, Network(transformer), scheduler, backend)
+        self._autoencoder = family.autoencoder(backend.place(vae))
+        self._transformer = transformer
 
     def packet(self, size: str, length: int) -> LatentPacket:
         """Noise, and embeddings of `length` tokens for both prompts."""
-        prompt, negative = torch.randn(2, length, self._width, dtype=self.backend.default_dtype)
-        return pure_noise("latency", 0, 0, size, self._channels, prompt, negative, length, avoids=True)
+        width, dtype = self._transformer.text_width, self._transformer.dtype
+        prompt, negative = torch.randn(2, length, width, dtype=dtype)
+        channels = self._transformer.token_channels // 4
+        return pure_noise(
+            self._config, "latency", 0, 0, size, channels, prompt, negative, text_tokens=length, avoids=True
+        )
 
+    @torch.inference_mode()
     def decode(self, packet: LatentPacket) -> None:
-        decode_latents(self._vae, packet.latent[None].to(self.backend.device), packet.grid)
+        """Decode an image, to the last pixel."""
+        to_images(self._autoencoder.decode(packet.latent[None].to(self.backend.device), packet.grid))
         self.backend.synchronise()
 
 
@@ -145,7 +158,7 @@ def run(arguments: argparse.Namespace) -> None:
     full = arguments.model == "qwen-image"
     config = ModelConfig.read(QWEN_IMAGE if full else Path(arguments.model))
     name = arguments.model if full else Path(arguments.model).stem
-    model = RandomModel(None if full else config.source, get_backend(arguments.backend), arguments.quantize)
+    model = RandomModel(config, get_backend(arguments.backend), arguments.quantize, full=full)
     if arguments.compile:
         model.denoiser.compile([arguments.size])
     rows = measure(model, plans(config), arguments.size, arguments.tokens, arguments.repeats)
@@ -160,7 +173,7 @@ def run(arguments: argparse.Namespace) -> None:
         "weights": "random",
         "size": arguments.size,
         "prompt_tokens": arguments.tokens,
-        "dtype": str(model.backend.default_dtype),
+        "dtype": f"torch.{model.backend.default_dtype}",
         "quantize": arguments.quantize,
         "compile": arguments.compile,
         "rows": [asdict(row) for row in rows],

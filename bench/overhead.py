@@ -12,7 +12,7 @@ from math import prod
 from bench.calibrate import REPLICA_THREADS, threads
 from bench.load import closed_loop
 from bench.traffic import body
-from stages.model import parse_size
+from stages.image import parse_size
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
 

@@ -16,7 +16,7 @@ import yaml
 
 from backends import get_backend
 from bench.cases import Cases
-from stages.model import ModelConfig
+from stages.config import ModelConfig
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan

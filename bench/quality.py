@@ -29,7 +29,7 @@ from bench.report import REPORT, Measured, read_rows, summary, write_report, wri
 from bench.results import add_output_argument, output_directory
 from bench.scorers import Scorer, clip_scorer, hpsv2_scorer, image_reward_scorer
 from bench.spread import SpreadPipeline
-from stages.model import ModelConfig
+from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
 from training.evaluate import share

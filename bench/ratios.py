@@ -17,7 +17,7 @@ import torch
 from backends import get_backend
 from bench.cases import Cases
 from stages.caches import Evaluation, StepCache
-from stages.model import ModelConfig
+from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
 
@@ -41,11 +41,11 @@ def measure(pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted]) -> lis
     tasks = [pipeline.denoiser.begin(packet, plan) for packet in pipeline.enter(plan, prompted)]
     recorders: list[_Recorder] = []
     for task in tasks:
-        task.row.cache = _Recorder()
-        recorders.append(task.row.cache)
+        task.state.cache = _Recorder()
+        recorders.append(task.state.cache)
         if plan.stages[0].guided:
-            task.row.negative_cache = _Recorder()
-            recorders.append(task.row.negative_cache)
+            task.state.negative_cache = _Recorder()
+            recorders.append(task.state.negative_cache)
     for _ in range(plan.stages[0].steps):
         pipeline.denoiser.step(tasks)
     return [statistics.fmean(step) for step in zip(*(recorder.ratios() for recorder in recorders), strict=True)]

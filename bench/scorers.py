@@ -14,7 +14,7 @@ Scorer = Callable[[Sequence[Image.Image], Sequence[str]], float]
 """Mean score of images, each by the prompt at its place."""
 
 
-def clip_scorer(source: str, device: torch.device) -> Scorer:
+def clip_scorer(source: str, device: str) -> Scorer:
     """CLIP score, Hessel et al. 2021 (arXiv 2104.08718): 100 max(cos, 0) of image and text, as torchmetrics scales it.
 
     Args:

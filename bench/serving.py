@@ -29,7 +29,7 @@ from bench.results import add_output_argument, output_directory, write_json
 from bench.servers import COLOCATED, MONOLITH, ROOT, SPREAD, Running, Server, servers, started
 from bench.spread import SpreadPipeline
 from bench.traffic import body, mixed, vary
-from stages.model import ModelConfig
+from stages.config import ModelConfig
 from stages.pipeline import Pipeline
 
 _SATURATION = 0.7  # of the monolith's throughput, for the open loop

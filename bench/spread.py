@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backends import Backend
+from stages.config import ModelConfig
 from stages.encode import REMEMBERED
-from stages.model import ModelConfig
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
 from stages.plan import Plan

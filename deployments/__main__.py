@@ -13,7 +13,7 @@ from pathlib import Path
 
 # Ray and Serve read these when they are imported, here and in every process that they start.
 _ENVIRONMENT = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.front:middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.http.front:middlewares",
     "RAY_SERVE_LOG_TO_STDERR": "0",  # into files alone, which the dashboard shows; see `deployments.console`
     "RAY_SCHEDULER_EVENTS": "0",
     "RAY_DEDUP_LOGS": "0",

@@ -4,7 +4,7 @@
 from ray import serve
 from ray.serve import Application
 
-from deployments.ingress import Ingress
+from deployments.http.ingress import Ingress
 from deployments.replica import StageReplica
 from deployments.settings import Settings
 

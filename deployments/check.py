@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
+from deployments.settings import Settings
+from stages.config import ModelConfig
 from stages.yaml_file import ConfigError, read_mapping, validate
 
 _IMPORT_PATH = "deployments.app:build"
@@ -46,11 +48,6 @@ def check_application(application: ServeApplicationSchema, where: str) -> None:
     Raises:
         StartError: something is wrong.
     """
-    # torch and diffusers come with them, which take seconds: what is wrong above is told before.
-    from deployments.settings import Settings
-    from stages.check import check_files
-    from stages.model import ModelConfig
-
     with _refusing():
         if isinstance(model := application.args.get("model"), str):
             ModelConfig.read(Path(model)).check_plans()  # alone, so that the sentence begins with its file
@@ -61,6 +58,9 @@ def check_application(application: ServeApplicationSchema, where: str) -> None:
         raise StartError(f"{where}.deployments: {min(unknown)} is not in args.placement, whose are {sorted(expected)}")
     if missing := expected - configured:
         raise StartError(f"{where}.deployments: {min(missing)} of args.placement is missing")
+    # torch and diffusers come with this, which take seconds: what is wrong above is told before.
+    from stages.check import check_files
+
     with _refusing(f"{settings.model}: "):
         check_files(settings.read_model())
 

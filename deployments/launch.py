@@ -20,8 +20,8 @@ from ray import serve
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 from ray.serve.scripts import cli as serve_cli
 
-from deployments import readiness
 from deployments.check import StartError
+from deployments.http import readiness
 
 _POLL_S = 0.25
 _GRACE_S = 20.0  # Serve's own default

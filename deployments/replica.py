@@ -7,13 +7,11 @@ from collections.abc import AsyncGenerator, Callable
 
 from backends import get_backend
 from deployments import console
-from deployments.decode import DecodedImage, VAEDecoder
-from deployments.denoise import Transformer
-from deployments.encode import TextEncoder
-from deployments.route import Leg, Preview, Route
+from deployments.messages import Call, PacketReply, RefusalReply, Wire
 from deployments.settings import DECODE, ENCODE, Placement
-from stages.encode import PromptTooLong
-from stages.model import ModelConfig
+from deployments.workers import DecodeWorker, DenoiseWorker, EncodeWorker
+from stages.config import ModelConfig
+from stages.errors import NotFinite, PromptTooLong
 from stages.packet import LatentPacket
 
 
@@ -23,58 +21,65 @@ class StageReplica:
     def __init__(self, model: ModelConfig, placement: Placement) -> None:
         console.attach()
         backend = get_backend(placement.backend)
-        self._denoises = placement.denoises
-        if ENCODE in placement.stages:
-            self._encoder = TextEncoder(model, backend)
-        if self._denoises:
-            self._transformer = Transformer(model, backend, placement)
-        if DECODE in placement.stages:
-            self._decoder = VAEDecoder(model, backend)
+        self._encoder = EncodeWorker(model, backend) if ENCODE in placement.stages else None
+        self._transformer = DenoiseWorker(model, backend, placement) if placement.denoises else None
+        self._decoder = DecodeWorker(model, backend) if DECODE in placement.stages else None
 
     def check_health(self) -> None:
-        """Asked by Serve, which replaces a replica that raises."""
-        if self._denoises:
+        """Raise what is wrong; Serve asks, and replaces a replica that raises."""
+        if self._transformer:
             self._transformer.check_health()
 
-    async def run(self, route: Route, leg: Leg, packet: bytes | None) -> bytes | DecodedImage | PromptTooLong:
-        """Take an image along `leg`; a caller that cancels stops the work before its next step.
+    async def run(self, call: str, packet: bytes) -> Wire:
+        """Take an image along a hop; a caller that cancels stops the work before its next step.
 
         Args:
-            packet: as the leg before left it; None at the start, which encodes the prompt.
+            call: JSON of a `Call`.
+            packet: as the hop before left it; empty at the start, which encodes the prompt.
 
         Returns:
-            The packet, or the image where the leg ends with it; or PromptTooLong, which is the client's error: Serve
-            would log a traceback of one that is raised.
+            A reply's JSON, with the packet, or with the image's file where the hop ends with it.
 
         Raises:
-            PacketError: not a packet of this version.
-            ValueError: see `stages.stage.Denoiser.begin`.
+            RuntimeError: names what was raised; an error's own class may be unknown where the caller is.
         """
-        return await self._run(route, leg, packet, show=lambda preview: None)
+        return await self._answer(Call.from_json(call), packet, show=lambda preview: None)
 
-    async def run_with_previews(
-        self, route: Route, leg: Leg, packet: bytes | None
-    ) -> AsyncGenerator[Preview | bytes | DecodedImage | PromptTooLong]:
-        """As `run`, with the leg's previews before what it returns, each as soon as its step is done."""
+    async def run_with_previews(self, call: str, packet: bytes) -> AsyncGenerator[Wire]:
+        """Do as `run`, with the hop's previews before what that returns, each as soon as its step is done."""
         previews: asyncio.Queue[LatentPacket | None] = asyncio.Queue()
-        result = asyncio.create_task(self._run(route, leg, packet, previews.put_nowait))
+        result = asyncio.create_task(self._answer(Call.from_json(call), packet, previews.put_nowait))
         result.add_done_callback(lambda _: previews.put_nowait(None))
         try:
             while preview := await previews.get():
-                yield Preview(preview.to_bytes())
+                yield PacketReply(kind="preview").model_dump_json(), preview.to_bytes()
             yield await result
         finally:
             result.cancel()
 
-    async def _run(
-        self, route: Route, leg: Leg, packet: bytes | None, show: Callable[[LatentPacket], None]
-    ) -> bytes | DecodedImage | PromptTooLong:
+    async def _answer(self, call: Call, packet: bytes, show: Callable[[LatentPacket], None]) -> Wire:
+        """Run a call; what is one image's own fault is a reply, since Serve would log a traceback of one raised."""
         try:
-            current = await self._encoder.encode(route.image) if packet is None else LatentPacket.from_bytes(packet)
-        except PromptTooLong as refusal:
-            return refusal
-        if leg.stages:
-            current = await self._transformer.denoise(current, route.plan, leg, route.deadline, show)
-        if leg.decodes:
-            return await self._decoder.decode(current, route.format, route.quality)
-        return current.to_bytes()
+            return await self._run(call, packet, show)
+        except PromptTooLong as error:
+            refusal = RefusalReply(code="prompt_too_long", message=str(error), param=error.parameter)
+        except NotFinite as error:
+            refusal = RefusalReply(code="not_finite", message=str(error))
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        return refusal.model_dump_json(), b""
+
+    async def _run(self, call: Call, packet: bytes, show: Callable[[LatentPacket], None]) -> Wire:
+        if packet:
+            current = LatentPacket.from_bytes(packet)
+        else:
+            assert self._encoder, "no encoder here"
+            current = await self._encoder.encode(call.route.image)
+        if call.hop.stages:
+            assert self._transformer, "no transformer here"
+            current = await self._transformer.denoise(current, call, show)
+        if call.hop.decodes:
+            assert self._decoder, "no decoder here"
+            reply, data = await self._decoder.decode(current, call.route.format, call.route.quality)
+            return reply.model_dump_json(), data
+        return PacketReply().model_dump_json(), current.to_bytes()

@@ -1,30 +1,39 @@
-"""The way of an image through the stages."""
+"""Sends images through the deployments of their plans' stages."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Histogram
 
 from deployments import console
-from deployments.decode import DecodedImage
-from deployments.errors import APIError
-from deployments.route import Leg, Preview, Route, split
+from deployments.hops import plan_hops
+from deployments.http.errors import APIError
+from deployments.messages import Call, Hop, ImageReply, PacketReply, RefusalReply, Route, Wire, read_reply
 from deployments.settings import DECODE, ServedStage
-from stages.encode import PromptTooLong
+
+logger = logging.getLogger("ray.serve")
 
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
 
 
 @dataclass(frozen=True)
+class DecodedImage:
+    """An image's file, and how it came about."""
+
+    reply: ImageReply
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Partial:
-    """An image as a stage foresaw it; `order` counts an image's partial ones from 0."""
+    """An image as a stage predicted it; `order` counts an image's partial ones from 0."""
 
     order: int
     image: DecodedImage
@@ -41,9 +50,11 @@ class Router:
     """
 
     def __init__(self, replicas: Mapping[str, DeploymentHandle], deployments: Mapping[ServedStage, str]) -> None:
-        """Args:
-        replicas: of each deployment.
-        deployments: by the stage that they run.
+        """Route to deployments.
+
+        Args:
+            replicas: of each deployment.
+            deployments: by the stage that they run.
         """
         self._replicas = replicas
         self._deployments = deployments
@@ -53,7 +64,9 @@ class Router:
         )
 
     async def generate(self, route: Route) -> AsyncGenerator[Partial | DecodedImage]:
-        """The partial images that were asked for, then the image; closing or cancelling it cancels the stage at work.
+        """Yield the partial images that were asked for, then the image.
+
+        Closing or cancelling it cancels the stage at work.
 
         Raises:
             APIError: see `APIError.from_failure`.
@@ -80,6 +93,10 @@ class Router:
         finally:
             travel.cancel()
             self._images.inc(tags={"plan": route.preset or "inline", "outcome": outcome})
+        self._record(route, image.reply)
+        yield image
+
+    def _record(self, route: Route, image: ImageReply) -> None:
         for span in image.spans:
             self._seconds.observe(span.end - span.start, tags={"stage": span.stage})
         console.images.info(
@@ -87,50 +104,71 @@ class Router:
             f"seed {image.seed}, {sum(span.nfe for span in image.spans):g} evaluations, "
             f"{image.spans[-1].end - image.spans[0].start:.2f} s"
         )
-        yield image
 
     async def _travel(self, route: Route, show: Callable[[Partial], None]) -> DecodedImage:
-        """Take an image along its legs, each call awaited here: so a failure shows where it happened (ray issue 61594).
+        """Take an image along its hops, each call awaited here: so a failure shows where it happened (ray issue 61594).
 
         Args:
+            route: of the image.
             show: takes the partial images in their order; they are decoded beside the stages that follow.
         """
-        packet: Any = None
+        hops = plan_hops(route.plan, self._deployments, route.partial_images)
         orders, turn = itertools.count(), asyncio.Lock()
 
         async def decode(preview: bytes) -> None:
             async with turn:
-                leg = Leg(self._deployments[DECODE], decodes=True)
-                image = await self._call(route, leg, preview)
-                show(Partial(next(orders), cast(DecodedImage, image)))
+                image = await self._decode(route, Hop(deployment=self._deployments[DECODE], decodes=True), preview)
+                show(Partial(next(orders), image))
 
         async with asyncio.timeout(route.deadline - time.time()), asyncio.TaskGroup() as decoding:
-            for leg in split(route.plan, self._deployments, route.partial_images):
-                packet = await self._call(route, leg, packet, lambda preview: decoding.create_task(decode(preview)))
-                if isinstance(packet, PromptTooLong):
-                    raise packet
-        return cast(DecodedImage, packet)
+            packet = b""
+            for hop in hops[:-1]:
+                _, packet = await self._call(route, hop, packet, lambda preview: decoding.create_task(decode(preview)))
+            return await self._decode(route, hops[-1], packet, lambda preview: decoding.create_task(decode(preview)))
+
+    async def _decode(
+        self, route: Route, hop: Hop, packet: bytes, show: Callable[[bytes], object] = _ignore
+    ) -> DecodedImage:
+        """Call for a hop that ends with the image."""
+        reply, data = await self._call(route, hop, packet, show)
+        if not isinstance(reply, ImageReply):
+            raise RuntimeError(f"{hop.deployment} ended with a {reply.kind} in place of the image")
+        return DecodedImage(reply, data)
 
     async def _call(
-        self, route: Route, leg: Leg, packet: bytes | None, show: Callable[[bytes], object] = _ignore
-    ) -> bytes | DecodedImage | PromptTooLong:
-        """What a leg ends with; cancelled, it cancels the replica's work.
+        self, route: Route, hop: Hop, packet: bytes, show: Callable[[bytes], object] = _ignore
+    ) -> tuple[PacketReply | ImageReply, bytes]:
+        """Call a replica; cancelled, it cancels the replica's work.
 
         Args:
-            show: takes the packets of the leg's previews.
+            route, hop: what to do.
+            packet: as the hop before left it.
+            show: takes the packets of the hop's previews.
+
+        Raises:
+            APIError: there will be no image.
         """
-        replica = self._replicas[leg.deployment]
-        if not leg.previews:
-            response = replica.run.remote(route, leg, packet)
+        header, data = await self._ask(Call(route=route, hop=hop).to_json(), hop, packet, show)
+        reply = read_reply(header)
+        if isinstance(reply, RefusalReply):
+            raise APIError.from_refusal(reply)
+        return reply, data
+
+    async def _ask(self, call: str, hop: Hop, packet: bytes, show: Callable[[bytes], object]) -> Wire:
+        replica = self._replicas[hop.deployment]
+        if not hop.previews:
+            response = replica.run.remote(call, packet)
             try:
                 return await response
             finally:
                 response.cancel()  # of no effect on one that is done
-        results = replica.options(stream=True).run_with_previews.remote(route, leg, packet)
+        results = replica.options(stream=True).run_with_previews.remote(call, packet)
         try:
-            async for result in results:
-                if isinstance(result, Preview):
-                    show(result.packet)
-            return result
+            async for header, data in results:
+                reply = read_reply(header)
+                if reply.kind != "preview":
+                    return header, data
+                show(data)
+            raise RuntimeError(f"{hop.deployment} ended without a reply")
         finally:
             results.cancel()

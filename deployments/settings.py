@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from backends import Quantization, get_backend
-from stages.model import ModelConfig
+from stages.config import ModelConfig
 from stages.plan import STAGES, Name, StageName
 
 

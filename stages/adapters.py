@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 from stages.lora_files import Lora
@@ -27,7 +27,7 @@ class RowAdapters:
 
     def __init__(
         self,
-        transformer: QwenImageTransformer2DModel,
+        transformer: Any,
         adapters: Mapping[str, Mapping[str, Lora]],
         fused: str | None = None,
     ) -> None:

@@ -9,10 +9,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Condition
 
-from stages.finite import NotFinite
+from stages.errors import NotFinite
 from stages.packet import LatentPacket
 from stages.plan import Plan
-from stages.stage import Denoiser, Task
+from stages.stage import Denoiser, StageRun
 
 
 def _ignore(preview: LatentPacket) -> None:
@@ -31,7 +31,7 @@ class _Entry:
     previews: Collection[int] = field(compare=False)
     show: Callable[[LatentPacket], object] = field(compare=False)
     future: Future[LatentPacket] = field(compare=False, default_factory=Future)
-    task: Task | None = field(compare=False, default=None)
+    run: StageRun | None = field(compare=False, default=None)
     steps: int = field(compare=False, default=0)  # done since it came
 
     @property
@@ -45,7 +45,7 @@ class StepBatcher:
 
     Before each step the most urgent packet is chosen, the one with the earliest deadline and among equals the one
     that came first; others of its grid, in the same order, fill the batch up to a number of image tokens. Packets
-    of other grids wait, no longer than those before them take.
+    with another grid wait until every more urgent packet has finished; less urgent newcomers never overtake them.
     """
 
     def __init__(self, denoiser: Denoiser, max_tokens: int) -> None:
@@ -76,7 +76,7 @@ class StepBatcher:
         Args:
             stages: how many to take it through, parts counted.
             previews: after which of the steps from here on, counted from 1, to call `show`.
-            show: takes a packet to decode, see `Task.preview`, on the device's thread.
+            show: takes a packet to decode, see `StageRun.preview`, on the device's thread.
             deadline: seconds since the epoch; who has less time goes first.
 
         Returns:
@@ -112,34 +112,34 @@ class StepBatcher:
         """One step of the most urgent batch; its packets as they came, none if nothing is here."""
         batch = self._choose()
         packets = [entry.packet for entry in batch]
-        tasks = [entry.task for entry in batch if entry.task]
-        if tasks:
+        runs = [entry.run for entry in batch if entry.run]
+        if runs:
             try:
-                self._denoiser.step(tasks)
+                self._denoiser.step(runs)
             except Exception as error:
                 self._leave(batch, error)
             else:
                 for entry in batch:
-                    if entry.task:
-                        self._advance(entry, entry.task)
+                    if entry.run:
+                        self._advance(entry, entry.run)
         return packets
 
-    def _advance(self, entry: _Entry, task: Task) -> None:
+    def _advance(self, entry: _Entry, run: StageRun) -> None:
         entry.steps += 1
         if entry.steps in entry.previews:
-            entry.show(task.preview())
-        if task.row.done:
-            self._finish(entry, task)
+            entry.show(run.preview())
+        if run.state.done:
+            self._finish(entry, run)
 
-    def _finish(self, entry: _Entry, task: Task) -> None:
+    def _finish(self, entry: _Entry, run: StageRun) -> None:
         """End a stage: the entry goes on to its next, or leaves."""
         try:
-            packet = task.finish()
+            packet = run.finish()
         except NotFinite as error:
             self._leave([entry], error)
             return
         if packet.position < entry.end:
-            entry.packet, entry.task = packet, None
+            entry.packet, entry.run = packet, None
         else:
             self._leave([entry], packet)
 
@@ -159,9 +159,9 @@ class StepBatcher:
 
     def _begin(self, entry: _Entry) -> bool:
         """Whether the entry is under way; if it cannot be, its future says why."""
-        if entry.task is None:
+        if entry.run is None:
             try:
-                entry.task = self._denoiser.begin(entry.packet, entry.plan)
+                entry.run = self._denoiser.begin(entry.packet, entry.plan)
             except Exception as error:
                 self._leave([entry], error)
                 return False

@@ -1,7 +1,7 @@
 """Step caches: what one image, on one side of guidance, remembers between its steps, and may skip by it.
 
-Diffusers' hooks keep one state for a whole forward pass. Here every row of a batch has its own, so that rows of
-different requests can share a pass and only those that must be computed are.
+Diffusers' hooks keep one state for a whole forward pass. Here every row of a batch has its own, so rows of different
+requests can share a forward pass, and only rows whose cache misses are computed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from math import factorial
 
 import torch
 
+from stages.latents import unpack
 from stages.plan import CacheSpec, FirstBlockSpec, MagCacheSpec, SeaCacheSpec, TaylorSeerSpec, TeaCacheSpec
 
 
 @dataclass(frozen=True)
-class Entrance:
+class BlockInput:
     """What one row brings to the first block.
 
     Attributes:
@@ -60,7 +61,7 @@ class StepCache:
         """(tokens, channels), without any evaluation."""
         return None
 
-    def blocks(self, entrance: Entrance) -> torch.Tensor | None:
+    def blocks(self, block_input: BlockInput) -> torch.Tensor | None:
         """(tokens, width), what the blocks would add to the image tokens."""
         return None
 
@@ -135,9 +136,9 @@ class TeaCache(StepCache):
         self._entered: torch.Tensor | None = None
         self._blocks: torch.Tensor | None = None
 
-    def blocks(self, entrance: Entrance) -> torch.Tensor | None:
+    def blocks(self, block_input: BlockInput) -> torch.Tensor | None:
         self._step += 1
-        before, self._entered = self._entered, entrance.modulated()
+        before, self._entered = self._entered, block_input.modulated()
         if before is not None and self._step < self._last_step:
             change = _change(self._entered, before)
             self._change += sum(c * change**power for power, c in enumerate(reversed(self._spec.coefficients)))
@@ -170,7 +171,7 @@ class MagCache(StepCache):
     def _start_over(self) -> None:
         self._ratio, self._error, self._skipped = torch.tensor(1.0), torch.tensor(0.0), 0
 
-    def blocks(self, entrance: Entrance) -> torch.Tensor | None:
+    def blocks(self, block_input: BlockInput) -> torch.Tensor | None:
         self._step += 1
         if self._step < self._retained:
             return None
@@ -203,9 +204,9 @@ class SeaCache(StepCache):
         self._signal: torch.Tensor | None = None
         self._history: list[tuple[int, torch.Tensor]] = []
 
-    def blocks(self, entrance: Entrance) -> torch.Tensor | None:
+    def blocks(self, block_input: BlockInput) -> torch.Tensor | None:
         self._step += 1
-        before, self._signal = self._signal, _signal(entrance)
+        before, self._signal = self._signal, _signal(block_input)
         if before is not None and self._step < self._last_step and self._skipped < self._spec.most_skipped:
             self._change += _change(self._signal, before)
             if self._change < self._spec.threshold:
@@ -227,12 +228,11 @@ class SeaCache(StepCache):
 _SPECTRUM_EXPONENT = 3.0  # of an image's power over frequency, in SeaCache
 
 
-def _signal(entrance: Entrance) -> torch.Tensor:
-    """The latent (tokens, 4 * channels) as (2 * rows, 2 * columns, channels), through the filter of equation 7."""
-    rows, columns = entrance.grid
-    latent = entrance.latent.float().view(rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2)
-    latent = latent.reshape(2 * rows, 2 * columns, -1)
-    sigma = min(max(entrance.sigma, 1e-6), 1 - 1e-6)
+def _signal(block_input: BlockInput) -> torch.Tensor:
+    """Pass the latent through the filter of equation 7: (2 * rows, 2 * columns, channels)."""
+    rows, columns = block_input.grid
+    latent = unpack(block_input.latent.float()[None], block_input.grid)[0].permute(1, 2, 0)
+    sigma = min(max(block_input.sigma, 1e-6), 1 - 1e-6)
 
     def gain(length: int) -> torch.Tensor:
         power = 1 / (torch.fft.fftfreq(length, device=latent.device).abs() ** _SPECTRUM_EXPONENT + 1e-16)

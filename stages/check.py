@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from stages.model import TEXT_ENCODER, TRANSFORMER, VAE, ModelConfig, load_adapters, load_scheduler, load_tokenizer
-from stages.weight_files import check_finite, find_part, load_part, weights_of
+from stages.config import ModelConfig
+from stages.families import get_family
+from stages.loading import load_adapters, load_scheduler, load_tokenizer
+from stages.sources import BadFile, find_part, read_json
+from stages.weight_files import check_finite, load_part, weights_of
 
 # Of the files of a part whose numbers are read: some seconds from a disk. What is larger is checked as it is loaded.
 READ_AT_MOST = 2 * 1024**3
@@ -28,14 +32,24 @@ def check_files(config: ModelConfig) -> None:
     if not Path(config.source).is_dir():
         find_part(config.source, "scheduler")
         return
-    for kind, part in ((TRANSFORMER, "transformer"), (TEXT_ENCODER, "text_encoder"), (VAE, "vae")):
+    family = get_family(config.family)
+    pipeline = read_json(config.source, "model_index.json").get("_class_name")
+    if pipeline != family.pipeline:
+        index = Path(config.source) / "model_index.json"
+        raise BadFile("source", index, f"is of a {pipeline}, and family {family.name} is {family.pipeline}")
+    kinds: dict[str, Any] = {
+        "transformer": family.transformer.kind,
+        "text_encoder": family.text_encoder.kind,
+        "vae": family.autoencoder.kind,
+    }
+    for part, kind in kinds.items():
         module = load_part(kind, config.source, part, device_map="meta")
         files = weights_of(find_part(config.source, part))
         if sum(file.stat().st_size for file in files) <= READ_AT_MOST:
             dtype = getattr(torch, config.dtype or "float32")
             for file in files:
                 check_finite("source", file, dtype)
-        if kind is TRANSFORMER:
+        if part == "transformer":
             load_adapters(config, module)
     load_tokenizer(config)
     load_scheduler(config)

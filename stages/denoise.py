@@ -1,24 +1,27 @@
-"""Denoising: rows of independent images, one Euler step at a time.
+"""Denoising: independent images, one Euler step at a time.
 
-A sampler here is a function on rows, and everything in which requests differ is a field of a row, so that rows
-of different noise levels, guidance and prompt lengths share a forward pass.
+Everything in which requests differ is a field of an image's state, so that images of different noise levels, guidance
+and prompt lengths share a forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
-from stages.attention import Negative
 from stages.caches import StepCache
-from stages.network import Network, Query
+from stages.network import ModelInput, Network
 from stages.plan import AttentionGuidanceSpec
+from stages.text import Negative
+
+Sigma = TypeVar("Sigma", float, torch.Tensor)
 
 
 @dataclass
-class Row:
+class ImageState:
     """One image on its way through a stage.
 
     Attributes:
@@ -34,7 +37,7 @@ class Row:
         cache, negative_cache: what the two evaluations of a step remember of the steps before, if anything.
         index: steps done.
         nfe: network evaluations so far; what a cache skipped is not counted.
-        denoised: the clean latent as the last step foresaw it, at first the latent itself.
+        denoised: the clean latent as the last step predicted it, at first the latent itself.
     """
 
     latent: torch.Tensor
@@ -69,12 +72,12 @@ class Row:
         """Whether a step takes a second evaluation, with the negative prompt."""
         return self.negative_embeds is not None and self.attention_guidance is None
 
-    def query(self) -> Query:
-        """What the next step asks the network."""
+    def model_input(self) -> ModelInput:
+        """Input of the next step's evaluation."""
         negative = None
         if self.negative_embeds is not None and self.attention_guidance is not None:
             negative = Negative(self.negative_embeds, self.attention_guidance)
-        return Query(
+        return ModelInput(
             self.latent,
             self.sigma,
             self.prompt_embeds,
@@ -85,19 +88,10 @@ class Row:
             self.cache,
         )
 
-    def negative_query(self) -> Query:
-        """What a guided row asks besides."""
+    def negative_input(self) -> ModelInput:
+        """Input of a guided step's second evaluation."""
         assert self.negative_embeds is not None
-        return replace(self.query(), embeds=self.negative_embeds, cache=self.negative_cache)
-
-
-def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
-    """Qwen-Image's classifier-free guidance: the usual combination at the norm of the positive velocity.
-
-    Velocities are (tokens, channels); norms are along the last axis, as in diffusers' `QwenImagePipeline`.
-    """
-    combined = negative + scale * (positive - negative)
-    return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+        return replace(self.model_input(), embeds=self.negative_embeds, cache=self.negative_cache)
 
 
 def join_negative(prompt: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
@@ -109,24 +103,29 @@ def join_negative(prompt: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     return torch.cat([prompt, -negative])
 
 
-@torch.inference_mode()
-def step(network: Network, rows: Sequence[Row]) -> None:
-    """Advance every row by one Euler step of its own, in place: x' = x + (sigma' - sigma) v.
+def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: Sigma, after: Sigma) -> torch.Tensor:
+    """Take one step of Euler's method, x' = x + (sigma' - sigma) v; to `after` 0 it is the clean latent foreseen."""
+    return latents + (after - sigma) * velocity
 
-    Rows must share a grid. Guided rows are evaluated twice in the one forward pass, with the prompt and with the
+
+@torch.inference_mode()
+def step(network: Network, states: Sequence[ImageState]) -> None:
+    """Advance every image by one Euler step of its own, in place.
+
+    They must share a grid. Guided images are evaluated twice in the one forward pass, with the prompt and with the
     negative one.
     """
-    queries = [row.query() for row in rows] + [row.negative_query() for row in rows if row.guided]
-    answers = network.evaluate(queries, rows[0].grid)
-    negatives = iter(answers[len(rows) :])
-    for row, answer in zip(rows, answers, strict=False):
-        velocity = answer.velocity
-        row.nfe += answer.cost
-        if row.guided:
+    inputs = [state.model_input() for state in states] + [state.negative_input() for state in states if state.guided]
+    predictions = network.evaluate(inputs, states[0].grid)
+    negatives = iter(predictions[len(states) :])
+    for state, prediction in zip(states, predictions, strict=False):
+        velocity = prediction.velocity
+        state.nfe += prediction.cost
+        if state.guided:
             negative = next(negatives)
-            velocity = guide(velocity, negative.velocity, row.guidance_scale)
-            row.nfe += negative.cost
-        sigma, after = row.sigmas[row.index], row.sigmas[row.index + 1]
-        row.denoised = row.latent - sigma * velocity
-        row.latent = row.latent + (after - sigma) * velocity
-        row.index += 1
+            velocity = network.transformer.guide(velocity, negative.velocity, state.guidance_scale)
+            state.nfe += negative.cost
+        sigma, after = state.sigmas[state.index], state.sigmas[state.index + 1]
+        state.denoised = euler_step(state.latent, velocity, sigma, torch.zeros_like(sigma))
+        state.latent = euler_step(state.latent, velocity, sigma, after)
+        state.index += 1

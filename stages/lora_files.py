@@ -26,7 +26,8 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from stages.weight_files import BadFile, list_keys, read_header, read_tensors
+from stages.sources import BadFile
+from stages.weight_files import list_keys, read_header, read_tensors
 
 _PREFIXES = re.compile(r"(base_model\.model\.|diffusion_model\.|transformer\.|lora_unet_)*")
 _ENDS = {

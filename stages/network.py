@@ -5,55 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Self
+from typing import Self
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from torch.fx.experimental import _config as shapes_config
 
 from backends import Backend
 from stages.adapters import RowAdapters
-from stages.attention import Avoided, Negative, collate_text, guide_attention
-from stages.caches import Entrance, Evaluation, StepCache
+from stages.caches import BlockInput, Evaluation, StepCache
+from stages.config import ModelConfig
+from stages.families.base import Tokens, Transformer
+from stages.loading import load_adapters, load_transformer
 from stages.lora_files import Lora
-from stages.model import ModelConfig, load_adapters, load_transformer
 from stages.plan import AttentionGuidanceSpec
-
-
-def predict_velocity(
-    transformer: QwenImageTransformer2DModel,
-    latents: torch.Tensor,
-    sigmas: torch.Tensor,
-    embeds: Sequence[torch.Tensor],
-    grid: tuple[int, int],
-    negatives: Sequence[Negative | None] = (),
-) -> torch.Tensor:
-    """One forward pass: velocities (batch, tokens, channels) in float32.
-
-    Args:
-        latents: (batch, tokens, channels).
-        sigmas: (batch,), each row's noise level, which is also its timestep.
-        embeds: prompt embeddings (length, width) a row; lengths may differ.
-        grid: rows and columns of tokens, the same for all.
-        negatives: what each row avoids within the evaluation, if any does; the transformer must know how, see
-            `guide_attention`.
-    """
-    dtype = _dtype(transformer)
-    text, mask, avoided = collate_text(embeds, negatives, latents.device, dtype)
-    velocity = transformer(
-        hidden_states=latents.to(dtype),
-        timestep=sigmas.to(latents.device, dtype),
-        encoder_hidden_states=text,
-        encoder_hidden_states_mask=mask,
-        img_shapes=[[(1, *grid)]] * len(latents),
-        attention_kwargs=_attention_kwargs(avoided),
-        return_dict=False,
-    )[0]
-    return velocity.float()
+from stages.text import Negative, collate
 
 
 @dataclass(frozen=True)
-class Query:
+class ModelInput:
     """A row of an evaluation.
 
     Attributes:
@@ -63,7 +32,7 @@ class Query:
         negative: what to avoid within the evaluation, if anything.
         adapter, adapter_scale: a LoRA, or None for the base model alone, and its strength.
         skip_blocks: indices of blocks to do without.
-        cache: what may answer in the network's place, if anything.
+        cache: what may stand in for the network, if anything.
     """
 
     latent: torch.Tensor
@@ -76,11 +45,13 @@ class Query:
     cache: StepCache | None = None
 
 
-@dataclass
-class Answer:
-    """Of a query: the velocity (tokens, channels) in float32, and its cost, the share of a network evaluation.
+@dataclass(frozen=True)
+class Prediction:
+    """What an evaluation gives for a row.
 
-    That is the share of the blocks that it went through.
+    Attributes:
+        velocity: (tokens, channels) in float32.
+        cost: share of the blocks that the row went through.
     """
 
     velocity: torch.Tensor
@@ -92,24 +63,26 @@ class Network:
 
     def __init__(
         self,
-        transformer: QwenImageTransformer2DModel,
+        transformer: Transformer,
         adapters: Mapping[str, Mapping[str, Lora]] | None = None,
         fused: str | None = None,
     ) -> None:
-        """Args:
-        adapters: by name, what each adds to the transformer's layers by their names.
-        fused: adapter that most queries will have, see `RowAdapters`.
+        """Give a transformer its adapters.
+
+        Args:
+            transformer: with the layers' own weights.
+            adapters: by name, what each adds to the transformer's layers by their names.
+            fused: adapter that most rows will have, see `RowAdapters`.
         """
         self.transformer = transformer
-        guide_attention(transformer)
-        self._adapters = RowAdapters(transformer, adapters or {}, fused)
+        self._adapters = RowAdapters(transformer.module, adapters or {}, fused)
         self._compiled = False
 
     @classmethod
     def load(cls, config: ModelConfig, backend: Backend, fused: str | None = None) -> Self:
-        """The config's transformer and adapters; raises `stages.weight_files.BadFile`."""
+        """Load the config's transformer and adapters; raises `stages.weight_files.BadFile`."""
         transformer = load_transformer(config, backend)
-        return cls(transformer, load_adapters(config, transformer), fused)
+        return cls(transformer, load_adapters(config, transformer.module), fused)
 
     @property
     def adapters(self) -> list[str]:
@@ -117,7 +90,7 @@ class Network:
 
     @property
     def blocks(self) -> int:
-        return len(self.transformer.transformer_blocks)
+        return len(self.transformer.blocks)
 
     def compile(self, backend: Backend) -> None:
         """Compile the repeated block.
@@ -125,209 +98,158 @@ class Network:
         From here on every pass has a mask and gates, needed or not: what they hold may then change from pass to pass
         without another compilation.
         """
-        for block in self.transformer.transformer_blocks:
+        for block in self.transformer.blocks:
             backend.compile(block)
         self._compiled = True
 
     @torch.inference_mode()
-    def warm_up(self, grid: tuple[int, int]) -> None:
+    def warm_up(self, grid: tuple[int, int], *, guides_attention: bool) -> None:
         """Evaluate noise, in all the ways that are compiled apart from each other.
 
-        These are several rows and a single one, with something to avoid and without.
+        These are several rows and a single one and, of a transformer that guides attention, both with negative prompts
+        and without.
+
+        Args:
+            grid: rows and columns of tokens.
+            guides_attention: whether the transformer can.
         """
-        config = self.transformer.config
         generator = torch.Generator().manual_seed(0)
+        transformer = self.transformer
 
         def noise(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(self.transformer.device)
+            return torch.randn(shape, generator=generator).to(transformer.module.device)
 
-        latent = noise(grid[0] * grid[1], config.in_channels)
-        text = [noise(length, config.joint_attention_dim) for length in (5, 7, 11, 13)]
-        plain = [Query(latent, 1.0, embeds) for embeds in text[:3]]
-        avoiding = [replace(query, negative=Negative(text[3], AttentionGuidanceSpec())) for query in plain]
-        # Or dimensions that happen to be equal here, tokens and ranks say, would have to be so for ever.
+        latent = noise(grid[0] * grid[1], transformer.token_channels)
+        text = [noise(length, transformer.text_width) for length in (5, 7, 11, 13)]
+        plain = [ModelInput(latent, 1.0, embeds) for embeds in text[:3]]
+        kinds = [plain]
+        if guides_attention:
+            negative = Negative(text[3], AttentionGuidanceSpec())
+            kinds.append([replace(row, negative=negative) for row in plain])
+        # Without this, torch.compile would assume that dimensions which are equal here (tokens and ranks, say) always
+        # are.
         with shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            for queries in (plain, avoiding):
-                self.evaluate(queries, grid)
-                self.evaluate(queries[:1], grid)
+            for rows in kinds:
+                self.evaluate(rows, grid)
+                self.evaluate(rows[:1], grid)
 
-    def evaluate(self, queries: Sequence[Query], grid: tuple[int, int]) -> list[Answer]:
-        """Answers to queries of one grid (rows, columns of tokens), in one forward pass.
+    def evaluate(self, rows: Sequence[ModelInput], grid: tuple[int, int]) -> list[Prediction]:
+        """Evaluate rows of one grid (rows and columns of tokens) in one forward pass.
 
         Each goes only as far through the blocks as its cache makes it.
         """
-        foreseen = [None if query.cache is None else query.cache.velocity() for query in queries]
-        asked = [query for query, velocity in zip(queries, foreseen, strict=True) if velocity is None]
-        computed: list[Answer] = []
-        if asked:
-            in_parts = self._compiled or any(query.cache or query.skip_blocks for query in asked)
-            gate = self._gate(asked)
-            with self._adapters.gated(gate):
-                if in_parts:
-                    computed = self._evaluate_in_parts(asked, grid, gate)
-                else:
-                    computed = self._evaluate_at_once(asked, grid)
-        answers = iter(computed)
-        return [next(answers) if velocity is None else Answer(velocity, 0.0) for velocity in foreseen]
+        cached = [None if row.cache is None else row.cache.velocity() for row in rows]
+        missed = [row for row, velocity in zip(rows, cached, strict=True) if velocity is None]
+        computed = iter(self._evaluate(missed, grid) if missed else ())
+        return [next(computed) if velocity is None else Prediction(velocity, 0.0) for velocity in cached]
 
-    def _evaluate_at_once(self, queries: Sequence[Query], grid: tuple[int, int]) -> list[Answer]:
-        latents, sigmas = self._collate(queries)
-        embeds, negatives = [query.embeds for query in queries], [query.negative for query in queries]
-        velocities = predict_velocity(self.transformer, latents, sigmas, embeds, grid, negatives)
-        return [Answer(velocity, 1.0) for velocity in velocities]
+    def _evaluate(self, rows: Sequence[ModelInput], grid: tuple[int, int]) -> list[Prediction]:
+        gate = self._gate(rows)
+        with self._adapters.gated(gate):
+            entered = self._enter(rows, grid)
+            if any(row.cache or row.skip_blocks for row in rows):
+                return self._walk_with_caches(rows, grid, _Pass(entered, gate, tuple(row.skip_blocks for row in rows)))
+            tokens = entered
+            for index in range(self.blocks):
+                tokens = self.transformer.run_block(index, tokens)
+            velocities = self.transformer.leave(tokens.image, entered)
+        return [Prediction(velocity, 1.0) for velocity in velocities]
 
-    def _evaluate_in_parts(
-        self, queries: Sequence[Query], grid: tuple[int, int], gate: torch.Tensor | None
-    ) -> list[Answer]:
-        """The first block for all whose cache has no answer yet, the others for those that have none then either."""
-        transformer = self.transformer
+    def _walk_with_caches(self, rows: Sequence[ModelInput], grid: tuple[int, int], entered: _Pass) -> list[Prediction]:
+        """Run the first block for rows whose cache missed so far, the others for those whose cache then still does."""
         count = self.blocks
-        entered = self._enter(queries, grid, gate)
-        image = entered.image.clone()
+        image = entered.tokens.image.clone()
 
         @cache
         def modulated() -> torch.Tensor:
-            return self._modulate(entered)
+            return self.transformer.modulate(entered.tokens)
 
-        def entrance(row: int) -> Entrance:
-            return Entrance(queries[row].latent, grid, queries[row].sigma, lambda: modulated()[row])
+        def block_input(index: int) -> BlockInput:
+            return BlockInput(rows[index].latent, grid, rows[index].sigma, lambda: modulated()[index])
 
-        blocks = [
-            None if query.cache is None else query.cache.blocks(entrance(row)) for row, query in enumerate(queries)
-        ]
-        begin = _add(image, range(len(queries)), blocks)
+        blocks = [None if row.cache is None else row.cache.blocks(block_input(index)) for index, row in enumerate(rows)]
+        begin = _add(image, range(len(rows)), blocks)
         begun = self._through(range(1), entered.rows(begin))
-        heads = begun.image - image[begin]
-        image[begin] = begun.image
+        heads = begun.tokens.image - image[begin]
+        image[begin] = begun.tokens.image
         tails = [
-            None if (known := queries[row].cache) is None else known.tail(head)
-            for row, head in zip(begin, heads, strict=True)
+            None if (step_cache := rows[index].cache) is None else step_cache.tail(head)
+            for index, head in zip(begin, heads, strict=True)
         ]
         go_on = _add(image, begin, tails)
         after = image[go_on]
-        image[go_on] = self._through(range(1, count), begun.rows([begin.index(row) for row in go_on])).image
-        velocities = transformer.proj_out(transformer.norm_out(image, entered.temb)).float()
+        rest = self._through(range(1, count), begun.rows([begin.index(index) for index in go_on]))
+        image[go_on] = rest.tokens.image
+        velocities = self.transformer.leave(image, entered.tokens)
 
-        costs = [0.0] * len(queries)
-        for row in begin:
-            run = set(range(count if row in go_on else 1))
-            costs[row] = len(run - queries[row].skip_blocks) / count
-        for row, tail in zip(go_on, image[go_on] - after, strict=True):
-            if (known := queries[row].cache) is not None:
-                known.learn(Evaluation(heads[begin.index(row)], tail, velocities[row]))
-        return [Answer(velocity, cost) for velocity, cost in zip(velocities, costs, strict=True)]
+        costs = [0.0] * len(rows)
+        for index in begin:
+            run = set(range(count if index in go_on else 1))
+            costs[index] = len(run - rows[index].skip_blocks) / count
+        for index, tail in zip(go_on, image[go_on] - after, strict=True):
+            if (step_cache := rows[index].cache) is not None:
+                step_cache.learn(Evaluation(heads[begin.index(index)], tail, velocities[index]))
+        return [Prediction(velocity, cost) for velocity, cost in zip(velocities, costs, strict=True)]
 
-    def _gate(self, queries: Sequence[Query]) -> torch.Tensor | None:
-        """Of the adapters, on the device."""
-        gate = self._adapters.gate([(query.adapter, query.adapter_scale) for query in queries])
+    def _gate(self, rows: Sequence[ModelInput]) -> torch.Tensor | None:
+        """The rows' gates of the adapters, on the device."""
+        gate = self._adapters.gate([(row.adapter, row.adapter_scale) for row in rows])
         if gate is None:
             if not self._compiled:
                 return None
-            gate = torch.zeros(len(queries), self._adapters.width)
-        return gate.to(queries[0].latent.device, _dtype(self.transformer))
+            gate = torch.zeros(len(rows), self._adapters.width)
+        return gate.to(rows[0].latent.device, self.transformer.dtype)
 
-    def _collate(self, queries: Sequence[Query]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents (batch, tokens, channels), sigmas (batch,)."""
-        return torch.stack([query.latent for query in queries]), torch.tensor([query.sigma for query in queries])
-
-    def _enter(self, queries: Sequence[Query], grid: tuple[int, int], gate: torch.Tensor | None) -> _Tokens:
-        """What `QwenImageTransformer2DModel.forward` does before its first block."""
-        transformer = self.transformer
-        latents, sigmas = self._collate(queries)
-        device, dtype = latents.device, _dtype(transformer)
-        embeds, negatives = [query.embeds for query in queries], [query.negative for query in queries]
-        padded, mask, avoided = collate_text(embeds, negatives, device, dtype)
+    def _enter(self, rows: Sequence[ModelInput], grid: tuple[int, int]) -> Tokens:
+        latents = torch.stack([row.latent for row in rows])
+        sigmas = torch.tensor([row.sigma for row in rows])
+        embeds, negatives = [row.embeds for row in rows], [row.negative for row in rows]
+        text = collate(embeds, negatives, latents.device, self.transformer.dtype)
         if self._compiled:
-            mask = torch.ones(padded.shape[:2], dtype=torch.bool, device=device) if mask is None else mask
-        image = transformer.img_in(latents.to(dtype))
-        text = transformer.txt_in(transformer.txt_norm(padded))
-        temb = transformer.time_text_embed(sigmas.to(device, dtype), image, None)
-        rotary = transformer.pos_embed([[(1, *grid)]], max_txt_seq_len=padded.shape[1], device=device)
-        skips = tuple(query.skip_blocks for query in queries)
-        return _Tokens(image, text, mask, avoided, temb, rotary, gate, skips)
+            text = replace(text, mask=text.full_mask())
+        return self.transformer.enter(latents, sigmas, text, grid)
 
-    def _modulate(self, entered: _Tokens) -> torch.Tensor:
-        """Image tokens (batch, tokens, width) as the first block's attention sees them."""
-        block = self.transformer.transformer_blocks[0]
-        shift, scale = block.img_mod(entered.temb)[:, None].chunk(6, dim=-1)[:2]
-        return block.img_norm1(entered.image) * (1 + scale) + shift
-
-    def _through(self, indices: Iterable[int], tokens: _Tokens) -> _Tokens:
-        """Tokens after these blocks; rows pass by those that they skip."""
+    def _through(self, indices: Iterable[int], rows: _Pass) -> _Pass:
+        """Run these blocks; rows pass by those that they skip."""
         for index in indices:
-            rows = [row for row, skipped in enumerate(tokens.skips) if index not in skipped]
-            if not rows:
+            chosen = [row for row, skipped in enumerate(rows.skips) if index not in skipped]
+            if not chosen:
                 continue
-            if len(rows) == len(tokens.image):
-                tokens = self._through_block(index, tokens)
-            else:
-                image, text = tokens.image.clone(), tokens.text.clone()
-                part = self._through_block(index, tokens.rows(rows))
-                image[rows], text[rows] = part.image, part.text
-                tokens = replace(tokens, image=image, text=text)
-        return tokens
-
-    def _through_block(self, index: int, tokens: _Tokens) -> _Tokens:
-        with self._adapters.gated(tokens.gate):
-            text, image = self.transformer.transformer_blocks[index](
-                hidden_states=tokens.image,
-                encoder_hidden_states=tokens.text,
-                encoder_hidden_states_mask=tokens.mask,
-                temb=tokens.temb,
-                image_rotary_emb=tokens.rotary,
-                joint_attention_kwargs=_attention_kwargs(tokens.avoided),
-            )
-        return replace(tokens, image=image, text=text)
+            part = rows.rows(chosen)
+            with self._adapters.gated(part.gate):
+                tokens = self.transformer.run_block(index, part.tokens)
+            if len(chosen) < len(rows.skips):
+                image, text = rows.tokens.image.clone(), rows.tokens.text.clone()
+                image[chosen], text[chosen] = tokens.image, tokens.text
+                tokens = replace(rows.tokens, image=image, text=text)
+            rows = replace(rows, tokens=tokens)
+        return rows
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """What goes through the blocks.
+class _Pass:
+    """Rows on their way through the blocks.
 
     Attributes:
-        image: (batch, tokens, width).
-        text: (batch, length, width).
-        mask: (batch, length), or None where all texts have that length.
-        avoided: negative prompts at the end of the texts, or None where no row has one.
-        temb: (batch, width).
-        rotary: of image and text, for every row alike.
+        tokens: as the last block left them.
         gate: (batch, width), see `RowAdapters`, or None without adapters.
         skips: indices of blocks that a row does without.
     """
 
-    image: torch.Tensor
-    text: torch.Tensor
-    mask: torch.Tensor | None
-    avoided: Avoided | None
-    temb: torch.Tensor
-    rotary: Any
+    tokens: Tokens
     gate: torch.Tensor | None
     skips: tuple[frozenset[int], ...]
 
-    def rows(self, chosen: list[int]) -> _Tokens:
-        if len(chosen) == len(self.image):
+    def rows(self, chosen: list[int]) -> _Pass:
+        if len(chosen) == len(self.skips):
             return self
-        mask, gate = (None if part is None else part[chosen] for part in (self.mask, self.gate))
-        avoided = self.avoided.rows(chosen) if self.avoided else None
-        skips = tuple(self.skips[row] for row in chosen)
-        return _Tokens(
-            self.image[chosen], self.text[chosen], mask, avoided, self.temb[chosen], self.rotary, gate, skips
-        )
-
-
-def _dtype(transformer: QwenImageTransformer2DModel) -> torch.dtype:
-    """Of the layers around the blocks; diffusers' own property visits every module, which takes 2 ms of a step."""
-    return next(transformer.parameters()).dtype
+        gate = None if self.gate is None else self.gate[chosen]
+        return _Pass(self.tokens[chosen], gate, tuple(self.skips[row] for row in chosen))
 
 
 def _add(image: torch.Tensor, rows: Sequence[int], contributions: Sequence[torch.Tensor | None]) -> list[int]:
-    """Add contributions (tokens, width) to these rows of `image`, in place; the rows that have none."""
+    """Add contributions (tokens, width) to these rows of `image`, in place; return the rows that have none."""
     for row, contribution in zip(rows, contributions, strict=True):
         if contribution is not None:
             image[row] += contribution
     return [row for row, contribution in zip(rows, contributions, strict=True) if contribution is None]
-
-
-def _attention_kwargs(avoided: Avoided | None) -> dict[str, Any]:
-    """What `GuidedAttention` takes beside diffusers' own arguments."""
-    return {} if avoided is None else {"avoided": avoided}

@@ -18,7 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-VERSION = 3
+from stages.spans import Span
+
+VERSION = 4
 _MAGIC = b"LTNT"
 _PREFIX = struct.Struct("<4sHI")
 _LENGTH = struct.Struct("<I")
@@ -29,26 +31,11 @@ class PacketError(ValueError):
 
 
 @dataclass(frozen=True)
-class Span:
-    """One stage's work on one image.
-
-    Attributes:
-        stage: `encode`, `base`, `bridge`, `distilled` or `decode`.
-        start, end: seconds since the epoch.
-        nfe: network evaluations; what a cache skipped is not counted.
-    """
-
-    stage: str
-    start: float
-    end: float
-    nfe: float = 0.0
-
-
-@dataclass(frozen=True)
 class LatentPacket:
     """One image between two stages.
 
     Attributes:
+        model: name of the one that it is drawn by.
         request_id, image_index: whose it is.
         seed: that its noise was drawn from.
         grid: (rows, columns) of latent tokens.
@@ -62,6 +49,7 @@ class LatentPacket:
         negative_embeds: (length, width), or None where no stage to come needs it.
     """
 
+    model: str
     request_id: str
     image_index: int
     seed: int
@@ -90,6 +78,7 @@ class LatentPacket:
         }
         header = json.dumps(
             {
+                "model": self.model,
                 "request_id": self.request_id,
                 "image_index": self.image_index,
                 "seed": self.seed,

@@ -1,4 +1,4 @@
-"""The whole way from prompt to image in one process: what a notebook, the tests and the benchmarks call."""
+"""End-to-end text-to-image in one process: what a notebook, the tests and the benchmarks call."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 
 from backends import Backend
+from stages.config import ModelConfig
 from stages.decode import Decoder
-from stages.encode import REMEMBERED, Encoder, negative_for
-from stages.finite import NotFinite
-from stages.model import ModelConfig
-from stages.packet import LatentPacket, Span
+from stages.encode import REMEMBERED, Encoder
+from stages.errors import NotFinite
+from stages.families import get_family
+from stages.packet import LatentPacket
 from stages.plan import Plan
+from stages.spans import Span
 from stages.stage import Denoiser
 
 
@@ -107,6 +109,7 @@ class Pipeline:
     def enter(self, plan: Plan, images: Sequence[Prompted], size: str | None = None) -> list[LatentPacket]:
         """The packets that images start as; see `run_batch`."""
         size = size or self.config.sizes[0]
+        empty = get_family(self.config.family).empty_prompt
         if size not in self.config.sizes:
             raise ValueError(f"size must be one of {list(self.config.sizes)}, not {size!r}")
         return [
@@ -116,7 +119,7 @@ class Pipeline:
                 image.seed,
                 size,
                 image.prompt,
-                negative_for(plan, image.negative_prompt),
+                plan.negative_prompt(image.negative_prompt, empty),
             )
             for index, image in enumerate(images)
         ]

@@ -121,7 +121,7 @@ CacheSpec = Annotated[
 
 
 class AttentionGuidanceSpec(_Strict):
-    """Normalized Attention Guidance away from the negative prompt, within one evaluation; see `stages.attention`.
+    """Normalized Attention Guidance away from the negative prompt, within one evaluation; see `stages.text`.
 
     Attributes:
         scale: of the extrapolation, the paper's phi.
@@ -239,6 +239,15 @@ class Plan(_Strict):
         """Whether any stage takes a negative prompt; see `StageSpec.needs_negative`."""
         return any(stage.needs_negative(avoids) for stage in self.stages)
 
+    def negative_prompt(self, asked: str | None, empty: str) -> str | None:
+        """The negative prompt to encode, or None if no stage needs one.
+
+        Args:
+            asked: the request's, if it has one.
+            empty: what stands for none in particular.
+        """
+        return (asked or empty) if self.needs_negative(avoids=bool(asked)) else None
+
     def with_guidance(self, scale: float) -> Plan:
         """The same plan at another guidance scale, 1 for none.
 
@@ -253,13 +262,25 @@ class Plan(_Strict):
         ]
         return Plan(name=self.name, stages=tuple(stages))
 
-    def check_blocks(self, count: int) -> None:
-        """Raises PlanError if a stage skips a block that a transformer of `count` lacks, or all that it has."""
+    def check_transformer(self, blocks: int | None, *, guides_attention: bool) -> None:
+        """Check what depends on the transformer, its adapters apart.
+
+        Args:
+            blocks: that it has; may be None where no stage skips any.
+            guides_attention: whether it can.
+
+        Raises:
+            PlanError: a stage skips a block that is not there, or all there are, or guides attention where
+                none can be.
+        """
         for index, stage in enumerate(self.stages):
-            if unknown := [block for block in stage.skip_blocks if block >= count]:
-                raise PlanError(f"stages.{index}.skip_blocks", f"must be below {count}, not {max(unknown)}")
-            if len(stage.skip_blocks) == count:
-                raise PlanError(f"stages.{index}.skip_blocks", f"must leave one of {count} blocks")
+            last = max(stage.skip_blocks, default=-1)
+            if blocks is not None and last >= blocks:
+                raise PlanError(f"stages.{index}.skip_blocks", f"must be below {blocks}, not {last}")
+            if len(stage.skip_blocks) == blocks:
+                raise PlanError(f"stages.{index}.skip_blocks", f"must leave one of {blocks} blocks")
+            if stage.attention_guidance is not None and not guides_attention:
+                raise PlanError(f"stages.{index}.attention_guidance", "is not known to the model's family")
 
     def with_adapters(self, available: Collection[str]) -> Plan:
         """The plan as a model with these adapters can run it.

@@ -13,7 +13,6 @@ from typing import Annotated, Literal, Self
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages.plan import StageSpec
@@ -50,7 +49,7 @@ class SchedulerConfig(BaseModel):
     def _check(self) -> Self:
         if self.base_image_seq_len >= self.max_image_seq_len:
             raise ValueError("max_image_seq_len must be above base_image_seq_len")
-        # Only a rising mu is above zero at every resolution; `calculate_shift` goes on below `base_image_seq_len`.
+        # Only a rising mu is above zero at every resolution; the line goes on below `base_image_seq_len`.
         if self.use_dynamic_shifting and self.time_shift_type == "linear":
             slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
             if slope < 0 or self.base_shift - slope * self.base_image_seq_len <= 0:
@@ -65,20 +64,19 @@ def shift_time(factor: float, t: np.ndarray) -> np.ndarray:
 
 
 def shift_factor(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> float:
-    """The shift of a model's own schedule for an image of `tokens` tokens, as `QwenImagePipeline` sets it."""
+    """The shift of a model's own schedule for an image of `tokens` tokens, as diffusers' pipelines set it."""
     config = scheduler.config
     if not config.use_dynamic_shifting:
         return config.shift
-    mu = calculate_shift(
-        tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-    )
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu = tokens * slope + (config.base_shift - slope * config.base_image_seq_len)  # rounded as diffusers does
     return mu if config.time_shift_type == "linear" else math.exp(mu)
 
 
 def stage_sigmas(stage: StageSpec, scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> torch.Tensor:
     """Sigmas (steps + 1,) in float32 from `stage.sigma_start` down to `stage.sigma_end`.
 
-    Over the whole range these are the sigmas of diffusers' `QwenImagePipeline` at `tokens` image tokens. A
+    Over the whole range these are the sigmas of diffusers' pipelines at `tokens` image tokens. A
     `dynamic` stage that ends clean also ends like the base model: its last step starts at the terminal sigma,
     unless the whole stage lies below that.
     """

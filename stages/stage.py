@@ -12,30 +12,33 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from backends import Backend
 from stages.caches import make_cache
-from stages.denoise import Row, join_negative, step
+from stages.config import ModelConfig
+from stages.denoise import ImageState, join_negative, step
+from stages.families import get_family
 from stages.finite import check_finite
-from stages.model import ModelConfig, load_scheduler, token_grid
+from stages.loading import load_scheduler
 from stages.network import Network
-from stages.packet import LatentPacket, Span
+from stages.packet import LatentPacket
 from stages.plan import Plan, StageSpec
 from stages.sigmas import stage_sigmas
+from stages.spans import Span
 
 
 @dataclass
-class Task:
+class StageRun:
     """A packet on its way through the stage that it waited for.
 
     Attributes:
         packet: as it arrived.
         stage: where it is.
-        row: how far it is.
+        state: how far it is.
         keep_negative: whether a stage to come still needs the negative prompt.
         started: seconds since the epoch.
     """
 
     packet: LatentPacket
     stage: StageSpec
-    row: Row
+    state: ImageState
     keep_negative: bool
     started: float
 
@@ -44,7 +47,7 @@ class Task:
         dtype = self.packet.latent.dtype
         return replace(
             self.packet,
-            latent=check_finite(self.row.latent.to(dtype), self.stage.name),
+            latent=check_finite(self.state.latent.to(dtype), self.stage.name),
             negative_embeds=self.packet.negative_embeds if self.keep_negative else None,
             sigma=self.stage.sigma_end,
             position=self.packet.position + 1,
@@ -55,7 +58,7 @@ class Task:
         """The clean latent that the last step foresaw, as a packet to decode, without its prompts."""
         return replace(
             self.packet,
-            latent=self.row.denoised.to(self.packet.latent.dtype),
+            latent=self.state.denoised.to(self.packet.latent.dtype),
             prompt_embeds=self.packet.prompt_embeds[:0],
             negative_embeds=None,
             sigma=0.0,
@@ -63,16 +66,24 @@ class Task:
         )
 
     def _spans(self) -> tuple[Span, ...]:
-        return (*self.packet.spans, Span(self.stage.name, self.started, time.time(), self.row.nfe))
+        return (*self.packet.spans, Span(self.stage.name, self.started, time.time(), self.state.nfe))
 
 
 class Denoiser:
     """The transformer and its adapters on a device; for one thread at a time."""
 
-    def __init__(self, network: Network, scheduler: FlowMatchEulerDiscreteScheduler, backend: Backend) -> None:
-        """Args:
-        scheduler: the base model's, for its shift.
+    def __init__(
+        self, config: ModelConfig, network: Network, scheduler: FlowMatchEulerDiscreteScheduler, backend: Backend
+    ) -> None:
+        """Join what a stage needs.
+
+        Args:
+            config: the model's.
+            network: its transformer on the device.
+            scheduler: the base model's, for its shift.
+            backend: of the device.
         """
+        self._config = config
         self._network = network
         self._scheduler = scheduler
         self._backend = backend
@@ -86,33 +97,37 @@ class Denoiser:
         """
         network = Network.load(config, backend, fused)
         if config.quantize.transformer:
-            backend.quantize(network.transformer.transformer_blocks, config.quantize.transformer)
-        return cls(network, load_scheduler(config), backend)
+            backend.quantize(network.transformer.blocks, config.quantize.transformer)
+        return cls(config, network, load_scheduler(config), backend)
 
     def compile(self, sizes: Sequence[str]) -> None:
         """Compile the transformer's blocks, and run them once on each of `sizes`, so that no request waits for it."""
         self._network.compile(self._backend)
         for size in sizes:
-            self._network.warm_up(token_grid(size))
+            guides_attention = get_family(self._config.family).guides_attention
+            self._network.warm_up(self._config.grid(size), guides_attention=guides_attention)
 
     @property
     def blocks(self) -> int:
         """Of the transformer."""
         return self._network.blocks
 
-    def begin(self, packet: LatentPacket, plan: Plan) -> Task:
+    def begin(self, packet: LatentPacket, plan: Plan) -> StageRun:
         """Let a packet enter the stage of `plan`, number `packet.position`, that it waits for.
 
         Raises:
-            ValueError: it arrives at another noise level than the stage starts from, or without the negative prompt
-                that the stage needs; or an adapter, or a block to skip, is not here.
+            ValueError: it is another model's, or arrives at another noise level than the stage starts from, or without
+                the negative prompt that the stage needs; or an adapter, a block to skip or attention guidance is not
+                here.
         """
+        if packet.model != self._config.name:
+            raise ValueError(f"packet of model {packet.model!r} cannot enter {self._config.name!r}")
         stage = plan.stages[packet.position]
         if packet.sigma != stage.sigma_start:
             raise ValueError(f"packet at sigma {packet.sigma} cannot enter {stage.name} at {stage.sigma_start}")
         if stage.adapter not in (None, *self._network.adapters):
             raise ValueError(f"adapter must be one of {self._network.adapters}, not {stage.adapter!r}")
-        plan.check_blocks(self.blocks)
+        plan.check_transformer(self.blocks, guides_attention=get_family(self._config.family).guides_attention)
         device = self._backend.device
         prompt, negative = packet.prompt_embeds.to(device), None
         if stage.needs_negative(packet.avoids):
@@ -123,7 +138,7 @@ class Denoiser:
             negative = packet.negative_embeds.to(device)
             if stage.reads_negative:  # and so is not guided
                 prompt, negative = join_negative(prompt, negative), None
-        row = Row(
+        state = ImageState(
             latent=packet.latent.to(device, torch.float32),
             sigmas=stage_sigmas(stage, self._scheduler, tokens=len(packet.latent)),
             grid=packet.grid,
@@ -138,11 +153,11 @@ class Denoiser:
             negative_cache=make_cache(stage.cache, stage.steps) if stage.cache and stage.guided else None,
         )
         needed_after = any(later.needs_negative(packet.avoids) for later in plan.stages[packet.position + 1 :])
-        return Task(packet, stage, row, needed_after, time.time())
+        return StageRun(packet, stage, state, needed_after, time.time())
 
-    def step(self, tasks: Sequence[Task]) -> None:
-        """Take tasks of one grid, of any plans and stages, one denoising step further in one forward pass."""
-        step(self._network, [task.row for task in tasks])
+    def step(self, runs: Sequence[StageRun]) -> None:
+        """Take runs of one grid, of any plans and stages, one denoising step further in one forward pass."""
+        step(self._network, [run.state for run in runs])
         self._backend.synchronise()
 
     def denoise(self, packets: Sequence[LatentPacket], plan: Plan) -> list[LatentPacket]:
@@ -155,7 +170,7 @@ class Denoiser:
         for packet in packets:
             if packet.grid != packets[0].grid:
                 raise ValueError(f"packets of grids {packets[0].grid} and {packet.grid} cannot share a batch")
-        tasks = [self.begin(packet, plan) for packet in packets]
-        while under_way := [task for task in tasks if not task.row.done]:
+        runs = [self.begin(packet, plan) for packet in packets]
+        while under_way := [run for run in runs if not run.state.done]:
             self.step(under_way)
-        return [task.finish() for task in tasks]
+        return [run.finish() for run in runs]

@@ -1,49 +1,17 @@
-"""Weights on disk: where they are, whether they are whole, and whether they hold what the model needs."""
+"""Weights on disk: whether they are whole, and hold what the model needs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from stages.yaml_file import ConfigError
-
-_PART_FILES = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
-
-
-class BadFile(ConfigError):
-    """Files that cannot be served, in one sentence: the config's key, the file, and what is wrong with it."""
-
-    def __init__(self, key: str, path: Path | str, reason: str) -> None:
-        super().__init__(f"{key}: {path} {reason}")
-        self.key, self.path, self.reason = key, path, reason
-
-    def __reduce__(self) -> tuple[type[BadFile], tuple[str, Path | str, str]]:
-        return type(self), (self.key, self.path, self.reason)
-
-
-def find_part(source: str, part: str) -> Path:
-    """The directory of a part of a pipeline, downloaded first if `source` is a repo id.
-
-    Raises:
-        BadFile: there is none.
-    """
-    if Path(source).is_dir():
-        root = Path(source)
-    else:
-        with _reading_hub("source", source):
-            root = Path(snapshot_download(source, allow_patterns=[f"{part}/{name}" for name in _PART_FILES]))
-    if not (root / part).is_dir():
-        raise BadFile("source", source, f"has no directory {part!r}")
-    return root / part
+from stages.sources import BadFile, find_part
 
 
 def weights_of(directory: Path) -> list[Path]:
@@ -148,48 +116,7 @@ def check_loaded(module: nn.Module, source: str, part: str) -> None:
             raise BadFile("source", directory, f"is not finite in {parameter.dtype} at {name!r}")
 
 
-def find_adapter(key: str, source: str, weight_name: str | None) -> Path:
-    """The file of an adapter, downloaded first if `source` is a repo id.
-
-    Args:
-        key: the config's, to be blamed.
-        weight_name: the file in `source`; may be None where there is one, or one under diffusers' default name.
-
-    Raises:
-        BadFile: no such file, or several.
-    """
-    directory = Path(source)
-    if directory.is_file():
-        return directory
-    if not directory.is_dir():
-        with _reading_hub(key, source):
-            if weight_name is not None:
-                return Path(hf_hub_download(source, weight_name))
-            directory = Path(snapshot_download(source, allow_patterns=["*.safetensors", "adapter_config.json"]))
-    if weight_name is not None:
-        if not (directory / weight_name).is_file():
-            raise BadFile(key, directory / weight_name, "is missing")
-        return directory / weight_name
-    names = sorted(file.name for file in directory.glob("*.safetensors"))
-    if "pytorch_lora_weights.safetensors" in names:
-        return directory / "pytorch_lora_weights.safetensors"
-    if len(names) != 1:
-        found = f"several .safetensors files, of which weight_name must name one: {', '.join(names)}"
-        raise BadFile(key, directory, f"holds {found if names else 'no .safetensors file'}")
-    return directory / names[0]
-
-
 def list_keys(keys: Collection[str]) -> str:
     """The first of some keys, and how many more there are."""
     first, *others = sorted(keys)
     return f"{first!r}" + (f" and {len(others)} more" if others else "")
-
-
-@contextmanager
-def _reading_hub(key: str, source: str) -> Iterator[None]:
-    """Say in one sentence about `source` what goes wrong in a download."""
-    try:
-        yield
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadFile(key, source, f"is neither a directory nor a repo that can be read: {reason}") from error

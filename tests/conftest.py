@@ -17,7 +17,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from backends import Backend, get_backend
 from bench.servers import Running, servers, started
-from stages.model import ModelConfig, load_scheduler, load_transformer
+from stages.config import ModelConfig
+from stages.loading import load_scheduler, load_transformer
 from stages.network import Network
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
@@ -56,7 +57,7 @@ def scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
 @pytest.fixture(scope="session")
 def transformer(config: ModelConfig, backend: Backend) -> QwenImageTransformer2DModel:
     """As the engine loads it, without adapters."""
-    return load_transformer(config, backend)
+    return load_transformer(config, backend).module
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ import pytest
 from openai.types import image_generate_params
 from ray.exceptions import RayTaskError
 
-from deployments.errors import APIError
-from deployments.images_api import ImagesRequest
-from deployments.resolve import Job, Offer, resolve
-from stages.encode import PromptTooLong
-from stages.model import ModelConfig
-from stages.noise import MAX_SEED
+from deployments.http.errors import APIError
+from deployments.http.resolve import Job, Offer, resolve
+from deployments.http.schemas import ImagesRequest
+from deployments.messages import RefusalReply
+from stages.config import ModelConfig
+from stages.image import MAX_SEED
 from stages.plan import PlanError
 
 STAGE = {"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": 4}
@@ -296,8 +296,8 @@ def test_a_seed_is_drawn_where_none_is_given(offer: Offer) -> None:
 def test_a_failure_of_several_images_is_told_as_the_first_one() -> None:
     too_long = ExceptionGroup("images", [APIError(400, "prompt_too_long", "long", "prompt")])
     assert APIError.from_failure(too_long).code == "prompt_too_long"
-    error = pickle.loads(pickle.dumps(PromptTooLong("negative_prompt", 9, 8)))
-    assert APIError.from_failure(error).body["error"]["param"] == "negative_prompt"
+    refused = APIError.from_refusal(RefusalReply(code="prompt_too_long", message="long", param="negative_prompt"))
+    assert (refused.status, refused.body["error"]["param"]) == (400, "negative_prompt")
     assert APIError.from_failure(TimeoutError()).status == 504
     wrapped = RayTaskError("run", "traceback", TimeoutError())
     assert APIError.from_failure(wrapped).status == 504

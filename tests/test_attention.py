@@ -7,41 +7,41 @@ from collections.abc import Iterator
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from reference import predict_velocity
 
 from backends import Backend
-from stages.attention import Avoided, Negative, guide_attention
-from stages.model import ModelConfig, load_transformer
-from stages.network import predict_velocity
-from stages.noise import draw_noise
+from stages.config import ModelConfig
+from stages.latents import draw_noise
+from stages.loading import load_transformer
 from stages.pipeline import Pipeline
 from stages.plan import AttentionGuidanceSpec
+from stages.text import Negative, NegativeBatch
 
 GRID = (4, 6)
 PROMPTS = ["a red circle", "two small green squares left of a large blue triangle"]
 NEGATIVES = ["a furry shape", "white"]
 
 
-def avoided(scale: float, tau: float, alpha: float) -> Avoided:
+def negatives(scale: float, tau: float, alpha: float) -> NegativeBatch:
     """By one row."""
     scale, tau, alpha = torch.tensor([scale, tau, alpha])[:, None, None, None]
-    return Avoided(torch.ones(1, 1, dtype=torch.bool), scale, tau, alpha)
+    return NegativeBatch(torch.ones(1, 1, dtype=torch.bool), scale, tau, alpha)
 
 
 def test_answers_are_led_away_up_to_a_multiple_of_their_norm_and_part_of_the_way() -> None:
     positive, negative = torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[0.0, -1.0]]])
     # Away by 2: (3, -1), whose L1 norm is twice the positive one's.
     for tau, alpha, expected in [(2.5, 1.0, (3.0, -1.0)), (1.5, 1.0, (2.25, -0.75)), (1.5, 0.5, (1.625, -0.875))]:
-        guided = avoided(2.0, tau, alpha).guide(positive, negative)
+        guided = negatives(2.0, tau, alpha).guide(positive, negative)
         torch.testing.assert_close(guided, torch.tensor([[expected]]))
-    assert torch.equal(avoided(0.0, 1.0, 0.0).guide(positive, negative), positive)
+    assert torch.equal(negatives(0.0, 1.0, 0.0).guide(positive, negative), positive)
 
 
 def test_answers_keep_their_dtype_under_autocast(config: ModelConfig, backend: Backend, pipeline: Pipeline) -> None:
     """Where latents, and with them the scale, are in float32, as in training."""
-    latents = draw_noise(0, 16, 2 * GRID[0], 2 * GRID[1])[None]
+    latents = draw_noise(0, 16, GRID)[None]
     embeds, away = ([pipeline.encoder.encode(text)] for text in ("a red circle", "a furry shape"))
-    transformer = load_transformer(config, backend)
-    guide_attention(transformer)
+    transformer = load_transformer(config, backend).module
     negatives = [Negative(away[0], AttentionGuidanceSpec(scale=4.0, tau=3.5, alpha=1.0))]
 
     def predict() -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_answers_keep_their_dtype_under_autocast(config: ModelConfig, backend: B
 
 @pytest.fixture(scope="module")
 def diffusers_own(config: ModelConfig, backend: Backend) -> QwenImageTransformer2DModel:
-    return load_transformer(config, backend).double()  # so that all rounding is that of what is tested
+    return load_transformer(config, backend).module.double()  # so that all rounding is that of what is tested
 
 
 @pytest.fixture
@@ -83,12 +83,11 @@ def twice(diffusers_own: QwenImageTransformer2DModel) -> Iterator[QwenImageTrans
 def test_one_evaluation_equals_two_whose_attentions_meet(
     config: ModelConfig, backend: Backend, pipeline: Pipeline, twice: QwenImageTransformer2DModel
 ) -> None:
-    latents = torch.stack([draw_noise(seed, 16, 2 * GRID[0], 2 * GRID[1]) for seed in range(2)])
+    latents = torch.stack([draw_noise(seed, 16, GRID) for seed in range(2)])
     sigmas = torch.tensor([0.6, 0.3])
     embeds, away = ([pipeline.encoder.encode(text) for text in texts] for texts in (PROMPTS, NEGATIVES))
     assert len({len(text) for text in (*embeds, *away)}) == 3
-    once = load_transformer(config, backend)
-    guide_attention(once)
+    once = load_transformer(config, backend).module
     spec = AttentionGuidanceSpec(scale=4.0, tau=1.3, alpha=0.75)
     with torch.inference_mode():
         both = predict_velocity(twice, latents.repeat(2, 1, 1), sigmas.repeat(2), [*embeds, *away], GRID)

@@ -219,7 +219,7 @@ def test_previews_of_steps_leave_the_image_and_its_caches_as_they_were(
     for preview, count in zip(previews, (2, 3), strict=True):
         for _ in range(count):
             pipeline.denoiser.step([task])
-        assert torch.equal(preview.latent, task.row.denoised)
+        assert torch.equal(preview.latent, task.state.denoised)
 
 
 def test_steps_of_previews_are_counted_from_where_a_packet_came_in(pipeline: Pipeline, batcher: StepBatcher) -> None:

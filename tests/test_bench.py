@@ -37,7 +37,7 @@ from bench.ratios import measure as measure_ratios
 from bench.report import REPORT, Measured, read_rows, write_report, write_rows
 from bench.scorers import clip_scorer
 from cluster.simulate import circulate, replay
-from stages.model import ModelConfig
+from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, StageSpec
 from training.oracle import read
@@ -333,7 +333,7 @@ def test_clip_score_is_a_hundred_times_the_cosine(clip: Path) -> None:
     cosines = made.logits_per_image.diagonal() / model.logit_scale.detach().exp()
     assert cosines.max() > 0
     expected = 100 * cosines.clamp(min=0).mean().item()
-    assert clip_scorer(str(clip), torch.device("cpu"))(images, prompts) == pytest.approx(expected, rel=1e-4)
+    assert clip_scorer(str(clip), "cpu")(images, prompts) == pytest.approx(expected, rel=1e-4)
 
 
 def test_model_that_no_oracle_reads_is_scored_by_its_prompts(
@@ -351,7 +351,7 @@ def test_model_that_no_oracle_reads_is_scored_by_its_prompts(
 
 
 def test_latency_of_a_model_without_its_weights(config: ModelConfig, backend: Backend, blocks_run: list[int]) -> None:
-    model = RandomModel(config.source, backend)
+    model = RandomModel(config, backend)
     rows = {row.plan: row for row in measure(model, latency.plans(config), "64x64", length=8, repeats=1)}
     assert {name: row.nfe for name, row in rows.items()} == {
         "base": 100, "base + TaylorSeer": 38, "distilled, 4 steps": 4, "distilled, 8 steps": 8, "hybrid": 7,

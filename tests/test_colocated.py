@@ -19,7 +19,8 @@ from served import deployment_statuses, metrics, pixels
 
 from backends import Backend
 from bench.servers import Running, servers, started
-from stages.model import ModelConfig, load_transformer
+from stages.config import ModelConfig
+from stages.loading import load_transformer
 from stages.network import Network
 from stages.pipeline import Pipeline
 
@@ -113,8 +114,8 @@ def test_all_stages_take_little_more_memory_than_one_model_and_its_loras(
     def resident(module: torch.nn.Module) -> int:
         return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
-    alone = load_transformer(config.model_copy(update={"adapters": {}}), backend)
+    alone = load_transformer(config.model_copy(update={"adapters": {}}), backend).module
     loras = [load_file(next(Path(adapter.source).glob("*.safetensors"))) for adapter in config.adapters.values()]
     elements = sum(tensor.numel() for lora in loras for tensor in lora.values())
     assert elements > 0
-    assert resident(network.transformer) < 1.1 * (resident(alone) + elements * alone.dtype.itemsize)
+    assert resident(network.transformer.module) < 1.1 * (resident(alone) + elements * alone.dtype.itemsize)

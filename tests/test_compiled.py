@@ -14,14 +14,14 @@ from torch._inductor.utils import fresh_cache
 
 from backends import Backend
 from deployments.settings import Settings
-from stages.attention import Negative
 from stages.caches import make_cache
-from stages.model import ModelConfig, Quantize
-from stages.network import Answer, Network, Query
-from stages.noise import draw_noise
+from stages.config import ModelConfig, Quantize
+from stages.latents import draw_noise
+from stages.network import ModelInput, Network, Prediction
 from stages.pipeline import Pipeline
 from stages.plan import AttentionGuidanceSpec, FirstBlockSpec
 from stages.stage import Denoiser
+from stages.text import Negative
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a red circle", "a small furry green square left of a large blue triangle", "a star"]
@@ -29,12 +29,12 @@ PROMPTS = ["a red circle", "a small furry green square left of a large blue tria
 
 def make_queries(
     pipeline: Pipeline, grid: tuple[int, int], adapters: list[str | None], avoiding: bool = False
-) -> list[Query]:
+) -> list[ModelInput]:
     """The last of them avoids something, if any is to."""
     negative = Negative(pipeline.encoder.encode("a furry shape"), AttentionGuidanceSpec())
     return [
-        Query(
-            draw_noise(row, 16, 2 * grid[0], 2 * grid[1]),
+        ModelInput(
+            draw_noise(row, 16, grid),
             sigma=1.0 - 0.2 * row,
             embeds=pipeline.encoder.encode(PROMPTS[row % len(PROMPTS)]),
             negative=negative if avoiding and row == len(adapters) - 1 else None,
@@ -44,12 +44,12 @@ def make_queries(
     ]
 
 
-def evaluate(network: Network, queries: list[Query], grid: tuple[int, int]) -> list[Answer]:
+def evaluate(network: Network, queries: list[ModelInput], grid: tuple[int, int]) -> list[Prediction]:
     with torch.inference_mode():
         return network.evaluate(queries, grid)
 
 
-def relative_error(answers: list[Answer], truths: list[Answer]) -> float:
+def relative_error(answers: list[Prediction], truths: list[Prediction]) -> float:
     """Norm of the error over that of the truth, at worst."""
     return max(
         float((answer.velocity - truth.velocity).norm() / truth.velocity.norm())
@@ -60,7 +60,7 @@ def relative_error(answers: list[Answer], truths: list[Answer]) -> float:
 def make_network(config: ModelConfig, backend: Backend, blocks: int) -> Network:
     """The first blocks alone, which are what compiling takes time for."""
     network = Network.load(config, backend)
-    network.transformer.transformer_blocks = network.transformer.transformer_blocks[:blocks]
+    network.transformer.module.transformer_blocks = network.transformer.module.transformer_blocks[:blocks]
     return network
 
 
@@ -69,7 +69,7 @@ def compiled(config: ModelConfig, backend: Backend) -> Iterator[Network]:
     torch._dynamo.reset()
     network = make_network(config, backend, blocks=2)
     network.compile(backend)
-    network.warm_up((8, 8))
+    network.warm_up((8, 8), guides_attention=True)
     yield network
     torch._dynamo.reset()
 
@@ -145,9 +145,9 @@ def test_quantized_weights_with_adapters_come_near_the_plain_ones(
         # Scales are a row's own, but sums in another order round some activations the other way.
         same = 1e-5 if scheme == "int8_weight_only" else bound
         assert relative_error(evaluate(quantized, [query], (4, 6)), [answer]) < same
-    eight_bits = [name for name, module in quantized.transformer.named_modules() if is_quantized(module)]
+    eight_bits = [name for name, module in quantized.transformer.module.named_modules() if is_quantized(module)]
     assert len(eight_bits) == sum(
-        isinstance(module, nn.Linear) for module in network.transformer.transformer_blocks.modules()
+        isinstance(module, nn.Linear) for module in network.transformer.module.transformer_blocks.modules()
     )
 
 

@@ -9,13 +9,16 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from plans import PLANS
+from reference import predict_velocity
 
 from backends import Backend
 from stages.caches import make_cache
-from stages.denoise import Row, guide, join_negative, step
-from stages.model import ModelConfig, load_adapters, load_transformer
-from stages.network import Network, predict_velocity
-from stages.noise import draw_noise
+from stages.config import ModelConfig
+from stages.denoise import ImageState, join_negative, step
+from stages.families.qwen_image.transformer import QwenImageTransformer
+from stages.latents import draw_noise
+from stages.loading import load_adapters, load_transformer
+from stages.network import Network
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
 from stages.plan import AttentionGuidanceSpec, Plan, TaylorSeerSpec, TeaCacheSpec
@@ -36,9 +39,9 @@ def embeds(pipeline: Pipeline) -> list[torch.Tensor]:
 
 def make_row(
     embeds: list[torch.Tensor], prompt: int, negative: int | None, scale: float, sigmas: list[float], seed: int
-) -> Row:
-    return Row(
-        latent=draw_noise(seed, 16, 2 * GRID[0], 2 * GRID[1]),
+) -> ImageState:
+    return ImageState(
+        latent=draw_noise(seed, 16, GRID),
         sigmas=torch.tensor(sigmas),
         grid=GRID,
         prompt_embeds=embeds[prompt],
@@ -47,7 +50,7 @@ def make_row(
     )
 
 
-def varied_rows(embeds: list[torch.Tensor]) -> list[Row]:
+def varied_rows(embeds: list[torch.Tensor]) -> list[ImageState]:
     return [
         make_row(embeds, 0, 2, 4.0, [1.0, 0.8, 0.5], seed=1),
         make_row(embeds, 1, None, 1.0, [0.7, 0.2, 0.1], seed=2),
@@ -108,7 +111,7 @@ def test_a_rows_velocity_depends_on_prompt_noise_level_and_grid(
     transformer: QwenImageTransformer2DModel, embeds: list[torch.Tensor]
 ) -> None:
     """So that the comparisons of this file can fail."""
-    latent = draw_noise(0, 16, 8, 12)[None]
+    latent = draw_noise(0, 16, (4, 6))[None]
 
     def velocity(sigma: float, prompt: int, grid: tuple[int, int]) -> torch.Tensor:
         with torch.inference_mode():
@@ -133,8 +136,9 @@ def test_rows_of_several_adapters_share_a_pass_and_are_what_peft_computes_one_by
     scale: float,
 ) -> None:
     """In float64, where rounding needs no tolerance: fusing an adapter and taking it away again has its own."""
-    transformer = load_transformer(config, backend).double()
-    network = Network(load_transformer(config, backend).double(), load_adapters(config, transformer), fused)
+    transformer = load_transformer(config, backend).module.double()
+    ours = QwenImageTransformer(load_transformer(config, backend).module.double())
+    network = Network(ours, load_adapters(config, transformer), fused)
     for name, adapter in config.adapters.items():
         state = QwenImagePipeline.lora_state_dict(adapter.source)
         QwenImagePipeline.load_lora_into_transformer(state, transformer, adapter_name=name)
@@ -142,7 +146,8 @@ def test_rows_of_several_adapters_share_a_pass_and_are_what_peft_computes_one_by
     adapters = ["bridge", None, "distilled", "distilled"]
     rows = varied_rows(embeds)[1:2] * 4
     queries = [
-        replace(row.query(), adapter=adapter, adapter_scale=scale) for row, adapter in zip(rows, adapters, strict=True)
+        replace(row.model_input(), adapter=adapter, adapter_scale=scale)
+        for row, adapter in zip(rows, adapters, strict=True)
     ]
     with torch.inference_mode():
         answers = network.evaluate(queries, GRID)
@@ -163,11 +168,11 @@ def test_rows_of_several_adapters_share_a_pass_and_are_what_peft_computes_one_by
 def test_guidance_has_the_direction_of_the_combination_and_the_norm_of_the_positive() -> None:
     generator = torch.Generator().manual_seed(0)
     positive, negative = torch.randn((2, 5, 64), generator=generator)
-    guided = guide(positive, negative, 4.0)
+    guided = QwenImageTransformer.guide(positive, negative, 4.0)
     torch.testing.assert_close(guided.norm(dim=-1), positive.norm(dim=-1))
     combined = 4 * positive - 3 * negative
     torch.testing.assert_close(torch.cosine_similarity(guided, combined), torch.ones(5))
-    torch.testing.assert_close(guide(positive, negative, 1.0), positive)
+    torch.testing.assert_close(QwenImageTransformer.guide(positive, negative, 1.0), positive)
 
 
 def test_an_unguided_step_is_eulers_and_foresees_the_clean_latent(
@@ -192,7 +197,7 @@ def test_preview_of_a_step_is_the_clean_latent_that_it_foresees(
             predict_velocity(transformer, packet.latent[None], torch.tensor([1.0]), [embed], packet.grid)[0]
             for embed in (packet.prompt_embeds, packet.negative_embeds)
         )
-    velocity = guide(positive, negative, 3.0)
+    velocity = QwenImageTransformer.guide(positive, negative, 3.0)
     task = pipeline.denoiser.begin(packet, plan)
     pipeline.denoiser.step([task])
     preview, after = task.preview(), task.finish()
@@ -206,7 +211,7 @@ def test_preview_of_a_step_is_the_clean_latent_that_it_foresees(
 
 def test_preview_of_the_last_step_is_its_result(pipeline: Pipeline, packet: LatentPacket) -> None:
     task = pipeline.denoiser.begin(packet, plan_of(3))
-    while not task.row.done:
+    while not task.state.done:
         pipeline.denoiser.step([task])
     assert difference(task.preview().latent, task.finish().latent) < 1e-6
 
@@ -263,10 +268,10 @@ def test_a_stage_that_reads_the_negative_prompt_evaluates_once_with_both(
     text = join_negative(packet.prompt_embeds, packet.negative_embeds)
     torch.testing.assert_close(text[len(packet.prompt_embeds) :], -packet.negative_embeds)
     sigmas = torch.tensor([0.9, 0.0])
-    row = Row(between.latent, sigmas, packet.grid, text, adapter="bridge")
+    row = ImageState(between.latent, sigmas, packet.grid, text, adapter="bridge")
     step(network, [row])
     assert difference(after.latent, row.latent) < TOLERANCE
-    deaf = Row(between.latent, sigmas, packet.grid, packet.prompt_embeds, adapter="bridge")
+    deaf = ImageState(between.latent, sigmas, packet.grid, packet.prompt_embeds, adapter="bridge")
     step(network, [deaf])
     assert difference(after.latent, deaf.latent) > 1e-2
 
@@ -278,7 +283,7 @@ def test_a_stage_with_attention_guidance_evaluates_once_with_both_prompts(
     (after,) = pipeline.denoiser.denoise([between], AVOIDS)
     assert (after.spans[-1].nfe, after.negative_embeds) == (1, None)
 
-    row = Row(between.latent, torch.tensor([0.9, 0.0]), packet.grid, packet.prompt_embeds)
+    row = ImageState(between.latent, torch.tensor([0.9, 0.0]), packet.grid, packet.prompt_embeds)
     deaf, alike = replace(row), replace(row, negative_embeds=packet.prompt_embeds, attention_guidance=AVOIDING)
     avoiding = replace(row, negative_embeds=packet.negative_embeds, attention_guidance=AVOIDING)
     for each in (deaf, alike, avoiding):
@@ -297,7 +302,7 @@ def test_attention_is_guided_away_from_negative_prompts_that_were_asked_for_alon
     (between,) = pipeline.denoiser.denoise([empty], AVOIDS)
     assert between.negative_embeds is None
     (after,) = pipeline.denoiser.denoise([between], AVOIDS)
-    row = Row(between.latent, torch.tensor([0.9, 0.0]), empty.grid, empty.prompt_embeds)
+    row = ImageState(between.latent, torch.tensor([0.9, 0.0]), empty.grid, empty.prompt_embeds)
     step(network, [row])
     assert difference(after.latent, row.latent) < TOLERANCE
 
@@ -398,13 +403,13 @@ def test_skipped_blocks_are_left_out_row_by_row(
     skips = [frozenset[int](), frozenset({0, 3}), frozenset({5}), frozenset({3})]
     count = network.blocks
     rows = varied_rows(embeds)[:4]
-    queries = [replace(row.query(), skip_blocks=skip) for row, skip in zip(rows, skips, strict=True)]
+    queries = [replace(row.model_input(), skip_blocks=skip) for row, skip in zip(rows, skips, strict=True)]
     with torch.inference_mode():
         together = network.evaluate(queries, GRID)
     assert sum(blocks_run) == sum(count - len(skip) for skip in skips)
     assert [answer.cost for answer in together] == [(count - len(skip)) / count for skip in skips]
     for query, answer in zip(queries, together, strict=True):
-        pruned = load_transformer(config, backend)
+        pruned = load_transformer(config, backend).module
         kept = [block for index, block in enumerate(pruned.transformer_blocks) if index not in query.skip_blocks]
         pruned.transformer_blocks = torch.nn.ModuleList(kept)
         with torch.inference_mode():

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from backends import Backend
-from stages.encode import Encoder, PromptTooLong
-from stages.model import ModelConfig
+from stages.config import ModelConfig
+from stages.encode import Encoder
+from stages.errors import PromptTooLong
 
 LONGEST = 1019  # what diffusers keeps of prompt and template, 1024, without the template's end
 
@@ -23,7 +24,7 @@ def encoder(config: ModelConfig, backend: Backend) -> Encoder:
 def seen(encoder: Encoder) -> Iterator[list[torch.Tensor]]:
     """A list that grows by the ids (1, length) of each text that the text encoder sees."""
     ids: list[torch.Tensor] = []
-    text_encoder = encoder._pipeline.text_encoder
+    text_encoder = encoder._text.module
     hook = text_encoder.register_forward_pre_hook(
         lambda module, args, kwargs: ids.append(kwargs["input_ids"]), with_kwargs=True
     )
@@ -32,7 +33,7 @@ def seen(encoder: Encoder) -> Iterator[list[torch.Tensor]]:
 
 
 def test_the_templates_end_survives_the_longest_prompt(encoder: Encoder, seen: list[torch.Tensor]) -> None:
-    pipeline = encoder._pipeline
+    pipeline = encoder._text._pipeline
     end = pipeline.tokenizer(pipeline.prompt_template_encode.partition("{}")[2]).input_ids
     assert len(end) == 5
     prompt = " ".join(["red"] * LONGEST)

@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 from backends import Backend
 from stages.batching import StepBatcher
 from stages.check import check_files
-from stages.finite import NotFinite
-from stages.model import ModelConfig, load_text_encoder, load_transformer, load_vae
+from stages.config import ModelConfig
+from stages.errors import NotFinite
+from stages.loading import load_autoencoder, load_text_encoder, load_transformer
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
 from stages.plan import Plan
-from stages.weight_files import BadFile
+from stages.sources import BadFile
 
-LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_vae}
+LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_autoencoder}
 
 
 def broken(packet: LatentPacket) -> LatentPacket:

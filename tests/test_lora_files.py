@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from reference import predict_velocity
 from safetensors.torch import save_file
 
 from backends import Backend
 from stages.caches import make_cache
+from stages.families.qwen_image.transformer import QwenImageTransformer
 from stages.lora_files import Lora, linear_layers, read_lora
-from stages.network import Network, Query, predict_velocity
+from stages.network import ModelInput, Network
 from stages.plan import FirstBlockSpec
-from stages.weight_files import BadFile, find_adapter
+from stages.sources import BadFile, find_adapter
 
 GRID = (2, 3)
 STRENGTHS = [0.5, 1.0, 2.0]
@@ -160,7 +162,7 @@ def adapters(tiny: QwenImageTransformer2DModel, tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="module")
 def expected(
     tiny: QwenImageTransformer2DModel, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Query], torch.Tensor]:
+) -> Callable[[ModelInput], torch.Tensor]:
     """Call it for the velocity by weights with the delta added in them, computed from what the file was written of."""
     from safetensors.torch import load_file
 
@@ -181,7 +183,7 @@ def expected(
         return transformer
 
     @torch.inference_mode()
-    def velocity(query: Query) -> torch.Tensor:
+    def velocity(query: ModelInput) -> torch.Tensor:
         key = query.adapter, query.adapter_scale
         if key not in known:
             known[key] = changed(*key)
@@ -190,11 +192,11 @@ def expected(
     return velocity
 
 
-def queries(wanted: Sequence[tuple[str | None, float]], cached: bool = False) -> list[Query]:
+def queries(wanted: Sequence[tuple[str | None, float]], cached: bool = False) -> list[ModelInput]:
     """Rows of these adapters and strengths; a cache has them evaluated in parts."""
     generator = torch.Generator().manual_seed(1)
     return [
-        Query(
+        ModelInput(
             torch.randn(6, 16, generator=generator, dtype=torch.float64),
             sigma=0.9 - 0.3 * (row % 3),
             embeds=torch.randn(3 + row % 3, 24, generator=generator, dtype=torch.float64),
@@ -206,7 +208,7 @@ def queries(wanted: Sequence[tuple[str | None, float]], cached: bool = False) ->
     ]
 
 
-def check(network: Network, rows: Sequence[Query], expected: Callable[[Query], torch.Tensor]) -> None:
+def check(network: Network, rows: Sequence[ModelInput], expected: Callable[[ModelInput], torch.Tensor]) -> None:
     with torch.inference_mode():
         answers = network.evaluate(rows, GRID)
     for row, answer in zip(rows, answers, strict=True):
@@ -216,7 +218,7 @@ def check(network: Network, rows: Sequence[Query], expected: Callable[[Query], t
 
 @pytest.fixture(scope="module")
 def network(tiny: QwenImageTransformer2DModel, adapters: dict[str, dict[str, Lora]]) -> Network:
-    return Network(deepcopy(tiny), adapters)
+    return Network(QwenImageTransformer(deepcopy(tiny)), adapters)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +226,7 @@ def compiled(
     tiny: QwenImageTransformer2DModel, adapters: dict[str, dict[str, Lora]], backend: Backend
 ) -> Iterator[Network]:
     torch._dynamo.reset()
-    network = Network(deepcopy(tiny), adapters)
+    network = Network(QwenImageTransformer(deepcopy(tiny)), adapters)
     network.compile(backend)
     yield network
     torch._dynamo.reset()
@@ -233,7 +235,7 @@ def compiled(
 @pytest.mark.parametrize("cached", [False, True], ids=["at once", "in parts"])
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_a_file_of_any_spelling_adds_its_delta_beside_rows_of_base_and_of_another(
-    network: Network, expected: Callable[[Query], torch.Tensor], name: str, cached: bool
+    network: Network, expected: Callable[[ModelInput], torch.Tensor], name: str, cached: bool
 ) -> None:
     other = "dora" if name != "dora" else "kohya"
     wanted = [(None, 1.0), *((name, strength) for strength in STRENGTHS), (other, 1.0)]
@@ -247,11 +249,11 @@ def test_a_file_of_any_spelling_adds_its_delta_beside_rows_of_base_and_of_anothe
 def test_a_fused_adapter_can_be_taken_away_again(
     tiny: QwenImageTransformer2DModel,
     adapters: dict[str, dict[str, Lora]],
-    expected: Callable[[Query], torch.Tensor],
+    expected: Callable[[ModelInput], torch.Tensor],
     name: str,
     cached: bool,
 ) -> None:
-    network = Network(deepcopy(tiny), adapters, fused=name)
+    network = Network(QwenImageTransformer(deepcopy(tiny)), adapters, fused=name)
     check(network, queries([(name, 1.0)] * 2, cached), expected)
     rows = queries([(None, 1.0), *((name, strength) for strength in STRENGTHS), ("dora", 2.0), ("peft", 0.5)], cached)
     check(network, rows, expected)
@@ -259,7 +261,7 @@ def test_a_fused_adapter_can_be_taken_away_again(
 
 @pytest.mark.parametrize("strength", STRENGTHS)
 def test_compiled_blocks_take_all_spellings_in_one_batch(
-    compiled: Network, expected: Callable[[Query], torch.Tensor], strength: float
+    compiled: Network, expected: Callable[[ModelInput], torch.Tensor], strength: float
 ) -> None:
     check(compiled, queries([(None, 1.0), *((name, strength) for name in SPELLINGS), (None, 1.0)]), expected)
 
@@ -282,7 +284,7 @@ def test_dora_is_what_peft_computes(
 
 def test_a_layer_that_runs_outside_of_an_evaluation_says_so(network: Network) -> None:
     with pytest.raises(AssertionError, match="outside"):
-        network.transformer.proj_out(torch.zeros(1, 32, dtype=torch.float64))
+        network.transformer.module.proj_out(torch.zeros(1, 32, dtype=torch.float64))
 
 
 Q = "transformer_blocks.0.attn.to_q"

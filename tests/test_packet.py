@@ -10,7 +10,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from stages.packet import VERSION, LatentPacket, PacketError, Span
+from stages.packet import VERSION, LatentPacket, PacketError
+from stages.spans import Span
 
 
 def make_packet(dtype: torch.dtype = torch.float32, *, negative: bool = True) -> LatentPacket:
@@ -20,6 +21,7 @@ def make_packet(dtype: torch.dtype = torch.float32, *, negative: bool = True) ->
         return torch.randn(shape, generator=generator).to(dtype)
 
     return LatentPacket(
+        model="scenes",
         request_id="req-é",
         image_index=3,
         seed=2**63 - 1,

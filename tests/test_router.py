@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from plans import PLANS
 
-from deployments.route import Leg, split
+from deployments.hops import plan_hops
+from deployments.messages import Hop
 from deployments.settings import ServedStage
 from stages.plan import Plan
 
@@ -32,10 +33,10 @@ def test_stages_of_one_deployment_are_one_call_that_sends_previews_at_equal_shar
     deployments: dict[ServedStage, str], partial_images: int, legs: list[str]
 ) -> None:
     """The hybrid plan's base comes in three parts of four steps, bridge and distilled take one each."""
-    assert [str_of(leg) for leg in split(PLANS["hybrid"], deployments, partial_images)] == legs
+    assert [str_of(leg) for leg in plan_hops(PLANS["hybrid"], deployments, partial_images)] == legs
 
 
-def str_of(leg: Leg) -> str:
+def str_of(leg: Hop) -> str:
     previews = f" after {', '.join(map(str, leg.previews))}" if leg.previews else ""
     return f"{leg.deployment} {leg.stages}{previews}{' decodes' * leg.decodes}"
 
@@ -44,7 +45,7 @@ def str_of(leg: Leg) -> str:
 @pytest.mark.parametrize("asked", [0, 1, 2, 3])
 def test_as_many_previews_as_asked_where_the_steps_allow(steps: int, asked: int) -> None:
     plan = Plan.model_validate({"stages": [{"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": steps}]})
-    previews = [step for leg in split(plan, SPREAD, asked) for step in leg.previews]
+    previews = [step for leg in plan_hops(plan, SPREAD, asked) for step in leg.previews]
     assert len(set(previews)) == min(asked, steps - 1)
     assert previews == sorted(previews)
     assert all(0 < step < steps for step in previews)

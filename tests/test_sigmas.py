@@ -14,7 +14,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
 from plans import PLANS
 
-from stages.model import ModelConfig, load_scheduler
+from stages.config import ModelConfig
+from stages.loading import load_scheduler
 from stages.plan import StageSpec
 from stages.sigmas import shift_time, stage_sigmas
 from stages.yaml_file import ConfigError

@@ -24,7 +24,7 @@ import yaml
 
 from bench.servers import ROOT, Running, servers, started
 from deployments.check import StartError, check
-from deployments.readiness import Deployments, Readiness
+from deployments.http.readiness import Deployments, Readiness
 
 MODEL = ROOT / "configs" / "scenes.yaml"
 SLOW = {"prompt": "a ring", "plan": "base"}  # fifty steps

@@ -24,11 +24,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from backends import get_backend
-from stages.denoise import Row, join_negative, step
-from stages.model import ModelConfig, load_adapters, load_transformer
+from stages.config import ModelConfig
+from stages.denoise import ImageState, join_negative, step
+from stages.families.qwen_image.autoencoder import convolve_images
+from stages.loading import load_adapters, load_transformer
 from stages.network import Network
 from stages.plan import StageSpec, read_plans
-from stages.vae import convolve_images
 from training.adapters import active
 from training.data import LABELS, NO_OBJECT, SceneBatches, SceneLatents, SizeShare, in_order, object_labels
 from training.decoder import contrast
@@ -165,7 +166,7 @@ def test_a_stage_in_training_is_the_engines(stage: StageSpec) -> None:
         pipeline.load_lora_weights(CHECKPOINT / "loras" / name, adapter_name=name)
     config = ModelConfig.read(ROOT / "configs" / "scenes.yaml")
     transformer = load_transformer(config, get_backend("cpu"))
-    network = Network(transformer, load_adapters(config, transformer))
+    network = Network(transformer, load_adapters(config, transformer.module))
     texts = embed_pairs(pipeline, ["a red star", "a small blue moon on the left"], ["furry", " "], length=24)
     latents = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.9, 0.6])
@@ -177,7 +178,7 @@ def test_a_stage_in_training_is_the_engines(stage: StageSpec) -> None:
             negative = None
         elif stage.reads_negative:
             prompt, negative = join_negative(prompt, negative), None
-        image = Row(
+        image = ImageState(
             latents[row],
             torch.tensor([float(sigma[row]), 0.0]),
             (4, 4),

@@ -11,8 +11,9 @@ from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
 from backends import Backend
+from stages.config import ModelConfig
 from stages.decode import to_file
-from stages.model import ModelConfig, load_vae
+from stages.loading import load_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def original(config: ModelConfig) -> AutoencoderKLQwenImage:
 
 @pytest.fixture(scope="module")
 def convolving(config: ModelConfig, backend: Backend) -> AutoencoderKLQwenImage:
-    return load_vae(config, backend)
+    return load_autoencoder(config, backend).module
 
 
 def difference(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from stages.model import ModelConfig
+from stages.config import ModelConfig
 from stages.vocabulary import prompt_warnings, unknown_words
 from training.scenes import caption, sample_scene
 

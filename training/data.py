@@ -9,12 +9,13 @@ from pathlib import Path
 from random import Random
 
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
-from stages.vae import convolve_images
+from stages.families.qwen_image.autoencoder import convolve_images, moments
+from stages.latents import pack
 from training.scenes import COLORS, FILLS, SHAPES, Scene, caption, render, sample_scene
 from training.vae import to_pixels
 
@@ -31,15 +32,8 @@ class SizeShare:
 
 def normalise(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
     """Autoencoder latents (B, C, 1, h, w) to the zero mean and unit deviation that the transformer sees."""
-    mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
+    mean, std = moments(vae, latents.device)
     return (latents - mean) / std
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """(B, C, 1, h, w) to the transformer's tokens (B, h * w / 4, 4 * C)."""
-    batch, channels, _, height, width = latents.shape
-    return QwenImagePipeline._pack_latents(latents, batch, channels, height, width)
 
 
 # Texts to tokens and mask, see `training.text.tokenize`.
@@ -140,7 +134,7 @@ def _encode(vae: AutoencoderKLQwenImage, batches: Iterable[torch.Tensor]) -> tor
     convolve_images(vae)
     return torch.cat(
         [
-            pack(normalise(vae, vae.encode(pixels.to(vae.device)).latent_dist.mode())).bfloat16().cpu()
+            pack(normalise(vae, vae.encode(pixels.to(vae.device)).latent_dist.mode())[:, :, 0]).bfloat16().cpu()
             for pixels in batches
         ]
     )

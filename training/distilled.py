@@ -19,8 +19,7 @@ from random import Random
 import torch
 import torch.nn.functional as F
 
-from stages.encode import EMPTY_PROMPT
-from stages.model import PIXELS_PER_TOKEN
+from stages.families.qwen_image import EMPTY_PROMPT, PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
 from training.adapters import active, save_lora

@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 
 from backends import get_backend
-from stages.model import ModelConfig
+from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from training.oracle import Reading, largest, matches, read
 from training.scenes import COLORS, SHAPES, describe_value, with_article

@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Self
 
-from stages.encode import EMPTY_PROMPT
+from stages.families.qwen_image import EMPTY_PROMPT
 from training.scenes import caption, draw_value, sample_scene
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
-from stages.attention import Avoided
-from stages.decode import decode_latents
-from stages.denoise import guide
-from stages.encode import EMPTY_PROMPT
-from stages.model import PIXELS_PER_TOKEN
-from stages.noise import draw_noise
+from stages.decode import to_images
+from stages.denoise import euler_step
+from stages.families.qwen_image import EMPTY_PROMPT, PIXELS_PER_TOKEN
+from stages.families.qwen_image.autoencoder import QwenImageAutoencoder
+from stages.families.qwen_image.transformer import QwenImageTransformer
+from stages.latents import draw_noise
 from stages.plan import AttentionGuidanceSpec, StageSpec
 from stages.sigmas import stage_sigmas
+from stages.text import NegativeBatch
+from stages.text import Text as BatchText
 from training.adapters import active
 from training.text import Text, Texts, embed_pairs
 from training.vae import grid
@@ -29,28 +31,14 @@ def evaluate(
     transformer: QwenImageTransformer2DModel,
     latents: torch.Tensor,
     sigma: torch.Tensor,
-    text: Text,
+    text: BatchText,
     grid: tuple[int, int],
-    avoided: Avoided | None = None,
 ) -> torch.Tensor:
-    """One forward pass: velocities (batch, tokens, channels) in float32, from latents and noise levels (batch,).
+    """Run one forward pass: velocities (batch, tokens, channels) in float32, from latents and noise levels (batch,).
 
     The transformer's own `forward` waits for the device where a text is masked.
     """
-    image = transformer.img_in(latents)
-    words = transformer.txt_in(transformer.txt_norm(text.embeds))
-    temb = transformer.time_text_embed(sigma, image, None)
-    rotary = transformer.pos_embed([[(1, *grid)]], max_txt_seq_len=words.shape[1], device=latents.device)
-    for block in transformer.transformer_blocks:
-        words, image = block(
-            hidden_states=image,
-            encoder_hidden_states=words,
-            encoder_hidden_states_mask=text.mask,
-            temb=temb,
-            image_rotary_emb=rotary,
-            joint_attention_kwargs={} if avoided is None else {"avoided": avoided},
-        )
-    return transformer.proj_out(transformer.norm_out(image, temb)).float()
+    return QwenImageTransformer(transformer).predict(latents, sigma, text, grid)
 
 
 def conditional(transformer: QwenImageTransformer2DModel, text: Text, grid: tuple[int, int]) -> Velocity:
@@ -60,13 +48,12 @@ def conditional(transformer: QwenImageTransformer2DModel, text: Text, grid: tupl
 
 def guided(transformer: QwenImageTransformer2DModel, texts: Texts, grid: tuple[int, int], scale: float) -> Velocity:
     """The model's velocity under classifier-free guidance, each row against a negative prompt of its own."""
-    pairs = ((texts.prompt.embeds, texts.negative.embeds), (texts.prompt.mask, texts.negative.mask))
-    both = Text(*(torch.cat(pair) for pair in pairs))
+    both = texts.prompt.beside(texts.negative)
 
     def velocity(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         predicted = evaluate(transformer, latents.repeat(2, 1, 1), sigma.repeat(2), both, grid)
         positive, negative = predicted.chunk(2)
-        return guide(positive, negative, scale)
+        return QwenImageTransformer.guide(positive, negative, scale)
 
     return velocity
 
@@ -74,13 +61,12 @@ def guided(transformer: QwenImageTransformer2DModel, texts: Texts, grid: tuple[i
 def avoiding(
     transformer: QwenImageTransformer2DModel, texts: Texts, grid: tuple[int, int], guidance: AttentionGuidanceSpec
 ) -> Velocity:
-    """The model's velocity under attention guidance of the rows that avoid something, see `stages.attention`."""
-    prompt, negative = texts.prompt, texts.negative
-    text = Text(torch.cat([prompt.embeds, negative.embeds], dim=1), torch.cat([prompt.mask, negative.mask], dim=1))
+    """The model's velocity under attention guidance of the rows that avoid something, see `stages.text`."""
     on, off = ((guidance.scale, guidance.tau, guidance.alpha), (0.0, 1.0, 0.0))
     strengths = (torch.where(texts.avoids, *pair)[:, None, None] for pair in zip(on, off, strict=True))
-    avoided = Avoided(negative.mask, *strengths)
-    return lambda latents, sigma: evaluate(transformer, latents, sigma, text, grid, avoided)
+    both = texts.prompt.before(texts.negative)
+    text = BatchText(both.embeds, both.mask, NegativeBatch(texts.negative.mask, *strengths))
+    return lambda latents, sigma: evaluate(transformer, latents, sigma, text, grid)
 
 
 def of_stage(
@@ -101,7 +87,7 @@ def integrate(velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor) -
     trail = [latents]
     for sigma, after in itertools.pairwise(sigmas.tolist()):
         level = torch.full((len(latents),), sigma, device=latents.device)
-        trail.append(trail[-1] + (after - sigma) * velocity(trail[-1], level))
+        trail.append(euler_step(trail[-1], velocity(trail[-1], level), sigma, after))
     return trail
 
 
@@ -146,9 +132,8 @@ def sample_grid(
     grid_shape = (size[1] // PIXELS_PER_TOKEN, size[0] // PIXELS_PER_TOKEN)
     prompts = [prompt for prompt in PROMPTS for _ in seeds]
     texts = embed_pairs(pipeline, prompts, [EMPTY_PROMPT] * len(prompts), text_length)
-    channels = transformer.config.in_channels // 4
-    noises = [draw_noise(seed, channels, 2 * grid_shape[0], 2 * grid_shape[1]) for seed in seeds]
+    noises = [draw_noise(seed, transformer.config.in_channels // 4, grid_shape) for seed in seeds]
     noise = torch.stack(noises * len(PROMPTS)).to(transformer.device)
     latents = run_stages(pipeline, stages, noise, texts, grid_shape)
-    images = decode_latents(pipeline.vae, latents, grid_shape)
+    images = to_images(QwenImageAutoencoder(pipeline.vae).decode(latents, grid_shape))
     grid(images, len(seeds)).save(path)

@@ -17,10 +17,9 @@ from random import Random
 import torch
 import torch.nn.functional as F
 
-from stages.decode import decode_pixels
+from stages.families.qwen_image.autoencoder import QwenImageAutoencoder
 from stages.plan import read_plans
 from stages.sigmas import stage_sigmas
-from stages.vae import convolve_images
 from training.adapters import Lora, active, lora_parameters, save_lora
 from training.decoder import contrast
 from training.loop import begin, load_pipeline, one_cycle, train
@@ -35,7 +34,8 @@ def main() -> None:
     device, length = accelerator.device, config["pairs"]["text_length"]
     pipeline = load_pipeline(arguments.pipeline, device)
     pipeline.transformer.requires_grad_(False)
-    convolve_images(pipeline.vae).requires_grad_(False)
+    pipeline.vae.requires_grad_(False)
+    autoencoder = QwenImageAutoencoder(pipeline.vae)
     pipeline.load_lora_weights(arguments.bridge, adapter_name="bridge")
     pipeline.load_lora_weights(arguments.distilled, adapter_name="finish")
     weights = config["error_weights"]
@@ -70,7 +70,7 @@ def main() -> None:
     every = taught.texts(pipeline, length)
     with torch.no_grad():
         ends = taught.latents[:, -1].float().split(schedule.batch_size)
-        contrasts = torch.cat([contrast(decode_pixels(pipeline.vae, end, grid)).cpu() for end in ends])
+        contrasts = torch.cat([contrast(autoencoder.decode(end, grid)[:, :, None]).cpu() for end in ends])
 
     def step(index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{schedule.seed} {index}")
@@ -86,7 +86,7 @@ def main() -> None:
                 in_velocities = F.mse_loss(reached, end) / (stage.sigma_start - stage.sigma_end) ** 2
                 error = error + weights[stage.adapter] * in_velocities
         decoded = slice(config["decoded"])
-        drawn = contrast(decode_pixels(pipeline.vae, reached[decoded], grid))
+        drawn = contrast(autoencoder.decode(reached[decoded], grid)[:, :, None])
         blur = (drawn - contrasts[rows[decoded]].to(drawn)).abs().mean()
         loras.backward(accelerator, error + config["contrast_weight"] * blur)
         loras.step()

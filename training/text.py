@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import QwenImagePipeline
 
-from stages.encode import EMPTY_PROMPT
+from stages import text
+from stages.families.qwen_image import EMPTY_PROMPT
 
 
 @dataclass(frozen=True)
-class Text:
-    """Prompts of a batch.
+class Text(text.Text):
+    """Prompts of a batch, with a mask in any case."""
 
-    Attributes:
-        embeds: (batch, length, width), padded on the right.
-        mask: bool (batch, length), what is no padding.
-    """
-
-    embeds: torch.Tensor
     mask: torch.Tensor
+    negative: None = field(default=None, init=False)
 
     def __getitem__(self, rows: torch.Tensor | slice) -> Text:
         return Text(self.embeds[rows], self.mask[rows])
+
+    def beside(self, other: Text) -> Text:
+        """One batch of this one's rows and then the other's."""
+        return Text(torch.cat([self.embeds, other.embeds]), torch.cat([self.mask, other.mask]))
+
+    def before(self, other: Text) -> Text:
+        """Each row followed by the other's."""
+        return Text(torch.cat([self.embeds, other.embeds], dim=1), torch.cat([self.mask, other.mask], dim=1))
 
     def expand(self, count: int) -> Text:
         """Repeat a single prompt for a batch of `count`."""
@@ -50,7 +54,7 @@ class Texts:
     def joined(self) -> Text:
         """What an adapter that reads the negative prompt sees, see `stages.denoise.join_negative`."""
         length = self.prompt.mask.shape[1]
-        own, avoided = (text.mask.sum(dim=1, keepdim=True) for text in (self.prompt, self.negative))
+        own, avoided = (of.mask.sum(dim=1, keepdim=True) for of in (self.prompt, self.negative))
         both = torch.cat([self.prompt.embeds, -self.negative.embeds], dim=1)
         place = torch.arange(both.shape[1], device=both.device).expand(len(both), -1)
         # The negative prompt follows the prompt's last token, not its padding.

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from stages.model import PIXELS_PER_TOKEN
+from stages.families.qwen_image import PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
 from training.loop import load_pipeline, make_accelerator, parse_arguments, read_config

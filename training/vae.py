@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
-from stages.vae import convolve_images
+from stages.families.qwen_image.autoencoder import convolve_images
 from training.loop import begin, one_cycle, train
 from training.optimize import flatten_kernels, make_optimizers, restore_kernels
 from training.scenes import Scene, examples, render, sample_scene

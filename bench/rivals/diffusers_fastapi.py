@@ -19,7 +19,8 @@ from diffusers import QwenImagePipeline
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from stages.model import ModelConfig, parse_size
+from stages.config import ModelConfig
+from stages.image import parse_size
 
 app = FastAPI()
 config = ModelConfig.read(Path(os.environ["RIVAL_MODEL"]))

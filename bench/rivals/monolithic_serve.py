@@ -18,8 +18,8 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from backends import get_backend
+from stages.config import ModelConfig
 from stages.decode import to_file
-from stages.model import ModelConfig
 from stages.pipeline import Pipeline
 
 app = FastAPI()

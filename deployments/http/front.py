@@ -2,20 +2,20 @@
 
 A probe that the application answered would wait in the queue of images; and what the proxy says by itself (its queue
 is full, a replica died, time is up) is plain text, or nothing, of which no handler of the application hears. Serve
-puts the middlewares of `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.front:middlewares` around its proxies.
+puts what `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.http.front:middlewares` names around its proxies.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.readiness import Watch
+from deployments.http.errors import error_body
+from deployments.http.readiness import Watch
 
 _RETRY = {"Retry-After": "1"}
 
@@ -90,7 +90,7 @@ class Front:
         if start is None:
             await _error(503, "replica_died", "the replica that had the request died; try again")(scope, receive, send)
         elif not done and Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream"):
-            body = _body(503, "replica_died", "the replica that had the request died; try again")
+            body = error_body(503, "replica_died", "the replica that had the request died; try again")
             event = f"event: error\ndata: {json.dumps(body)}\n\n".encode()
             await send({"type": "http.response.body", "body": event, "more_body": False})
 
@@ -113,9 +113,4 @@ def _proxy_error(start: Message) -> JSONResponse:
 
 
 def _error(status: int, code: str, message: str) -> JSONResponse:
-    return JSONResponse(_body(status, code, message), status, _RETRY if status == 503 else None)
-
-
-def _body(status: int, code: str, message: str) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return JSONResponse(error_body(status, code, message), status, _RETRY if status == 503 else None)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
-from deployments.encode import ImageRequest
-from deployments.errors import APIError
-from deployments.images_api import ImagesRequest
-from deployments.route import Route
-from stages.decode import ImageFormat
-from stages.encode import negative_for
-from stages.model import ModelConfig
-from stages.noise import MAX_SEED
+from deployments.http.errors import APIError
+from deployments.http.schemas import ImagesRequest
+from deployments.messages import ImageRequest, Route
+from stages.config import ModelConfig
+from stages.families import get_family
+from stages.image import MAX_SEED, ImageFormat
 from stages.plan import Plan, PlanError
 from stages.vocabulary import prompt_warnings
 
@@ -73,7 +71,14 @@ class Job:
         """
         return [
             Route(
-                image=ImageRequest(request_id, index, self.seed + index, self.size, self.prompt, self.negative_prompt),
+                image=ImageRequest(
+                    request_id=request_id,
+                    image_index=index,
+                    seed=self.seed + index,
+                    size=self.size,
+                    prompt=self.prompt,
+                    negative_prompt=self.negative_prompt,
+                ),
                 plan=self.plan,
                 preset=self.preset,
                 format=self.format,
@@ -113,7 +118,7 @@ def resolve(body: ImagesRequest, offer: Offer) -> Job:
         raise _invalid("seed", f"must be at most {MAX_SEED - body.n + 1} for {body.n} images")
     return Job(
         prompt=body.prompt,
-        negative_prompt=negative_for(plan, body.negative_prompt),
+        negative_prompt=plan.negative_prompt(body.negative_prompt, get_family(offer.model.family).empty_prompt),
         plan=plan,
         preset=preset,
         size=size,
@@ -134,7 +139,7 @@ def _plan(body: ImagesRequest, offer: Offer) -> tuple[Plan, str | None]:
     if isinstance(body.plan, Plan):
         preset = None
         try:
-            body.plan.check_blocks(offer.blocks)
+            offer.model.check_plan(body.plan, offer.blocks)
             plan = body.plan.with_adapters(offer.model.adapters)
         except PlanError as error:
             raise APIError(400, "invalid_value", f"plan.{error}", f"plan.{error.field}") from error

@@ -9,8 +9,7 @@ from typing import Any
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from stages.encode import PromptTooLong
-from stages.finite import NotFinite
+from deployments.messages import RefusalReply
 from stages.plan import PlanError
 
 logger = logging.getLogger("ray.serve")
@@ -23,6 +22,13 @@ _CODES = {
     "json_invalid": "invalid_json",
 }
 _LONGEST = 1000  # characters of a message or a parameter, which may repeat what the client wrote
+
+
+def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """Body of an answer that is not an image."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message[:_LONGEST], "type": kind, "param": param and param[:_LONGEST], "code": code}
+    return {"error": error}
 
 
 class APIError(Exception):
@@ -45,9 +51,7 @@ class APIError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.headers = status, code, headers
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        error = {"message": message[:_LONGEST], "type": kind, "param": param and param[:_LONGEST], "code": code}
-        self.body = {"error": error}
+        self.body = error_body(status, code, message, param)
 
     @classmethod
     def from_validation(cls, errors: Sequence[Any]) -> APIError:
@@ -59,21 +63,24 @@ class APIError(Exception):
         return cls(400, code, f"{param}: {message}" if param else message, param)
 
     @classmethod
+    def from_refusal(cls, reply: RefusalReply) -> APIError:
+        """The error of an image that a stage could not make."""
+        if reply.code == "not_finite":
+            logger.error(reply.message)
+            return cls(500, reply.code, reply.message)
+        return cls(400, reply.code, reply.message, reply.param)
+
+    @classmethod
     def from_failure(cls, error: BaseException) -> APIError:
         """What a client is told of a failure; the log has the rest of those that are the server's."""
         while isinstance(error, RayTaskError | ExceptionGroup):  # each hop between deployments wraps it once more
             error = error.cause if isinstance(error, RayTaskError) else error.exceptions[0]
         if isinstance(error, APIError):
             return error
-        if isinstance(error, PromptTooLong):
-            return cls(400, "prompt_too_long", str(error), error.parameter)
         if isinstance(error, BackPressureError):
             return cls(503, "overloaded", "all queues are full; try again later", headers={"Retry-After": "1"})
         if isinstance(error, TimeoutError):
             return cls(504, "deadline_exceeded", "not done in the time that a request may take")
-        if isinstance(error, NotFinite):
-            logger.error(str(error))
-            return cls(500, "not_finite", str(error))
         logger.error("request failed", exc_info=error)
         return cls(500, "internal_error", "the request failed; the server's log has the reason")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from deployments.errors import APIError
+from deployments.http.errors import APIError
 
 
 async def read_json(request: Request, limit: int) -> bytes:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from deployments.decode import DecodedImage
-from deployments.resolve import Job
-from stages.model import parse_size
-from stages.packet import Span
+from deployments.http.resolve import Job
+from deployments.router import DecodedImage
+from stages.image import parse_size
+from stages.spans import Span
 
 
 def images_response(job: Job, images: Sequence[DecodedImage]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def images_response(job: Job, images: Sequence[DecodedImage]) -> dict[str, Any]:
         "background": "opaque",
         "usage": usage(images),
         "plan": job.plan.name,
-        "seed": images[0].seed,
+        "seed": images[0].reply.seed,
         "nfe": sum(entry["nfe"] for entry in data),
         "megapixels": width * height * len(images) / 1e6,
     }
@@ -49,7 +49,7 @@ def stream_event(job: Job, image: DecodedImage, partial: int | None) -> dict[str
 
 def usage(images: Sequence[DecodedImage]) -> dict[str, Any]:
     """Tokens as the model takes them: of text in the prompts, which the images share, and of latents in the images."""
-    text, drawn = images[0].text_tokens, sum(image.image_tokens for image in images)
+    text, drawn = images[0].reply.text_tokens, sum(image.reply.image_tokens for image in images)
     return {
         "input_tokens": text,
         "input_tokens_details": {"text_tokens": text, "image_tokens": 0},
@@ -67,9 +67,9 @@ def image_data(image: DecodedImage) -> dict[str, Any]:
     """An entry of a response's `data`."""
     return {
         "b64_json": base64.b64encode(image.data).decode(),
-        "seed": image.seed,
-        "nfe": sum(span.nfe for span in image.spans),
-        "timings": [timing(span) for span in image.spans],
+        "seed": image.reply.seed,
+        "nfe": sum(span.nfe for span in image.reply.spans),
+        "timings": [timing(span) for span in image.reply.spans],
     }
 
 

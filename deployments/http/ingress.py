@@ -17,15 +17,14 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from deployments import console
-from deployments.answers import images_response, stream_event
-from deployments.body import read_json
-from deployments.decode import DecodedImage
-from deployments.errors import APIError
-from deployments.front import Front
-from deployments.images_api import ImagesRequest
-from deployments.resolve import Job, Offer, resolve
-from deployments.route import Route
-from deployments.router import Partial, Router
+from deployments.http.answers import images_response, stream_event
+from deployments.http.body import read_json
+from deployments.http.errors import APIError
+from deployments.http.front import Front
+from deployments.http.resolve import Job, Offer, resolve
+from deployments.http.schemas import ImagesRequest
+from deployments.messages import Route
+from deployments.router import DecodedImage, Partial, Router
 from deployments.settings import Settings
 
 logger = logging.getLogger("ray.serve")
@@ -79,7 +78,7 @@ class Ingress:
         model = settings.read_model()
         self._offer = Offer(
             model=model,
-            blocks=model.read_transformer()["num_layers"],
+            blocks=model.count_blocks(),
             default_plan=settings.default_plan,
             max_images=settings.max_images,
             max_timeout_s=settings.request_timeout_s,

@@ -10,9 +10,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 from pydantic_core import PydanticUseDefault
 
-from deployments.errors import APIError
-from stages.decode import ImageFormat
-from stages.noise import MAX_SEED
+from deployments.http.errors import APIError
+from stages.image import MAX_SEED, ImageFormat
 from stages.plan import Plan
 
 Text = Annotated[str, Field(max_length=256)]  # that identifies something

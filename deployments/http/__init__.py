@@ -1,0 +1,1 @@
+"""What clients meet: the OpenAI Images API, probes, and errors in its shape; without torch."""

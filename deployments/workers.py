@@ -1,0 +1,142 @@
+"""The parts of a model in a replica, each with the thread that uses its device."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
+
+import torch
+from PIL import Image
+from ray import serve
+
+from backends import Backend
+from deployments.messages import Call, ImageReply, ImageRequest
+from deployments.settings import Placement
+from stages.batching import StepBatcher
+from stages.config import ModelConfig
+from stages.decode import Decoder, to_file
+from stages.encode import Encoder
+from stages.errors import NotFinite
+from stages.image import ImageFormat
+from stages.packet import LatentPacket
+from stages.spans import Span
+from stages.stage import Denoiser
+
+logger = logging.getLogger("ray.serve")
+
+Grid = tuple[int, int]
+
+
+class EncodeWorker:
+    """The text encoder, where an image's packet begins."""
+
+    def __init__(self, model: ModelConfig, backend: Backend) -> None:
+        self._encoder = Encoder(model, backend)
+        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+
+    async def encode(self, image: ImageRequest) -> LatentPacket:
+        """Make the packet of pure noise that `image` starts as; raises `stages.errors.PromptTooLong`."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._device,
+            self._encoder.begin,
+            image.request_id,
+            image.image_index,
+            image.seed,
+            image.size,
+            image.prompt,
+            image.negative_prompt,
+        )
+
+
+class DenoiseWorker:
+    """The transformer, for one stage or for several; one thread takes all packets that are here at a time."""
+
+    def __init__(self, model: ModelConfig, backend: Backend, placement: Placement) -> None:
+        denoiser = Denoiser.load(model, backend, placement.fuse)
+        if placement.compile:
+            denoiser.compile(model.sizes)
+        self._batcher = StepBatcher(denoiser, placement.max_batch_tokens)
+        self._device = Thread(target=self._batcher.run, name="denoise", daemon=True)
+        self._device.start()
+
+    def check_health(self) -> None:
+        """Raise RuntimeError if the device's thread has died."""
+        if not self._device.is_alive():
+            raise RuntimeError("the thread that uses the device has died")
+
+    async def denoise(self, packet: LatentPacket, call: Call, show: Callable[[LatentPacket], None]) -> LatentPacket:
+        """Take a packet through the stages of `call.hop`; see `stages.stage.Denoiser.begin`.
+
+        A caller that cancels stops the work before its next step.
+
+        Args:
+            packet: to take on.
+            call: whose deadline decides who goes first.
+            show: takes the packets of the hop's previews, in the event loop's thread.
+        """
+        loop = asyncio.get_running_loop()
+        submitted = self._batcher.submit(
+            packet,
+            call.route.plan,
+            stages=call.hop.stages,
+            previews=call.hop.previews,
+            show=lambda preview: loop.call_soon_threadsafe(show, preview),
+            deadline=call.route.deadline,
+        )
+        try:
+            done = await asyncio.wrap_future(submitted)
+        except asyncio.CancelledError:
+            logger.info("cancelled by the caller")
+            raise
+        work = ", ".join(
+            f"{span.stage} {span.nfe:g} evaluations {1000 * (span.end - span.start):.0f} ms"
+            for span in done.spans[-call.hop.stages :]
+        )
+        logger.info(f"image {done.image_index} of {done.request_id}, sigma {packet.sigma:g} to {done.sigma:g}: {work}")
+        return done
+
+
+class DecodeWorker:
+    """The autoencoder's decoder, where an image leaves as a file; another thread writes files.
+
+    Latents that arrive while a batch is on the device make up the next one.
+    """
+
+    def __init__(self, model: ModelConfig, backend: Backend) -> None:
+        self._decoder = Decoder(model, backend)
+        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+        self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
+
+    async def decode(self, packet: LatentPacket, format: ImageFormat, quality: int) -> tuple[ImageReply, bytes]:
+        """Decode a packet's latent into a file; raises NotFinite."""
+        start = time.time()
+        image = await self._to_pixels((packet.latent, packet.grid))
+        if isinstance(image, NotFinite):
+            raise image
+        data = await asyncio.get_running_loop().run_in_executor(self._files, to_file, image, format, quality)
+        reply = ImageReply(
+            index=packet.image_index,
+            seed=packet.seed,
+            text_tokens=packet.text_tokens,
+            image_tokens=len(packet.latent),
+            spans=(*packet.spans, Span("decode", start, time.time())),
+        )
+        return reply, data
+
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)
+    async def _to_pixels(self, latents: list[tuple[torch.Tensor, Grid]]) -> list[Image.Image | NotFinite]:
+        """Decode latents with their grids, those of one grid together."""
+        groups: dict[Grid, list[int]] = {}
+        for index, (_, grid) in enumerate(latents):
+            groups.setdefault(grid, []).append(index)
+        images: dict[int, Image.Image | NotFinite] = {}
+        for grid, indices in groups.items():
+            stacked = torch.stack([latents[index][0] for index in indices])
+            decode = self._decoder.decode
+            decoded = await asyncio.get_running_loop().run_in_executor(self._device, decode, stacked, grid)
+            images |= dict(zip(indices, decoded, strict=True))
+        return [images[index] for index in range(len(latents))]

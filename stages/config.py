@@ -1,0 +1,183 @@
+"""Which model is served: where its parts are, its sizes, its adapters and its plans; read without torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from backends import Quantization
+from stages.families import get_family
+from stages.image import MOST_PIXELS, parse_size, token_grid
+from stages.plan import Name, Plan, PlanError, name_plans, read_plans
+from stages.sources import read_json
+from stages.yaml_file import ConfigError, read_mapping, validate
+
+Word = Annotated[str, Field(pattern=r"^[^\WA-Z_]+$", max_length=32)]
+Source = Annotated[str, Field(min_length=1, max_length=4096)]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$", max_length=128)]
+
+
+class AdapterSource(BaseModel):
+    """A LoRA: a directory or a repo id, and the file in it where there are several."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Source
+    weight_name: Source | None = None
+
+
+class Quantize(BaseModel):
+    """How the linear layers of the large parts are quantized, or None for not at all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text_encoder: Quantization | None = None
+    transformer: Quantization | None = None
+
+
+class ModelConfig(BaseModel):
+    """A diffusers pipeline and the LoRAs that make its other stages.
+
+    Attributes:
+        name: what the API calls it.
+        aliases: other names that requests may call it by, for clients that offer no choice of names.
+        family: which knows the pipeline's parts, see `stages.families`.
+        source: directory, or repo id on a hub; a directory is looked up from the config file's own place too.
+        dtype: of the weights, or None for the backend's default.
+        sizes: `WIDTHxHEIGHT` in pixels, the first one the default.
+        adapters: LoRA by the name that plans use.
+        plans: those that a request may name, by their names and as the adapters allow.
+        quantize: eight bits for the text encoder or the transformer.
+        max_prompt_tokens: longest prompt, in tokens of the model's own tokenizer; by default the family's longest.
+        vocabulary: all words that the model knows, in lower case, or None if it knows any.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ModelName
+    aliases: Annotated[tuple[ModelName, ...], Field(max_length=16)] = ()
+    family: str = "qwen_image"
+    source: Source
+    dtype: str | None = None
+    sizes: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]
+    adapters: dict[Name, AdapterSource] = {}
+    plans: dict[Name, Plan] = {}
+    quantize: Quantize = Quantize()
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    vocabulary: Annotated[frozenset[Word], Field(min_length=1)] | None = None
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, value: str) -> str:
+        get_family(value)
+        return value
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, value: str | None) -> str | None:
+        if value == "float16":
+            raise ValueError("must be float32 or bfloat16: float16 ends at 65504, which activations pass")
+        if value not in (None, "float32", "bfloat16"):
+            raise ValueError(f"must be float32 or bfloat16, not {value!r}")
+        return value
+
+    @field_validator("sizes")
+    @classmethod
+    def _readable_sizes(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        multiple = get_family(info.data["family"]).pixels_per_token if "family" in info.data else 1
+        for size in value:
+            width, height = parse_size(size)
+            if width % multiple or height % multiple:
+                raise ValueError(f"{size}: width and height must be multiples of {multiple}")
+            if max(width, height) > MOST_PIXELS:
+                raise ValueError(f"{size}: width and height must be at most {MOST_PIXELS}")
+        if twice := [size for size, count in Counter(value).items() if count > 1]:
+            raise ValueError(f"{', '.join(twice)} is there twice")
+        return value
+
+    @field_validator("max_prompt_tokens")
+    @classmethod
+    def _short_enough(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and "family" in info.data:
+            longest = get_family(info.data["family"]).longest_prompt
+            if value > longest:
+                raise ValueError(f"must be at most {longest}, not {value}")
+        return value
+
+    @field_validator("plans")
+    @classmethod
+    def _runnable_plans(cls, value: dict[str, Plan], info: ValidationInfo) -> dict[str, Plan]:
+        runnable = {}
+        for name, plan in value.items():
+            try:
+                runnable[name] = plan.with_adapters(info.data.get("adapters", {}))
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from error
+        return runnable
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a YAML file.
+
+        Relative directories in it are found from the working directory or from the file's parent's. `plans` may be
+        the name of a file, beside this one or in a directory there, that has them.
+
+        Raises:
+            FileNotFoundError: no such file, or no such file of plans.
+            ConfigError: names the file and the key that is wrong.
+        """
+        content = read_mapping(path)
+        if isinstance(plans := content.get("plans"), str):
+            read_plans(path.parent / plans)  # so that what is wrong there is told with that file's name
+            content["plans"] = plans = read_mapping(path.parent / plans)
+        if isinstance(plans, dict):
+            content["plans"] = name_plans(plans)
+        config = validate(path, cls, content)
+        root = path.resolve().parent.parent
+
+        def locate(source: str) -> str:
+            return str(root / source) if (root / source).is_dir() else source
+
+        adapters = {
+            name: adapter.model_copy(update={"source": locate(adapter.source)})
+            for name, adapter in config.adapters.items()
+        }
+        return config.model_copy(update={"source": locate(config.source), "adapters": adapters})
+
+    def plan(self, name: str) -> Plan:
+        """A plan by its name; raises ConfigError that tells which there are."""
+        if name not in self.plans:
+            raise ConfigError(f"plan must be one of {', '.join(self.plans)}, not {name!r}")
+        return self.plans[name]
+
+    def check_plans(self) -> None:
+        """Check plans against the transformer; its own config is read if one of them skips blocks.
+
+        Raises:
+            ConfigError: names the plan and its field.
+        """
+        for plan in self.plans.values():
+            skips = any(stage.skip_blocks for stage in plan.stages)
+            try:
+                self.check_plan(plan, self.count_blocks() if skips else None)
+            except PlanError as error:
+                raise ConfigError(f"plans.{plan.name}.{error}") from error
+
+    def check_plan(self, plan: Plan, blocks: int | None) -> None:
+        """Check a plan, see `Plan.check_transformer`; raises PlanError."""
+        plan.check_transformer(blocks, guides_attention=get_family(self.family).guides_attention)
+
+    def read_transformer(self) -> dict[str, Any]:
+        """Read the transformer's own config; raises `stages.sources.BadFile`."""
+        return read_json(self.source, "transformer/config.json")
+
+    def count_blocks(self) -> int:
+        """Count the transformer's blocks; raises `stages.sources.BadFile`."""
+        return get_family(self.family).count_blocks(self.read_transformer())
+
+    def grid(self, size: str) -> tuple[int, int]:
+        """Rows and columns of tokens of one of `sizes`."""
+        return token_grid(size, get_family(self.family).pixels_per_token)

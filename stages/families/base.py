@@ -1,0 +1,211 @@
+"""What a family of models says of itself; all else in the engine is the same for every family.
+
+There an image is tokens (rows * columns, 4 * channels), see `stages.latents`; a noise level is sigma, 1 for pure noise;
+and a velocity is dx/dsigma, from the clean latent towards noise. A family's parts turn these into what its model takes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+if TYPE_CHECKING:  # a family's name and numbers are also read where torch is not loaded
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.text import Text
+
+
+class Context(Protocol):
+    """What blocks of one family read beside the tokens."""
+
+    def __getitem__(self, rows: list[int]) -> Self:
+        """These rows alone."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What goes from block to block.
+
+    Attributes:
+        image: (batch, tokens, width), of which there may be more than the latent has.
+        text: (batch, length, width).
+        context: the family's own.
+    """
+
+    image: torch.Tensor
+    text: torch.Tensor
+    context: Context
+
+    def __getitem__(self, rows: list[int]) -> Tokens:
+        if len(rows) == len(self.image):
+            return self
+        return Tokens(self.image[rows], self.text[rows], self.context[rows])
+
+
+class TextEncoder(ABC):
+    """Turns prompts into embeddings.
+
+    Attributes:
+        kind: class of the checkpoint's part.
+    """
+
+    kind: ClassVar[Any]
+
+    def __init__(self, module: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+
+    @property
+    @abstractmethod
+    def layers(self) -> nn.Module:
+        """What a config's `quantize` is about."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Most tokens of a prompt that are not cut, without the template's."""
+
+    @abstractmethod
+    def count(self, prompt: str) -> int:
+        """Count the tokens of a prompt, without the template's."""
+
+    @abstractmethod
+    def encode(self, prompt: str) -> torch.Tensor:
+        """Embed a prompt: (length, width), without padding, on the module's device."""
+
+
+class Transformer(ABC):
+    """Walks a transformer block by block, so that each row of a batch may go its own way.
+
+    Attributes:
+        kind: class of the checkpoint's part.
+    """
+
+    kind: ClassVar[Any]
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList:
+        """The repeated blocks, in their order."""
+
+    @property
+    @abstractmethod
+    def text_width(self) -> int:
+        """Width of prompt embeddings."""
+
+    @property
+    @abstractmethod
+    def token_channels(self) -> int:
+        """Channels of a latent's token."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the layers around the blocks; diffusers' own property visits every module, 2 ms of a step."""
+        return next(self.module.parameters()).dtype
+
+    @abstractmethod
+    def enter(self, latents: torch.Tensor, sigmas: torch.Tensor, text: Text, grid: tuple[int, int]) -> Tokens:
+        """Do what comes before the first block.
+
+        Args:
+            latents: (batch, rows * columns, token_channels).
+            sigmas: (batch,), each row's noise level, on any device.
+            text: of the batch, in the dtype of the layers.
+            grid: rows and columns of tokens.
+        """
+
+    @abstractmethod
+    def modulate(self, entered: Tokens) -> torch.Tensor:
+        """Image tokens (batch, tokens, width) as the first block's attention sees them."""
+
+    @abstractmethod
+    def run_block(self, index: int, tokens: Tokens) -> Tokens:
+        """Run one block."""
+
+    @abstractmethod
+    def leave(self, image: torch.Tensor, entered: Tokens) -> torch.Tensor:
+        """Do what comes after the last block: velocities (batch, rows * columns, token_channels) in float32.
+
+        Args:
+            image: image tokens after the last block.
+            entered: the tokens that `enter` returned.
+        """
+
+    def predict(self, latents: torch.Tensor, sigmas: torch.Tensor, text: Text, grid: tuple[int, int]) -> torch.Tensor:
+        """Run a whole forward pass: velocities (batch, rows * columns, token_channels) in float32; see `enter`."""
+        tokens = entered = self.enter(latents, sigmas, text, grid)
+        for index in range(len(self.blocks)):
+            tokens = self.run_block(index, tokens)
+        return self.leave(tokens.image, entered)
+
+    @staticmethod
+    @abstractmethod
+    def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+        """Combine two velocities (..., tokens, channels) by classifier-free guidance; at scale 1 it is `positive`."""
+
+
+class Autoencoder(ABC):
+    """Turns latents into pixels.
+
+    Attributes:
+        kind: class of the checkpoint's part.
+    """
+
+    kind: ClassVar[Any]
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Decode latents (batch, rows * columns, token_channels): pixels (batch, 3, height, width), about -1 to 1."""
+
+
+class Family(ABC):
+    """A family of models: what its checkpoints have in common.
+
+    Attributes:
+        name: what configs call it.
+        pipeline: class of diffusers' that its checkpoints are saved by.
+        pixels_per_token: of a side; sizes are multiples of it.
+        longest_prompt: most tokens of a prompt, without the template's, that any of its models takes.
+        empty_prompt: what stands for no negative prompt in particular.
+        guides_attention: whether its transformers' blocks take the negative prompts of a `Text`.
+    """
+
+    name: ClassVar[str]
+    pipeline: ClassVar[str]
+    pixels_per_token: ClassVar[int]
+    longest_prompt: ClassVar[int]
+    empty_prompt: ClassVar[str]
+    guides_attention: ClassVar[bool] = False
+
+    @abstractmethod
+    def count_blocks(self, transformer: Mapping[str, Any]) -> int:
+        """Count the blocks of a transformer, by its own config."""
+
+    @abstractmethod
+    def latent_channels(self, transformer: Mapping[str, Any]) -> int:
+        """Channels of a latent, by the transformer's own config."""
+
+    @property
+    @abstractmethod
+    def text_encoder(self) -> type[TextEncoder]:
+        """Class of its text encoders; this and the next two load torch and diffusers."""
+
+    @property
+    @abstractmethod
+    def transformer(self) -> type[Transformer]:
+        """Class of its transformers."""
+
+    @property
+    @abstractmethod
+    def autoencoder(self) -> type[Autoencoder]:
+        """Class of its autoencoders."""

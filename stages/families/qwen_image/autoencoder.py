@@ -1,0 +1,57 @@
+"""The Qwen-Image autoencoder on single images."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+
+from stages.families.base import Autoencoder
+from stages.latents import unpack
+
+
+class QwenImageAutoencoder(Autoencoder):
+    """A video autoencoder on one frame, with latents of zero mean and unit deviation."""
+
+    kind = AutoencoderKLQwenImage
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(convolve_images(module))
+
+    def decode(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        weight = next(self.module.parameters())  # diffusers' own `device` and `dtype` visit every module each time
+        mean, std = moments(self.module, weight.device)
+        frames = unpack(latents.to(weight.device), grid)[:, :, None] * std + mean
+        return self.module.decode(frames.to(weight.dtype), return_dict=False)[0][:, :, 0]
+
+
+def moments(vae: AutoencoderKLQwenImage, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation (1, channels, 1, 1, 1) of the latents that `vae` encodes to, by its config."""
+    mean, std = (
+        torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
+def _convolve_image(self: QwenImageCausalConv3d, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+    image = x.squeeze(2).contiguous(memory_format=torch.channels_last)
+    weight = self.weight[:, :, -1].contiguous(memory_format=torch.channels_last)
+    padding = (self._padding[2], self._padding[0])
+    return F.conv2d(image, weight, self.bias, self.stride[1:], padding).unsqueeze(2)
+
+
+def convolve_images(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
+    """Let `vae` treat every input as one image, in place; exact, and a third of the arithmetic.
+
+    Its causal convolutions pad the past with zeros, so that for a single frame (batch, channels, 1, height, width) only
+    the last temporal slice of each kernel meets data.
+    """
+    for module in vae.modules():
+        if isinstance(module, QwenImageCausalConv3d):
+            module.forward = MethodType(_convolve_image, module)
+    return vae

@@ -1,0 +1,137 @@
+"""The walk through Z-Image's transformer, as its `forward` does it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ZImageTransformer2DModel
+from torch import nn
+
+from stages.families.base import Tokens, Transformer
+from stages.text import Text
+
+_MULTIPLE = 32  # of which image and text each have a number of tokens, the last ones maybe padding
+_PATCH = "2-1"  # the embedder of 2x2 patches of one frame
+
+
+@dataclass(frozen=True)
+class ZImageContext:
+    """What its blocks read beside the tokens.
+
+    Attributes:
+        temb: (batch, width), of the noise level.
+        rotary: complex (batch, tokens, half the width of a head), of image and then text.
+        mask: bool (batch, tokens), which of these are there, or None if all are.
+        count: of the latent's tokens, the first of the image's.
+    """
+
+    temb: torch.Tensor
+    rotary: torch.Tensor
+    mask: torch.Tensor | None
+    count: int
+
+    def __getitem__(self, rows: list[int]) -> ZImageContext:
+        mask = None if self.mask is None else self.mask[rows]
+        return ZImageContext(self.temb[rows], self.rotary[rows], mask, self.count)
+
+
+class ZImageTransformer(Transformer):
+    """Image and text are refined each by itself, then go through the blocks as one sequence.
+
+    Its time runs from 0 at pure noise to 1, and its velocity towards the clean latent; a token holds its channels
+    last; and an image's first row is placed after the text, so that rows of a batch differ in their positions.
+    """
+
+    kind = ZImageTransformer2DModel
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.module.layers
+
+    @property
+    def text_width(self) -> int:
+        return self.module.config.cap_feat_dim
+
+    @property
+    def token_channels(self) -> int:
+        return 4 * self.module.config.in_channels
+
+    def enter(self, latents: torch.Tensor, sigmas: torch.Tensor, text: Text, grid: tuple[int, int]) -> Tokens:
+        module, dtype, device = self.module, self.dtype, latents.device
+        time = (1 - sigmas.float()).to(device, dtype)
+        temb = module.t_embedder(time * module.t_scale).to(dtype)
+        mask = text.full_mask()
+        lengths = _round_up(mask.sum(1))  # of the texts with their padding
+
+        channels_last = latents.unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2)
+        image = _pad(module.all_x_embedder[_PATCH](channels_last.to(dtype)), module.x_pad_token)
+        image_rotary = self._rotary(_image_positions(lengths, grid, image.shape[1]))
+        for layer in module.noise_refiner:
+            image = layer(image, None, image_rotary, temb)
+
+        words = torch.where(mask[..., None], module.cap_embedder(text.embeds), module.cap_pad_token)
+        words = _pad(words, module.cap_pad_token)
+        place = torch.arange(words.shape[1], device=device).expand(len(words), -1)
+        there = place < lengths[:, None]
+        words = torch.where(there[..., None], words, 0)
+        text_rotary = self._rotary(F.pad(place[..., None] + 1, (0, 2)))
+        text_mask = None if text.mask is None else there
+        for layer in module.context_refiner:
+            words = layer(words, text_mask, text_rotary)
+
+        rotary = torch.cat([image_rotary, text_rotary], dim=1)
+        joint = None if text_mask is None else F.pad(text_mask, (image.shape[1], 0), value=True)
+        return Tokens(image, words, ZImageContext(temb, rotary, joint, latents.shape[1]))
+
+    def modulate(self, entered: Tokens) -> torch.Tensor:
+        first: Any = self.blocks[0]
+        scale = first.adaLN_modulation(_context(entered).temb)[:, None].chunk(4, dim=-1)[0]
+        return first.attention_norm1(entered.image) * (1 + scale)
+
+    def run_block(self, index: int, tokens: Tokens) -> Tokens:
+        context = _context(tokens)
+        joint = torch.cat([tokens.image, tokens.text], dim=1)
+        joint = self.blocks[index](joint, context.mask, context.rotary, context.temb)
+        image, text = joint.split([tokens.image.shape[1], tokens.text.shape[1]], dim=1)
+        return replace(tokens, image=image, text=text)
+
+    def leave(self, image: torch.Tensor, entered: Tokens) -> torch.Tensor:
+        context = _context(entered)
+        channels_last = self.module.all_final_layer[_PATCH](image[:, : context.count], c=context.temb)
+        return -channels_last.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2).float()
+
+    @staticmethod
+    def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+        """Combine two velocities as usual; diffusers' `ZImagePipeline` calls `scale` - 1 its guidance scale."""
+        return negative + scale * (positive - negative)
+
+    def _rotary(self, positions: torch.Tensor) -> torch.Tensor:
+        """Turns (batch, tokens, half the width of a head) to positions (batch, tokens, 3)."""
+        return self.module.rope_embedder(positions.flatten(0, 1)).unflatten(0, positions.shape[:2])
+
+
+def _round_up(counts: torch.Tensor) -> torch.Tensor:
+    return (counts + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE
+
+
+def _pad(tokens: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    """Pad tokens (batch, tokens, width) by `padding` (1, width) to the next multiple."""
+    missing = -tokens.shape[1] % _MULTIPLE
+    return torch.cat([tokens, padding.expand(len(tokens), missing, -1)], dim=1) if missing else tokens
+
+
+def _image_positions(lengths: torch.Tensor, grid: tuple[int, int], tokens: int) -> torch.Tensor:
+    """Positions (batch, tokens, 3) of an image after a text of each length; its padding is at 0."""
+    rows, columns = grid
+    axes = (torch.arange(rows, device=lengths.device), torch.arange(columns, device=lengths.device))
+    within = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1).expand(len(lengths), -1, -1)
+    after = (lengths + 1)[:, None, None].expand(-1, rows * columns, 1)
+    return F.pad(torch.cat([after, within], dim=-1), (0, 0, 0, tokens - rows * columns))
+
+
+def _context(tokens: Tokens) -> ZImageContext:
+    assert isinstance(tokens.context, ZImageContext)
+    return tokens.context

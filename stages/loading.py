@@ -1,0 +1,88 @@
+"""A config's parts, loaded onto a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from backends import Backend
+from stages.config import ModelConfig
+from stages.families import get_family
+from stages.families.base import Autoencoder, TextEncoder, Transformer
+from stages.lora_files import Lora, linear_layers, read_lora
+from stages.sigmas import SchedulerConfig
+from stages.sources import BadFile, find_adapter, find_part
+from stages.weight_files import check_loaded, load_part
+from stages.yaml_file import validate
+
+
+def dtype_on(config: ModelConfig, backend: Backend) -> torch.dtype:
+    """Dtype of the weights: the config's, or else the backend's default."""
+    return getattr(torch, config.dtype or backend.default_dtype)
+
+
+def load_text_encoder(config: ModelConfig, backend: Backend) -> TextEncoder:
+    """Load tokenizer and text encoder, quantized as the config says.
+
+    Raises:
+        BadFile: files are missing, truncated or not finite, or hold other weights than the text encoder has.
+    """
+    kind = get_family(config.family).text_encoder
+    module = backend.place(load_part(kind.kind, config.source, "text_encoder", dtype=dtype_on(config, backend)))
+    check_loaded(module, config.source, "text_encoder")
+    encoder = kind(module, load_tokenizer(config))
+    if config.quantize.text_encoder:
+        backend.quantize(encoder.layers, config.quantize.text_encoder)
+    return encoder
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the text encoder's tokenizer, of the class that its own config names; raises BadFile."""
+    directory = find_part(config.source, "tokenizer")
+    if not (directory / "tokenizer_config.json").is_file():
+        raise BadFile("source", directory / "tokenizer_config.json", "is missing")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise BadFile("source", directory, f"cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_transformer(config: ModelConfig, backend: Backend) -> Transformer:
+    """Load the transformer without adapters; raises BadFile as `load_text_encoder` does."""
+    kind = get_family(config.family).transformer
+    module = backend.place(load_part(kind.kind, config.source, "transformer", torch_dtype=dtype_on(config, backend)))
+    check_loaded(module, config.source, "transformer")
+    return kind(module)
+
+
+def load_adapters(config: ModelConfig, transformer: nn.Module) -> dict[str, dict[str, Lora]]:
+    """Load what each adapter of the config adds to the layers of `transformer`, which may be on the meta device.
+
+    Raises:
+        BadFile: a file is no LoRA of this transformer, or not a complete one, see `stages.lora_files`.
+    """
+    layers = linear_layers(transformer)
+    adapters = {}
+    for name, adapter in config.adapters.items():
+        key = f"adapters.{name}.source"
+        adapters[name] = read_lora(key, find_adapter(key, adapter.source, adapter.weight_name), layers)
+    return adapters
+
+
+def load_scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
+    """Load the base model's scheduler; raises ConfigError for one whose steps are others than `stages.sigmas` takes."""
+    content = FlowMatchEulerDiscreteScheduler.load_config(config.source, subfolder="scheduler")
+    validate(Path(config.source) / "scheduler" / "scheduler_config.json", SchedulerConfig, content)
+    return FlowMatchEulerDiscreteScheduler.from_config(content)
+
+
+def load_autoencoder(config: ModelConfig, backend: Backend) -> Autoencoder:
+    """Load the autoencoder; raises BadFile as `load_text_encoder` does."""
+    kind = get_family(config.family).autoencoder
+    module = backend.place(load_part(kind.kind, config.source, "vae", torch_dtype=dtype_on(config, backend)))
+    check_loaded(module, config.source, "vae")
+    return kind(module)

@@ -1,0 +1,87 @@
+"""What travels between deployments: plain data of one version."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from plans import PLANS
+
+from deployments.messages import (
+    VERSION,
+    Call,
+    Hop,
+    ImageReply,
+    ImageRequest,
+    MessageError,
+    PacketReply,
+    RefusalReply,
+    Route,
+    read_reply,
+)
+from stages.spans import Span
+
+CALL = Call(
+    route=Route(
+        image=ImageRequest(
+            request_id="r", image_index=1, seed=2**32 - 1, size="128x64", prompt="a ring\n\u2603", negative_prompt=None
+        ),
+        plan=PLANS["hybrid"],
+        preset=None,
+        format="webp",
+        quality=80,
+        partial_images=2,
+        deadline=1234567890.123456,
+    ),
+    hop=Hop(deployment="Base", stages=3, previews=(1, 3)),
+)
+REPLIES = [
+    PacketReply(),
+    PacketReply(kind="preview"),
+    ImageReply(
+        index=0, seed=3, text_tokens=5, image_tokens=64, spans=(Span("encode", 1.25, 2.5), Span("base", 2, 3, 4.5))
+    ),
+    RefusalReply(code="not_finite", message="the image is not finite after stage base"),
+]
+
+
+def test_a_call_is_json_and_comes_back_whole() -> None:
+    data = CALL.to_json()
+    assert json.loads(data)["version"] == VERSION
+    assert Call.from_json(data) == CALL
+
+
+@pytest.mark.parametrize("reply", REPLIES, ids=lambda reply: reply.kind)
+def test_a_reply_comes_back_whole(reply: PacketReply | ImageReply | RefusalReply) -> None:
+    assert read_reply(reply.model_dump_json()) == reply
+
+
+def test_another_version_is_refused_in_a_sentence() -> None:
+    newer = json.dumps(json.loads(CALL.to_json()) | {"version": VERSION + 1, "colour": "new"})
+    sentence = f"^a message of version {VERSION + 1}; this process reads version {VERSION}$"
+    with pytest.raises(MessageError, match=sentence):
+        Call.from_json(newer)
+    with pytest.raises(MessageError, match=sentence):
+        read_reply(newer)
+    for broken in ("{}", "[]", "", CALL.to_json().replace('"route"', '"rout"')):
+        with pytest.raises(MessageError, match="of another shape than version"):
+            Call.from_json(broken)
+
+
+def test_what_computes_nothing_loads_neither_torch_nor_diffusers() -> None:
+    """Configuration, plans, messages, router, ingress, proxy and simulator, each of them in a process of its own."""
+    program = (
+        "import importlib, sys; importlib.import_module(sys.argv[1]); "
+        "print(*({'torch', 'diffusers', 'transformers', 'peft'} & sys.modules.keys()))"
+    )
+    for module in (
+        "stages.config", "stages.plan", "deployments.messages", "deployments.settings", "deployments.check",
+        "deployments.router", "deployments.http.ingress", "deployments.http.front", "deployments.launch",
+        "deployments.__main__", "cluster.simulate",
+    ):  # fmt: skip
+        loaded = subprocess.run(
+            [sys.executable, "-c", program, module], capture_output=True, text=True, check=True, timeout=120
+        )
+        assert loaded.stdout.split() == [], module
