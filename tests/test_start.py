@@ -196,7 +196,9 @@ def assert_error(answer: httpx.Response, status: int, code: str) -> None:
 
 
 def test_start_is_quiet_and_its_last_line_tells_the_addresses(narrow: Running) -> None:
-    lines = narrow.log.read_text().splitlines()
+    deadline = time.monotonic() + 30  # `/readyz` answers before the command has seen that it does
+    while not (lines := narrow.log.read_text().splitlines()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert len(lines) <= 15, "\n".join(lines)
     assert lines[-1].startswith(f"ready: API at {narrow.url}/v1")
     assert "dashboard at http://127.0.0.1:" in lines[-1]

@@ -66,7 +66,8 @@ class Front:
     def _refusal(self) -> JSONResponse | None:
         """Answer to a request that would only wait; one for a stage that restarts may wait until its deadline."""
         readiness = self._watch.readiness
-        if not self._refuses or (self._watch.was_ready and readiness.replicas.get("Ingress")):
+        was_ready = self._watch.was_ready or readiness.reason is None  # the watch may not have looked since
+        if not self._refuses or (was_ready and readiness.replicas.get("Ingress")):
             return None
         return _error(503, "not_ready", readiness.reason or "starting")
 
