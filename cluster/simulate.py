@@ -23,6 +23,8 @@ import simpy
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.costs import Device, StepCost
+
 Positive = Annotated[float, Field(gt=0.0)]
 
 _TURN = 0.004  # seconds; about what Linux gives a process before the next one has its turn
@@ -32,52 +34,23 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Device(_Strict):
-    """A type of accelerator.
-
-    Attributes:
-        price: dollars an hour.
-        count: how many there are, on which all replicas of the type take turns, a slice of time each, as processes do
-            on a machine's cores; None where each replica has its own.
-        contention: times as long that work takes while all `count` are busy, which share caches and memory.
-    """
-
-    price: Annotated[float, Field(ge=0.0)] = 0.0
-    count: Annotated[int, Field(ge=1)] | None = None
-    contention: Annotated[float, Field(ge=1.0)] = 1.0
-
-
-class Stage(_Strict):
+class Stage(StepCost):
     """One stage of the plan on one type of device.
 
     Attributes:
         device: name of its type.
         steps: that an image stays.
-        fixed, per_image: seconds of a step: `fixed` + `per_image` for each image of its batch.
-        max_batch: images of a step.
         replicas: devices that run it, or None to be planned.
     """
 
     device: str
     steps: Annotated[int, Field(ge=1)] = 1
-    fixed: Annotated[float, Field(ge=0.0)] = 0.0
-    per_image: Positive
-    max_batch: Annotated[int, Field(ge=1)] = 1
     replicas: Annotated[int, Field(ge=1)] | None = None
-
-    def seconds(self, batch: int) -> float:
-        """Of a step."""
-        return self.fixed + self.per_image * batch
 
     @property
     def count(self) -> int:
         """Replicas, one where none are planned yet."""
         return self.replicas or 1
-
-    @property
-    def capacity(self) -> float:
-        """Images a second of one replica whose batches are full."""
-        return self.max_batch / (self.steps * self.seconds(self.max_batch))
 
 
 class Scenario(_Strict):
@@ -293,7 +266,7 @@ def plan_replicas(scenario: Scenario, most: int = 1000) -> Scenario:
         raise ValueError(f"deadline is {scenario.deadline} s, but one image alone takes {alone:.2f} s")
     planned = scenario.with_replicas(
         {
-            name: stage.replicas or math.floor(scenario.rate / stage.capacity) + 1
+            name: stage.replicas or math.floor(scenario.rate / stage.capacity(stage.steps)) + 1
             for name, stage in scenario.stages.items()
         }
     )

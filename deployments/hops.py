@@ -14,7 +14,7 @@ def plan_hops(plan: Plan, deployments: Mapping[ServedStage, str], partial_images
 
     Args:
         plan: to split.
-        deployments: by the stage that they run.
+        deployments: by the stage that they run for this image.
         partial_images: previews at equal shares of the plan's steps; fewer where there are not as many steps before
             the last one.
     """
@@ -28,7 +28,9 @@ def plan_hops(plan: Plan, deployments: Mapping[ServedStage, str], partial_images
             hops.append(Hop(deployment=deployments[stage.name]))
             start = done
         last, here = hops[-1], tuple(step - start for step in shown if done < step <= done + stage.steps)
-        hops[-1] = last.model_copy(update={"stages": last.stages + 1, "previews": (*last.previews, *here)})
+        hops[-1] = last.model_copy(
+            update={"stages": last.stages + 1, "nfe": last.nfe + stage.nfe, "previews": (*last.previews, *here)}
+        )
         done += stage.steps
     if hops[-1].deployment != deployments[DECODE]:
         hops.append(Hop(deployment=deployments[DECODE]))

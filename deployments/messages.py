@@ -65,12 +65,14 @@ class Hop(_Message):
     Attributes:
         deployment: that runs them.
         stages: how many of the plan's, each part counted.
+        nfe: network evaluations that they take if no cache hits.
         previews: after which of its steps, counted from 1, to send the image that the step predicts.
         decodes: whether the call ends with the image.
     """
 
     deployment: str
     stages: int = 0
+    nfe: int = 0
     previews: tuple[int, ...] = ()
     decodes: bool = False
 

@@ -16,7 +16,9 @@ from deployments import console
 from deployments.hops import plan_hops
 from deployments.http.errors import APIError
 from deployments.messages import Call, Hop, ImageReply, PacketReply, RefusalReply, Route, Wire, read_reply
-from deployments.settings import DECODE, ServedStage
+from deployments.pools import Pools
+from deployments.settings import DECODE
+from stages.image import parse_size
 
 logger = logging.getLogger("ray.serve")
 
@@ -39,6 +41,11 @@ class Partial:
     image: DecodedImage
 
 
+def _megapixels(route: Route) -> float:
+    width, height = parse_size(route.image.size)
+    return width * height / 1e6
+
+
 def _ignore(preview: bytes) -> None:
     pass
 
@@ -49,15 +56,15 @@ class Router:
     Packets pass through as bytes, so that what one replica made outlives it; the router looks into none.
     """
 
-    def __init__(self, replicas: Mapping[str, DeploymentHandle], deployments: Mapping[ServedStage, str]) -> None:
+    def __init__(self, replicas: Mapping[str, DeploymentHandle], pools: Pools) -> None:
         """Route to deployments.
 
         Args:
             replicas: of each deployment.
-            deployments: by the stage that they run.
+            pools: which of them does what.
         """
         self._replicas = replicas
-        self._deployments = deployments
+        self._pools = pools
         self._images = Counter("images", description="Images by plan and outcome.", tag_keys=("plan", "outcome"))
         self._seconds = Histogram(
             "stage_seconds", description="Work on an image by stage.", boundaries=_SECONDS, tag_keys=("stage",)
@@ -112,12 +119,13 @@ class Router:
             route: of the image.
             show: takes the partial images in their order; they are decoded beside the stages that follow.
         """
-        hops = plan_hops(route.plan, self._deployments, route.partial_images)
+        deployments = self._pools.assign(route.plan, _megapixels(route))
+        hops = plan_hops(route.plan, deployments, route.partial_images)
         orders, turn = itertools.count(), asyncio.Lock()
 
         async def decode(preview: bytes) -> None:
             async with turn:
-                image = await self._decode(route, Hop(deployment=self._deployments[DECODE], decodes=True), preview)
+                image = await self._decode(route, Hop(deployment=deployments[DECODE], decodes=True), preview)
                 show(Partial(next(orders), image))
 
         async with asyncio.timeout(route.deadline - time.time()), asyncio.TaskGroup() as decoding:
@@ -148,7 +156,8 @@ class Router:
         Raises:
             APIError: there will be no image.
         """
-        header, data = await self._ask(Call(route=route, hop=hop).to_json(), hop, packet, show)
+        with self._pools.at_work(hop.deployment, _megapixels(route) * (hop.nfe or 1)):
+            header, data = await self._ask(Call(route=route, hop=hop).to_json(), hop, packet, show)
         reply = read_reply(header)
         if isinstance(reply, RefusalReply):
             raise APIError.from_refusal(reply)

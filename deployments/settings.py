@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
 from backends import Quantization, get_backend
 from stages.config import ModelConfig
@@ -49,6 +49,13 @@ class Placement(BaseModel):
         """Whether it holds the transformer."""
         return not {ENCODE, DECODE}.issuperset(self.stages)
 
+    @field_validator("stages")
+    @classmethod
+    def _each_once(cls, value: tuple[ServedStage, ...]) -> tuple[ServedStage, ...]:
+        if twice := sorted(stage for stage in set(value) if value.count(stage) > 1):
+            raise ValueError(f"{', '.join(twice)} is there twice")
+        return value
+
     @model_validator(mode="after")
     def _has_transformer(self) -> Placement:
         needless = {"fuse", "compile", "max_batch_tokens"} & self.model_fields_set
@@ -63,7 +70,7 @@ class Settings(BaseModel):
     Attributes:
         model: path of the model's config, from the working directory or from the project's root.
         default_plan: the model's plan for requests that name none.
-        placement: deployments that share the stages out, by name.
+        placement: deployments and what they run, by name; a stage may stand in several, which then share its images.
         max_images: largest `n` of a request.
         max_body_bytes: longest body of a request.
         request_timeout_s: longest time that a request may take, queues included.
@@ -92,11 +99,9 @@ class Settings(BaseModel):
             )
         model.check_plans()
         adapters = model.adapters
-        shared_out = [stage for placement in self.placement.values() for stage in placement.stages]
-        if sorted(shared_out) != sorted(SERVED_STAGES):
-            raise ValueError(
-                f"placement must run each of {', '.join(SERVED_STAGES)} once, not {', '.join(sorted(shared_out))}"
-            )
+        run = {stage for placement in self.placement.values() for stage in placement.stages}
+        if missing := [stage for stage in SERVED_STAGES if stage not in run]:
+            raise ValueError(f"placement must run each of {', '.join(SERVED_STAGES)}; it lacks {', '.join(missing)}")
         if "Ingress" in self.placement:
             raise ValueError("placement.Ingress must have another name: the deployment that speaks HTTP has this one")
         for name, placement in self.placement.items():

@@ -24,6 +24,7 @@ from deployments.http.front import Front
 from deployments.http.resolve import Job, Offer, resolve
 from deployments.http.schemas import ImagesRequest
 from deployments.messages import Route
+from deployments.pools import Pools
 from deployments.router import DecodedImage, Partial, Router
 from deployments.settings import Settings
 
@@ -90,9 +91,8 @@ class Ingress:
             "owned_by": "local",
             "sizes": model.sizes,
         }
-        deployments = {stage: name for name, placement in settings.placement.items() for stage in placement.stages}
         # In this process: a deployment of its own would be one more call, and what it does is to wait.
-        self._router = Router(replicas, deployments)
+        self._router = Router(replicas, Pools(settings.placement))
 
     @app.post("/v1/images/generations")
     async def generate(self, request: Request) -> Response:

@@ -1,0 +1,88 @@
+"""What work costs: seconds of a step by device and batch, and dollars. Simulator and router count by these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_FORGETTING = 0.2  # weight of the newest measurement
+
+
+class Device(BaseModel):
+    """A type of accelerator.
+
+    Attributes:
+        price: dollars an hour.
+        count: how many there are, on which all replicas of the type take turns, a slice of time each, as processes do
+            on a machine's cores; None where each replica has its own.
+        contention: times as long that work takes while all `count` are busy, which share caches and memory.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    price: Annotated[float, Field(ge=0.0)] = 0.0
+    count: Annotated[int, Field(ge=1)] | None = None
+    contention: Annotated[float, Field(ge=1.0)] = 1.0
+
+
+class StepCost(BaseModel):
+    """Seconds of a stage's step on a type of device: `fixed` + `per_image` for each image of its batch.
+
+    Attributes:
+        fixed, per_image: seconds.
+        max_batch: most images of a step.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fixed: Annotated[float, Field(ge=0.0)] = 0.0
+    per_image: Annotated[float, Field(gt=0.0)]
+    max_batch: Annotated[int, Field(ge=1)] = 1
+
+    def seconds(self, batch: int) -> float:
+        """Seconds of a step of `batch` images."""
+        return self.fixed + self.per_image * batch
+
+    def capacity(self, steps: int) -> float:
+        """Images a second that stay `steps` steps, in full batches."""
+        return self.max_batch / (steps * self.seconds(self.max_batch))
+
+
+@dataclass
+class MeasuredCost:
+    """Seconds of a unit of work on a deployment while nothing else is there, as a running mean.
+
+    Units that are in flight together share the deployment: each takes as many times as long as there are units.
+
+    Attributes:
+        in_flight: units that are there now.
+        seconds: of a unit alone; 0 before the first one is done, so that a new deployment is tried.
+    """
+
+    in_flight: float = 0.0
+    seconds: float = 0.0
+
+    def expect(self, units: float) -> float:
+        """Seconds until `units` more would be done."""
+        return (self.in_flight + units) * self.seconds
+
+    def begin(self, units: float) -> float:
+        """Add units to what is in flight; return all of it."""
+        self.in_flight += units
+        return self.in_flight
+
+    def end(self, units: float, *, elapsed: float | None, together: float) -> None:
+        """Take units away again.
+
+        Args:
+            units: as they began.
+            elapsed: seconds that they took, or None if they did not come to their end.
+            together: what was in flight when they began, themselves included.
+        """
+        mean = (together + self.in_flight) / 2
+        self.in_flight -= units
+        if elapsed is not None and mean > 0:
+            measured = elapsed / mean
+            self.seconds += (_FORGETTING if self.seconds else 1.0) * (measured - self.seconds)

@@ -1,0 +1,50 @@
+"""Which deployment does a stage of an image, where several run it."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from cluster.costs import MeasuredCost
+from deployments.settings import DECODE, ENCODE, Placement, ServedStage
+from stages.plan import Plan
+
+
+class Pools:
+    """Assigns each image's stages to the deployments that are expected to be done with them first.
+
+    What a deployment takes is measured here, as seconds for a network evaluation of a megapixel. Encoding and decoding
+    count as one evaluation.
+    """
+
+    def __init__(self, placement: Mapping[str, Placement]) -> None:
+        self._running: dict[ServedStage, list[str]] = defaultdict(list)
+        for name, placed in placement.items():
+            for stage in placed.stages:
+                self._running[stage].append(name)
+        self._costs = {name: MeasuredCost() for name in placement}
+
+    def assign(self, plan: Plan, megapixels: float) -> dict[ServedStage, str]:
+        """Choose a deployment for every stage of an image; a stage stays where the one before it is, if it can."""
+        assigned: dict[ServedStage, str] = {}
+        here = ""
+        for stage in (ENCODE, *dict.fromkeys(part.name for part in plan.stages), DECODE):
+            candidates = self._running[stage]
+            if here not in candidates:
+                work = megapixels * (sum(part.nfe for part in plan.stages if part.name == stage) or 1)
+                here = min(candidates, key=lambda name: (self._costs[name].expect(work), self._costs[name].in_flight))
+            assigned[stage] = here
+        return assigned
+
+    @contextmanager
+    def at_work(self, deployment: str, work: float) -> Iterator[None]:
+        """Count `work`, in evaluations of a megapixel, as in flight at a deployment within the block."""
+        cost = self._costs[deployment]
+        together, start, elapsed = cost.begin(work), time.monotonic(), None
+        try:
+            yield
+            elapsed = time.monotonic() - start
+        finally:
+            cost.end(work, elapsed=elapsed, together=together)
