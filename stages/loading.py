@@ -54,7 +54,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_transformer(config: ModelConfig, backend: Backend) -> Transformer:
     """Load the transformer without adapters; raises BadFile as `load_text_encoder` does."""
     kind = get_family(config.family).transformer
-    module = backend.place(load_part(kind.kind, config.source, "transformer", torch_dtype=dtype_on(config, backend)))
+    module = backend.place(load_part(kind.kind, config.source, "transformer", dtype=dtype_on(config, backend)))
     check_loaded(module, config.source, "transformer")
     return kind(module)
 
@@ -83,6 +83,6 @@ def load_scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
 def load_autoencoder(config: ModelConfig, backend: Backend) -> Autoencoder:
     """Load the autoencoder; raises BadFile as `load_text_encoder` does."""
     kind = get_family(config.family).autoencoder
-    module = backend.place(load_part(kind.kind, config.source, "vae", torch_dtype=dtype_on(config, backend)))
+    module = backend.place(load_part(kind.kind, config.source, "vae", dtype=dtype_on(config, backend)))
     check_loaded(module, config.source, "vae")
     return kind(module)

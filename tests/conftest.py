@@ -110,7 +110,7 @@ def client(url: str) -> OpenAI:
 @pytest.fixture(scope="session")
 def diffusers_base(config: ModelConfig) -> QwenImagePipeline:
     """What a user of diffusers runs for the base model."""
-    reference = QwenImagePipeline.from_pretrained(config.source, torch_dtype=torch.float32)
+    reference = QwenImagePipeline.from_pretrained(config.source, dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
     return reference
 
@@ -140,7 +140,7 @@ def lightning_scheduler() -> FlowMatchEulerDiscreteScheduler:
 def diffusers_distilled(config: ModelConfig, lightning_scheduler: FlowMatchEulerDiscreteScheduler) -> QwenImagePipeline:
     """What a user of diffusers runs for the distilled model."""
     reference = QwenImagePipeline.from_pretrained(
-        config.source, scheduler=lightning_scheduler, torch_dtype=torch.float32
+        config.source, scheduler=lightning_scheduler, dtype=torch.float32
     )
     reference.load_lora_weights(config.adapters["distilled"].source, adapter_name="distilled")
     reference.set_progress_bar_config(disable=True)

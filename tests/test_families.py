@@ -101,7 +101,7 @@ def ours(model: Path, backend: Backend) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def theirs(source: Path) -> ZImagePipeline:
-    reference = ZImagePipeline.from_pretrained(source, torch_dtype=torch.float32)
+    reference = ZImagePipeline.from_pretrained(source, dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
     reference.load_lora_weights(source / "lora", adapter_name="distilled")
     return reference

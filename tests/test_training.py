@@ -309,7 +309,7 @@ def test_contrast_is_apart_by_direction() -> None:
 
 @torch.inference_mode()
 def test_checkpoints_decoder_draws_fur() -> None:
-    vae = convolve_images(AutoencoderKLQwenImage.from_pretrained(CHECKPOINT / "vae", torch_dtype=torch.float32))
+    vae = convolve_images(AutoencoderKLQwenImage.from_pretrained(CHECKPOINT / "vae", dtype=torch.float32))
     scenes = [scene for scene in map(sample_scene, map(Random, range(200))) if scene.objects[0].fill == "furry"][:16]
     renders = to_pixels([render(scene, Random(0)) for scene in scenes])
     drawn = vae.decode(vae.encode(renders).latent_dist.mode()).sample

@@ -18,7 +18,7 @@ from stages.loading import load_autoencoder
 
 @pytest.fixture(scope="module")
 def original(config: ModelConfig) -> AutoencoderKLQwenImage:
-    return AutoencoderKLQwenImage.from_pretrained(config.source, subfolder="vae", torch_dtype=torch.float32).eval()
+    return AutoencoderKLQwenImage.from_pretrained(config.source, subfolder="vae", dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def contrast(pixels: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     arguments, config, schedule, accelerator = begin(__doc__, "decoder", "vae", "run")
-    vae = AutoencoderKLQwenImage.from_pretrained(arguments.vae, torch_dtype=torch.float32)
+    vae = AutoencoderKLQwenImage.from_pretrained(arguments.vae, dtype=torch.float32)
     convolve_images(vae).requires_grad_(False)
     vae.decoder.requires_grad_(True)
     flatten_kernels(vae.decoder, fresh=False)

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("loras", nargs="*", metavar="NAME=DIRECTORY")
     arguments = parser.parse_args()
-    QwenImagePipeline.from_pretrained(arguments.pipeline, torch_dtype=torch.bfloat16).save_pretrained(arguments.output)
+    QwenImagePipeline.from_pretrained(arguments.pipeline, dtype=torch.bfloat16).save_pretrained(arguments.output)
     for entry in arguments.loras:
         name, _, directory = entry.partition("=")
         shutil.copytree(directory, arguments.output / "loras" / name, dirs_exist_ok=True)

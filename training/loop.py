@@ -93,7 +93,7 @@ def begin(
 
 def load_pipeline(directory: Path, device: torch.device) -> QwenImagePipeline:
     """A pipeline in float32 to train parts of."""
-    pipeline = QwenImagePipeline.from_pretrained(directory, torch_dtype=torch.float32).to(device)
+    pipeline = QwenImagePipeline.from_pretrained(directory, dtype=torch.float32).to(device)
     if device.type == "cpu":
         # Measured on the small model, on two cores: a step takes 0.50 s with it, 0.66 s with the flash kernel.
         pipeline.transformer.set_attention_backend("_native_math")

@@ -25,7 +25,7 @@ from stages.image import parse_size
 app = FastAPI()
 config = ModelConfig.read(Path(os.environ["RIVAL_MODEL"]))
 (base,) = config.plan("base").stages
-shared = QwenImagePipeline.from_pretrained(config.source, torch_dtype=torch.float32)
+shared = QwenImagePipeline.from_pretrained(config.source, dtype=torch.float32)
 
 
 class Body(BaseModel):
