@@ -12,7 +12,8 @@ from math import prod
 import torch
 
 from bench.load import LoadFigures
-from cluster.simulate import Device, Scenario, Stage, circulate
+from cluster.costs import Device
+from cluster.simulate import Scenario, Stage, circulate
 from stages.image import parse_size
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, StageSpec

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cluster.simulate import Device, Scenario, Stage, circulate, plan_replicas, read_scenarios, replay, simulate
+from cluster.costs import Device
+from cluster.simulate import Scenario, Stage, circulate, plan_replicas, read_scenarios, replay, simulate
 
 ROOT = Path(__file__).parent.parent
 
