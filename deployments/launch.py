@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import os
 import signal
 import time
@@ -17,10 +16,10 @@ from urllib.request import urlopen
 
 import ray
 from ray import serve
-from ray.serve.schema import DeploymentSchema, ServeDeploySchema
+from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import cli as serve_cli
 
-from deployments.check import StartError
+from deployments.check import IMPORT_PATH, StartError, resources
 from deployments.http import readiness
 
 _POLL_S = 0.25
@@ -42,7 +41,12 @@ class Server:
         try:
             dashboard = self._start()
             if self._wait_until_ready():
-                host = self._address()
+                if not readiness.followed():
+                    raise StartError(
+                        "the cluster's proxies do not answer probes: set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH="
+                        f"{os.environ['RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH']} in the environment of its nodes"
+                    )
+                host = self._address() + self._prefix()
                 print(
                     f"ready: API at {host}/v1, its description at {host}/docs; dashboard at http://{dashboard}"
                     f"{', token by `ray get-auth-token`' if os.environ.get('RAY_AUTH_MODE') != 'disabled' else ''}",
@@ -71,9 +75,11 @@ class Server:
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
-            context = ray.init(namespace="serve", logging_level=logging.ERROR)
+            # By name, or Ray would join whatever cluster runs on this machine.
+            context = ray.init(os.environ.get("RAY_ADDRESS", "local"), namespace="serve", logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise StartError(f"Ray: {error}") from error
+            hint = "; if it asks for a token, set RAY_AUTH_MODE=token" if os.environ.get("RAY_ADDRESS") else ""
+            raise StartError(f"Ray: {error}{hint}") from error
         self._listen()
         if not os.environ.get("RAY_ADDRESS"):
             self._check_resources()
@@ -90,7 +96,7 @@ class Server:
         asked: Counter[str] = Counter()
         for application in self._config.applications:
             for deployment in application.deployments:
-                asked.update(_resources(deployment))
+                asked.update(resources(deployment))
         has = ray.cluster_resources()
         for name, amount in asked.items():
             if amount > has.get(name, 0) + 1e-6:
@@ -118,6 +124,11 @@ class Server:
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(options.host, options.host)
         return f"http://{host}:{options.port}"
 
+    def _prefix(self) -> str:
+        """Where the application is, `/` left out."""
+        (prefix,) = {app.route_prefix for app in self._config.applications if app.import_path == IMPORT_PATH}
+        return (prefix or "").rstrip("/")
+
     def _grace(self) -> float:
         """Longest `graceful_shutdown_timeout_s` of the ingress of any application."""
         found = [
@@ -135,16 +146,6 @@ def _answers(url: str) -> bool:
             return True
     except (URLError, TimeoutError, ConnectionError):
         return False
-
-
-def _resources(deployment: DeploymentSchema) -> Counter[str]:
-    """What the replicas that a deployment starts with ask for, by Ray's names of resources."""
-    options = deployment.model_dump(exclude_unset=True)
-    scaling = options.get("autoscaling_config") or {}
-    replicas = options.get("num_replicas") or scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
-    actor = options.get("ray_actor_options") or {}
-    asked = {"CPU": actor.get("num_cpus", 1), "GPU": actor.get("num_gpus", 0), **(actor.get("resources") or {})}
-    return Counter({name: replicas * amount for name, amount in asked.items() if amount and math.isfinite(amount)})
 
 
 def _reason(message: str) -> str:

@@ -68,7 +68,7 @@ class Settings(BaseModel):
     """Arguments of the application.
 
     Attributes:
-        model: path of the model's config, from the working directory or from the project's root.
+        model: path of the model's config, from the working directory.
         default_plan: the model's plan for requests that name none.
         placement: deployments and what they run, by name; a stage may stand in several, which then share its images.
         max_images: largest `n` of a request.

@@ -173,7 +173,7 @@ class MagCache(StepCache):
 
     def blocks(self, block_input: BlockInput) -> torch.Tensor | None:
         self._step += 1
-        if self._step < self._retained:
+        if self._step < self._retained or self._blocks is None:
             return None
         self._ratio = self._ratio * self._ratios[self._step]
         self._error = self._error + (1.0 - self._ratio).abs()

@@ -9,7 +9,7 @@ import torch
 
 from stages.config import ModelConfig
 from stages.families import get_family
-from stages.loading import load_adapters, load_scheduler, load_tokenizer
+from stages.loading import load_adapters, load_scheduler, load_tokenizer, wrap
 from stages.sources import BadFile, find_part, read_json
 from stages.weight_files import check_finite, load_part, weights_of
 
@@ -42,8 +42,10 @@ def check_files(config: ModelConfig) -> None:
         "text_encoder": family.text_encoder.kind,
         "vae": family.autoencoder.kind,
     }
-    for part, kind in kinds.items():
-        module = load_part(kind, config.source, part, device_map="meta")
+    modules = {part: load_part(kind, config.source, part, device_map="meta") for part, kind in kinds.items()}
+    wrap(family.transformer, modules["transformer"], config.source, "transformer")
+    wrap(family.autoencoder, modules["vae"], config.source, "vae")
+    for part, module in modules.items():
         files = weights_of(find_part(config.source, part))
         if sum(file.stat().st_size for file in files) <= READ_AT_MOST:
             dtype = getattr(torch, config.dtype or "float32")

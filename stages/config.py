@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from backends import Quantization
 from stages.families import get_family
@@ -15,7 +15,14 @@ from stages.plan import Name, Plan, PlanError, name_plans, read_plans
 from stages.sources import read_json
 from stages.yaml_file import ConfigError, read_mapping, validate
 
-Word = Annotated[str, Field(pattern=r"^[^\WA-Z_]+$", max_length=32)]
+
+def _in_lower_case(word: str) -> str:
+    if word != word.lower():
+        raise ValueError("must be in lower case")
+    return word
+
+
+Word = Annotated[str, Field(pattern=r"^[^\W_]+(['\u2019][^\W_]+)*$", max_length=32), AfterValidator(_in_lower_case)]
 Source = Annotated[str, Field(min_length=1, max_length=4096)]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$", max_length=128)]
 
@@ -69,6 +76,14 @@ class ModelConfig(BaseModel):
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     vocabulary: Annotated[frozenset[Word], Field(min_length=1)] | None = None
 
+    @field_validator("aliases")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        names = (info.data.get("name"), *value)
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"{', '.join(map(str, twice))} is there twice, or the model's own name")
+        return value
+
     @field_validator("family")
     @classmethod
     def _known_family(cls, value: str) -> str:
@@ -110,10 +125,12 @@ class ModelConfig(BaseModel):
     @field_validator("plans")
     @classmethod
     def _runnable_plans(cls, value: dict[str, Plan], info: ValidationInfo) -> dict[str, Plan]:
+        if "adapters" not in info.data:  # they are wrong themselves
+            return value
         runnable = {}
         for name, plan in value.items():
             try:
-                runnable[name] = plan.with_adapters(info.data.get("adapters", {}))
+                runnable[name] = plan.with_adapters(info.data["adapters"])
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
         return runnable
@@ -126,11 +143,13 @@ class ModelConfig(BaseModel):
         the name of a file, beside this one or in a directory there, that has them.
 
         Raises:
-            FileNotFoundError: no such file, or no such file of plans.
+            FileNotFoundError: no such file.
             ConfigError: names the file and the key that is wrong.
         """
         content = read_mapping(path)
         if isinstance(plans := content.get("plans"), str):
+            if not (path.parent / plans).is_file():
+                raise ConfigError(f"{path}: plans: there is no file {path.parent / plans}")
             read_plans(path.parent / plans)  # so that what is wrong there is told with that file's name
             content["plans"] = plans = read_mapping(path.parent / plans)
         if isinstance(plans, dict):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -15,9 +17,11 @@ from stages.families import get_family
 from stages.families.base import Autoencoder, TextEncoder, Transformer
 from stages.lora_files import Lora, linear_layers, read_lora
 from stages.sigmas import SchedulerConfig
-from stages.sources import BadFile, find_adapter, find_part
+from stages.sources import BadFile, find_adapter, find_part, read_json
 from stages.weight_files import check_loaded, load_part
 from stages.yaml_file import validate
+
+T = TypeVar("T")
 
 
 def dtype_on(config: ModelConfig, backend: Backend) -> torch.dtype:
@@ -46,9 +50,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if not (directory / "tokenizer_config.json").is_file():
         raise BadFile("source", directory / "tokenizer_config.json", "is missing")
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # tokenizers raises no narrower one
         raise BadFile("source", directory, f"cannot be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        raise BadFile("source", directory / "tokenizer_config.json", "names no pad_token")
+    return tokenizer
 
 
 def load_transformer(config: ModelConfig, backend: Backend) -> Transformer:
@@ -56,7 +63,7 @@ def load_transformer(config: ModelConfig, backend: Backend) -> Transformer:
     kind = get_family(config.family).transformer
     module = backend.place(load_part(kind.kind, config.source, "transformer", dtype=dtype_on(config, backend)))
     check_loaded(module, config.source, "transformer")
-    return kind(module)
+    return wrap(kind, module, config.source, "transformer")
 
 
 def load_adapters(config: ModelConfig, transformer: nn.Module) -> dict[str, dict[str, Lora]]:
@@ -75,7 +82,7 @@ def load_adapters(config: ModelConfig, transformer: nn.Module) -> dict[str, dict
 
 def load_scheduler(config: ModelConfig) -> FlowMatchEulerDiscreteScheduler:
     """Load the base model's scheduler; raises ConfigError for one whose steps are others than `stages.sigmas` takes."""
-    content = FlowMatchEulerDiscreteScheduler.load_config(config.source, subfolder="scheduler")
+    content = read_json(config.source, "scheduler/scheduler_config.json")
     validate(Path(config.source) / "scheduler" / "scheduler_config.json", SchedulerConfig, content)
     return FlowMatchEulerDiscreteScheduler.from_config(content)
 
@@ -85,4 +92,12 @@ def load_autoencoder(config: ModelConfig, backend: Backend) -> Autoencoder:
     kind = get_family(config.family).autoencoder
     module = backend.place(load_part(kind.kind, config.source, "vae", dtype=dtype_on(config, backend)))
     check_loaded(module, config.source, "vae")
-    return kind(module)
+    return wrap(kind, module, config.source, "vae")
+
+
+def wrap(kind: Callable[[Any], T], module: Any, source: str, part: str) -> T:
+    """Make a family's part of a loaded module; raises BadFile, which names the part's config."""
+    try:
+        return kind(module)
+    except (ValueError, TypeError) as error:
+        raise BadFile("source", find_part(source, part) / "config.json", str(error)) from error

@@ -19,11 +19,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import nn
 
 from stages.sources import BadFile
@@ -46,6 +46,33 @@ _OTHER_KINDS = {
 }
 # Of peft's `init_lora_weights`, those that leave the base model's weights as they were.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+class _PeftConfig(BaseModel):
+    """What peft's config of a LoRA says that this engine looks at; as peft has them."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    lora_alpha: float | None = None
+    alpha_pattern: dict[str, float] = {}
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+
+    @field_validator("alpha_pattern", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: object) -> object:
+        return {} if value is None else value
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _readable(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return value
 
 
 @dataclass(frozen=True)
@@ -94,7 +121,7 @@ def read_lora(key: str, file: Path, layers: Mapping[str, nn.Linear]) -> dict[str
     if not found:
         raise BadFile(key, file, "is empty")
     with_magnitude = {layer for layer, parts in found.items() if "magnitude" in parts}
-    if (with_magnitude or config.get("use_dora")) and (without := found.keys() - with_magnitude):
+    if (with_magnitude or config.use_dora) and (without := found.keys() - with_magnitude):
         raise BadFile(key, file, f"is DoRA, but lacks the magnitude of {list_keys(without)}")
     return {layer: _assemble(key, file, layer, parts, layers[layer], config) for layer, parts in found.items()}
 
@@ -126,13 +153,13 @@ def _parse(key: str, file: Path, name: str, names: Mapping[str, str]) -> tuple[s
 
 
 def _assemble(
-    key: str, file: Path, layer: str, parts: Mapping[str, torch.Tensor], linear: nn.Linear, config: Mapping[str, Any]
+    key: str, file: Path, layer: str, parts: Mapping[str, torch.Tensor], linear: nn.Linear, config: _PeftConfig
 ) -> Lora:
     for part in ("down", "up"):
         if part not in parts:
             raise BadFile(key, file, f"is half a LoRA: it lacks {part} ({'AB'[part == 'up']}) of {layer!r}")
     down, up, magnitude = parts["down"], parts["up"], parts.get("magnitude")
-    rank = len(down)
+    rank = down.shape[0] if down.ndim else 0
     outputs, inputs = linear.weight.shape
     if rank < 1 or down.shape != (rank, inputs) or up.shape != (outputs, rank):
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
@@ -143,36 +170,50 @@ def _assemble(
             raise BadFile(key, file, f"is DoRA with other than one magnitude for each output of {layer!r}: {shape}")
         magnitude = magnitude.flatten()
     scale = _alpha(key, file, layer, parts, rank, config) / rank
-    if "alpha" not in parts and config.get("use_rslora"):
+    if "alpha" not in parts and config.use_rslora:
         scale *= math.sqrt(rank)
-    return Lora(down, scale * up, magnitude)
+    up = scale * up
+    if not torch.isfinite(up).all():
+        raise BadFile(key, file, f"is not finite at {layer!r} once it is scaled by {scale:g}, its alpha over its rank")
+    return Lora(down, up, magnitude)
 
 
 def _alpha(
-    key: str, file: Path, layer: str, parts: Mapping[str, torch.Tensor], rank: int, config: Mapping[str, Any]
+    key: str, file: Path, layer: str, parts: Mapping[str, torch.Tensor], rank: int, config: _PeftConfig
 ) -> float:
     if "alpha" in parts:
         if parts["alpha"].numel() != 1:
             raise BadFile(key, file, f"has an alpha of {layer!r} that is no single number")
         return parts["alpha"].item()
-    patterns = config.get("alpha_pattern") or {}
-    return float(patterns.get(get_pattern_key(patterns, layer), config.get("lora_alpha", rank)))
+    patterns = config.alpha_pattern
+    default = rank if config.lora_alpha is None else config.lora_alpha
+    return float(patterns.get(get_pattern_key(patterns, layer), default))
 
 
-def _read_config(key: str, file: Path) -> dict[str, Any]:
-    """peft's, from where diffusers or peft write it, or nothing; raises BadFile if it asks for more than LoRA."""
+def _read_config(key: str, file: Path) -> _PeftConfig:
+    """Read peft's config from where diffusers or peft write it; raises BadFile if it asks for more than LoRA."""
     written = read_header(key, file).get("lora_adapter_metadata")
     beside = file.with_name("adapter_config.json")
-    if written is not None:
-        config = {name.removeprefix("transformer."): value for name, value in json.loads(written).items()}
-    elif beside.is_file():
-        config = json.loads(beside.read_text())
-    else:
-        return {}
+    where = file if written is not None else beside
+    try:
+        if written is not None:
+            content = {name.removeprefix("transformer."): value for name, value in json.loads(written).items()}
+        elif beside.is_file():
+            content = json.loads(beside.read_text(encoding="utf-8"))
+        else:
+            return _PeftConfig()
+        config = _PeftConfig.model_validate(content)
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        field = ".".join(map(str, first["loc"]))
+        raise BadFile(key, where, f"has a config whose {field or 'content'} is wrong: {first['msg']}") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadFile(key, where, f"has a config that is no JSON object: {error}") from error
     variants = {field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")}
     for name in sorted(variants - {"use_dora"}):
-        if config.get(name):
+        if (config.model_extra or {}).get(name):
             raise BadFile(key, file, f"is a LoRA with {name}, which is not served")
-    if (init := config.get("init_lora_weights", True)) not in _PLAIN_INITS:
+    if config.init_lora_weights not in _PLAIN_INITS:
+        init = config.init_lora_weights
         raise BadFile(key, file, f"belongs to a base model that peft changed by {init}; convert it to a plain LoRA")
     return config

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -24,7 +25,7 @@ def weights_of(directory: Path) -> list[Path]:
         raise BadFile("source", directory / "config.json", "is missing")
     indices = sorted(directory.glob("*.safetensors.index.json"))
     if indices:
-        names = dict.fromkeys(json.loads(indices[0].read_text())["weight_map"].values())
+        names = dict.fromkeys(_read_index(indices[0]).values())
         files = [directory / name for name in names]
     else:
         files = sorted(directory.glob("*.safetensors"))
@@ -32,9 +33,17 @@ def weights_of(directory: Path) -> list[Path]:
         raise BadFile("source", directory, "holds no .safetensors file")
     for file in files:
         if not file.is_file():
-            raise BadFile("source", file, f"is missing, which {indices[0].name} names")
+            raise BadFile("source", file, f"is missing, which {indices[0].name} names" if indices else "is no file")
         read_header("source", file)
     return files
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """Files of weights by the names of the weights; raises BadFile."""
+    try:
+        return TypeAdapter(dict[str, str]).validate_python(json.loads(file.read_text())["weight_map"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadFile("source", file, "is no index of weights: weight_map must name a file for each") from error
 
 
 def read_header(key: str, file: Path) -> dict[str, str]:
@@ -88,8 +97,9 @@ def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
         module, info = kind.from_pretrained(
             directory, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise BadFile("source", directory, f"cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of whatever kind: libraries take their configs as they come
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadFile("source", directory, f"cannot be loaded: {reason[0]}") from error
     where = files[0] if len(files) == 1 else directory
     wrong = {
         "lacks": info["missing_keys"],

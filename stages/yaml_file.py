@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +11,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
+
+_KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 class ConfigError(ValueError):
@@ -23,7 +26,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEYS:
                 raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
@@ -44,8 +47,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         mark = error.problem_mark
         where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
         raise ConfigError(f"{where}: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML in UTF-8: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date that there is not, say
+        raise ConfigError(f"{path}: is not YAML in UTF-8 that can be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be keys with values, not {type(content).__name__}")
     return content
@@ -61,10 +64,24 @@ def validate(path: Path | str, kind: type[T], content: object, *, strict: bool =
         ConfigError: names each key that is wrong.
     """
     try:
+        text = json.dumps(content, default=str)
+    except (ValueError, RecursionError) as error:  # it holds itself, or a number of thousands of digits
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
         # As JSON, in which pydantic's strict mode takes lists for tuples and words for paths, but not true for 1.
-        return TypeAdapter(kind).validate_json(json.dumps(content, default=str), strict=strict)
+        return TypeAdapter(kind).validate_json(text, strict=strict)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"{path}: {_sentence(each)}" for each in error.errors())) from error
+        raise ConfigError("; ".join(f"{path}: {_sentence(each)}" for each in _told(error.errors()))) from error
+
+
+def _told(errors: Sequence[Any]) -> list[Any]:
+    """Errors without those of a list that is too short because its entries are wrong."""
+    return [
+        error
+        for error in errors
+        if error["type"] != "too_short"
+        or not any(other["loc"][: len(error["loc"])] == error["loc"] for other in errors if other is not error)
+    ]
 
 
 def _sentence(error: Any) -> str:

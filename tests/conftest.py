@@ -139,9 +139,7 @@ def lightning_scheduler() -> FlowMatchEulerDiscreteScheduler:
 @pytest.fixture(scope="session")
 def diffusers_distilled(config: ModelConfig, lightning_scheduler: FlowMatchEulerDiscreteScheduler) -> QwenImagePipeline:
     """What a user of diffusers runs for the distilled model."""
-    reference = QwenImagePipeline.from_pretrained(
-        config.source, scheduler=lightning_scheduler, dtype=torch.float32
-    )
+    reference = QwenImagePipeline.from_pretrained(config.source, scheduler=lightning_scheduler, dtype=torch.float32)
     reference.load_lora_weights(config.adapters["distilled"].source, adapter_name="distilled")
     reference.set_progress_bar_config(disable=True)
     return reference

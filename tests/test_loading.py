@@ -232,7 +232,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         ("name: 'small model'", "name: String should match pattern"),
         ("name: 7", "name: Input should be a valid string"),
         ("vocabulary: []", "vocabulary: "),
-        ("vocabulary: [Red]", "vocabulary.0: String should match pattern"),
+        ("vocabulary: [Red]", "vocabulary.0: must be in lower case"),
         ("vocabulary: [on]", "vocabulary.0: Input should be a valid string"),
         ("plans: {a b: []}", "plans.a b: String should match pattern"),
         ("plans: [base]", "plans: Input should be an object"),
@@ -276,7 +276,7 @@ def test_plans_stand_in_the_config_or_in_a_file_beside_it(write: Callable[..., P
     (tmp_path / "plans.yaml").write_text(stages.replace("steps: 4", "steps: 0"))
     with pytest.raises(ConfigError, match=r"plans\.yaml: short\.stages\.0\.steps: Input should be"):
         ModelConfig.read(write("plans: plans.yaml"))
-    with pytest.raises(FileNotFoundError, match=r"other\.yaml"):
+    with pytest.raises(ConfigError, match=r"model\.yaml: plans: there is no file .*other\.yaml"):
         ModelConfig.read(write("plans: other.yaml"))
 
 
@@ -291,3 +291,40 @@ def test_a_plan_that_skips_blocks_which_are_not_there_is_named(write: Callable[.
 def test_a_missing_config_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ModelConfig.read(tmp_path / "model.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2020-01-01: x", "name: 2020-99-99", "name: &a [*a]", f"max_prompt_tokens: {'9' * 5000}", "1: x", "? [a]\n: x"],
+    ids=["date as a key", "no such date", "holds itself", "a long number", "number as a key", "list as a key"],
+)
+def test_yaml_that_cannot_be_read_is_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"model\.yaml") as refused:
+        ModelConfig.read(tmp_path / "model.yaml")
+    assert len(str(refused.value)) < 4000
+
+
+def test_one_mistake_is_one_complaint(write: Callable[..., Path]) -> None:
+    for line, complaint in (
+        ("adapters: {distilled: {sourze: x}}", "adapters.distilled"),
+        ("sizes: [100x100]", "sizes: 100x100: width and height must be multiples of 16"),
+        ("plans: {a: [{name: base, sigma_start: 1, sigma_end: 0, steps: 0}]}", "plans.a.stages.0.steps"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            ModelConfig.read(write(line))
+        complaints = [part for part in str(refused.value).split("; ") if "source" not in part]
+        assert len(complaints) <= 1, complaints
+        assert complaint in str(refused.value)
+
+
+def test_names_of_a_model_are_distinct(write: Callable[..., Path]) -> None:
+    for aliases in ("[a, a]", "[tiny]"):
+        with pytest.raises(ConfigError, match=r"aliases: .* is there twice"):
+            ModelConfig.read(write("name: tiny", f"aliases: {aliases}"))
+
+
+def test_a_vocabulary_may_have_words_with_apostrophes(write: Callable[..., Path]) -> None:
+    assert ModelConfig.read(write("vocabulary: [don't, \u00e9toile]")).vocabulary == {"don't", "\u00e9toile"}
+    with pytest.raises(ConfigError, match="must be in lower case"):
+        ModelConfig.read(write("vocabulary: [\u00c9toile]"))

@@ -344,6 +344,9 @@ def test_what_is_no_complete_lora_is_refused_in_a_sentence(
         ({"use_dora": True}, "is DoRA, but lacks the magnitude of"),
         ({"init_lora_weights": "pissa"}, "belongs to a base model that peft changed by pissa"),
         ({"alora_invocation_tokens": [1]}, "is a LoRA with alora_invocation_tokens"),
+        ({"lora_alpha": "x"}, "has a config whose lora_alpha is wrong"),
+        ({"alpha_pattern": ["x"]}, "has a config whose alpha_pattern is wrong"),
+        ({"alpha_pattern": {"(": 1.0}}, "is no regular expression"),
     ],
 )
 def test_pefts_config_beside_a_file_is_heeded(
@@ -376,3 +379,31 @@ def test_the_file_of_an_adapter_is_the_one_that_is_meant(tmp_path: Path) -> None
     assert find_adapter("key", str(tmp_path), "b.safetensors") == tmp_path / "b.safetensors"
     with pytest.raises(BadFile, match=r"c\.safetensors is missing"):
         find_adapter("key", str(tmp_path), "c.safetensors")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\ufffe"])
+def test_a_config_beside_a_file_that_is_no_object_is_refused(
+    tiny: QwenImageTransformer2DModel, tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(SOUND, path)
+    path.with_name("adapter_config.json").write_text(text)
+    with pytest.raises(BadFile, match=r"adapter_config\.json has a config"):
+        read_lora("key", path, linear_layers(tiny))
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "Infinity", "1e300"])
+def test_an_alpha_that_makes_a_lora_infinite_is_refused(
+    tiny: QwenImageTransformer2DModel, tmp_path: Path, alpha: str
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file(SOUND, path, metadata={"lora_adapter_metadata": f'{{"transformer.lora_alpha": {alpha}}}'})
+    with pytest.raises(BadFile, match=r"lora_alpha is wrong|is not finite at"):
+        read_lora("key", path, linear_layers(tiny))
+
+
+def test_factors_without_dimensions_are_refused(tiny: QwenImageTransformer2DModel, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file({key: torch.tensor(1.0) for key in SOUND}, path)
+    with pytest.raises(BadFile, match="does not fit"):
+        read_lora("key", path, linear_layers(tiny))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
+import socket
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -198,6 +199,28 @@ def test_the_api_is_described(url: str) -> None:
     content = document["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
     assert {"prompt", "negative_prompt", "quality"} <= set(content["schema"]["properties"])
     assert "Plan" in document["components"]["schemas"]
+
+
+def test_headers_that_cannot_be_read_are_a_400(url: str) -> None:
+    answer = httpx.get(f"{url}/v1/models", headers={"X-Request-ID": b"\xe9\xff"}, timeout=10)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "headers must be in UTF-8")
+
+
+def test_a_path_with_a_slash_more_is_unknown(url: str) -> None:
+    answer = httpx.get(f"{url}/v1/plans/", timeout=10)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_server(server: Running, url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\nContent-Type: application/json"
+    for _ in range(3):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head + b'\r\n\r\n{"prompt"')
+            time.sleep(0.2)
+    assert httpx.get(f"{url}/v1/models", timeout=10).status_code == 200
+    assert not log_lines(server, "Ingress", "ClientDisconnect")
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_the_description_is_a_page_that_needs_no_other_server(url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ import pytest
 import yaml
 
 from bench.servers import ROOT, Running, servers, started
-from deployments.check import StartError, check
+from deployments.check import StartError, check, resources
 from deployments.http.readiness import Deployments, Readiness
 
 MODEL = ROOT / "configs" / "scenes.yaml"
@@ -80,7 +81,72 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
     assert "Basis is not in args.placement" in refusal(lambda config, app: app["deployments"][2].update(name="Basis"))
     assert "Ingress of args.placement is missing" in refusal(lambda config, app: app["deployments"].pop(0))
     assert "import_path" in refusal(lambda config, app: app.update(import_path="app:build"))
-    assert "nothing.yaml: No such file" in refusal(lambda config, app: app["args"].update(model="configs/nothing.yaml"))
+    assert "args.model: configs/nothing.yaml: No such file" in refusal(
+        lambda config, app: app["args"].update(model="configs/nothing.yaml")
+    )
+    assert "args.request_timeout_s: must be below http_options.request_timeout_s, 130, not 500" in refusal(
+        lambda config, app: app["args"].update(request_timeout_s=500)
+    )
+    for prefix in ("foo", None, "/{x}"):
+        assert "route_prefix: must begin with /" in refusal(lambda config, app, to=prefix: app.update(route_prefix=to))
+    for key, value, complaint in (
+        ("port", 70000, "must be 1 to 65535, not 70000"),
+        ("port", 0, "must be 1 to 65535, not 0"),
+        ("host", "", "must be an address or a name"),
+        ("host", "\u00e9" * 70, "cannot be had"),
+    ):
+        assert complaint in refusal(lambda config, app, key=key, to=value: config["http_options"].update({key: to}))
+    assert "proxy_location" in refusal(lambda config, app: config.update(proxy_location="Disabled"))
+    assert "Base.autoscaling_config.foo: Ray" in refusal(
+        lambda config, app: app["deployments"][2]["autoscaling_config"].update(foo=3)
+    )
+    assert "autoscaling_config" in refusal(
+        lambda config, app: app["deployments"][2]["autoscaling_config"].update(min_replicas=3)
+    )
+    assert "Base.ray_actor_options.resources.x: must be a number, not 'y'" in refusal(
+        lambda config, app: app["deployments"][2]["ray_actor_options"].update(resources={"x": "y"})
+    )
+    assert "Bridge is there twice" in refusal(lambda config, app: app["deployments"].append(app["deployments"][3]))
+
+
+def test_replicas_that_serve_counts_itself_are_accepted(tmp_path: Path) -> None:
+    config = shipped()
+    config["applications"][0]["deployments"][1]["num_replicas"] = "auto"
+    (application,) = check(written(tmp_path, config)).applications
+    assert resources(application.deployments[1])["CPU"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "complaint"),
+    [
+        ("scheduler/scheduler_config.json", None, r"scheduler_config\.json cannot be read"),
+        ("scheduler/scheduler_config.json", "{", r"scheduler_config\.json is not JSON"),
+        ("vae/config.json", {"latents_mean": [0.0]}, r"vae/config\.json latents_mean must be z_dim, 16, numbers"),
+        ("vae/config.json", {"latents_std": [0.0] * 16}, "latents_std must be z_dim, 16, numbers above 0"),
+        (
+            "transformer/config.json",
+            {"axes_dims_rope": [8, 8, 8]},
+            "must add up to attention_head_dim, 48",
+        ),
+        ("transformer/config.json", {"use_layer3d_rope": True}, "use_layer3d_rope must be false"),
+        ("text_encoder/config.json", {"text_config": {"hidden_act": "foo"}}, "text_encoder cannot be loaded"),
+        ("tokenizer/tokenizer_config.json", "{}", "names no pad_token|cannot be loaded"),
+    ],
+)
+def test_configs_of_parts_are_refused_by_file(
+    tmp_path: Path, model: Path, file: str, change: str | dict[str, Any] | None, complaint: str
+) -> None:
+    path = tmp_path / "checkpoints" / "scenes" / file
+    if change is None:
+        path.unlink()
+    elif isinstance(change, str):
+        path.write_text(change)
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    config = shipped()
+    config["applications"][0]["args"]["model"] = str(model)
+    with pytest.raises(StartError, match=rf"^{model}: source: .*({complaint})"):
+        check(written(tmp_path, config))
 
 
 def test_taken_port_is_refused(tmp_path: Path) -> None:

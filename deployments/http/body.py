@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from deployments.http.errors import APIError
 
@@ -14,7 +14,7 @@ async def read_json(request: Request, limit: int) -> bytes:
         limit: most bytes, also of a body that does not announce its length.
 
     Raises:
-        APIError: the body is of another type (415) or longer (413).
+        APIError: the body is of another type (415), longer (413), or not all of it came (400).
     """
     content_type = request.headers.get("content-type")
     media_type = (content_type or "").partition(";")[0].strip().lower()
@@ -23,8 +23,11 @@ async def read_json(request: Request, limit: int) -> bytes:
             415, "unsupported_content_type", f"Content-Type must be application/json, not {content_type or 'missing'}"
         )
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise APIError(413, "body_too_large", f"the body must be at most {limit} bytes")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise APIError(413, "body_too_large", f"the body must be at most {limit} bytes")
+    except ClientDisconnect as error:
+        raise APIError(400, "client_disconnected", "the body ended before its length") from error
     return bytes(body)

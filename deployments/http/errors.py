@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from deployments.messages import RefusalReply
@@ -21,6 +21,7 @@ _CODES = {
     "extra_forbidden": "unknown_parameter",
     "json_invalid": "invalid_json",
 }
+REPLICA_DIED = "the replica that had the request died; try again"
 _LONGEST = 1000  # characters of a message or a parameter, which may repeat what the client wrote
 
 
@@ -79,6 +80,9 @@ class APIError(Exception):
             return error
         if isinstance(error, BackPressureError):
             return cls(503, "overloaded", "all queues are full; try again later", headers={"Retry-After": "1"})
+        if isinstance(error, ActorDiedError | ActorUnavailableError):
+            logger.warning(f"a replica died: {str(error).splitlines()[0]}")
+            return cls(503, "replica_died", REPLICA_DIED, headers={"Retry-After": "1"})
         if isinstance(error, TimeoutError):
             return cls(504, "deadline_exceeded", "not done in the time that a request may take")
         logger.error("request failed", exc_info=error)

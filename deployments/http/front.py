@@ -8,16 +8,20 @@ puts what `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.http.front:midd
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.http.errors import error_body
+from deployments.http.errors import REPLICA_DIED, error_body
 from deployments.http.readiness import Watch
 
 _RETRY = {"Retry-After": "1"}
+
+START = b"x-request-start"  # header that says when the proxy had the request, in seconds since the epoch
 
 
 def middlewares() -> list[Middleware]:
@@ -52,6 +56,8 @@ class Front:
             await refusal(scope, receive, send)
         else:
             self._in_flight += 1
+            if self._refuses:
+                scope = {**scope, "headers": [*_without(scope["headers"], START), (START, repr(time.time()).encode())]}
             try:
                 await self._forward(scope, receive, send)
             finally:
@@ -87,13 +93,23 @@ class Front:
                 done = message["type"] == "http.response.body" and not message.get("more_body", False)
                 await send(message)
 
-        await self._app(scope, receive, shaped)
+        try:
+            await self._app(scope, receive, shaped)
+        except UnicodeDecodeError:  # of Serve's, which reads some
+            if start is None:
+                await _error(400, "invalid_value", "headers must be in UTF-8")(scope, receive, send)
+                return
+            raise
         if start is None:
-            await _error(503, "replica_died", "the replica that had the request died; try again")(scope, receive, send)
+            await _error(503, "replica_died", REPLICA_DIED)(scope, receive, send)
         elif not done and Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream"):
-            body = error_body(503, "replica_died", "the replica that had the request died; try again")
+            body = error_body(503, "replica_died", REPLICA_DIED)
             event = f"event: error\ndata: {json.dumps(body)}\n\n".encode()
             await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+def _without(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[tuple[bytes, bytes]]:
+    return [header for header in headers if header[0].lower() != name]
 
 
 def _is_json(start: Message) -> bool:

@@ -20,8 +20,8 @@ from deployments import console
 from deployments.http.answers import images_response, stream_event
 from deployments.http.body import read_json
 from deployments.http.errors import APIError
-from deployments.http.front import Front
-from deployments.http.resolve import Job, Offer, resolve
+from deployments.http.front import START, Front
+from deployments.http.resolve import Job, Offer, resolve, unknown_model
 from deployments.http.schemas import ImagesRequest
 from deployments.messages import Route
 from deployments.pools import Pools
@@ -33,7 +33,10 @@ logger = logging.getLogger("ray.serve")
 
 # With the description's page and its script from this server: users' networks may lead nowhere else.
 app = FastAPIOffline(
-    redoc_url=None, title="Images", description="Text-to-image generation through base, bridge and distilled stages."
+    redoc_url=None,
+    redirect_slashes=False,
+    title="Images",
+    description="Text-to-image generation through base, bridge and distilled stages.",
 )
 describe_routes = app.openapi
 
@@ -89,6 +92,7 @@ class Ingress:
             "object": "model",
             "created": int(settings.model.stat().st_mtime),
             "owned_by": "local",
+            "aliases": model.aliases,
             "sizes": model.sizes,
         }
         # In this process: a deployment of its own would be one more call, and what it does is to wait.
@@ -97,9 +101,16 @@ class Ingress:
     @app.post("/v1/images/generations")
     async def generate(self, request: Request) -> Response:
         """Generate `n` images of a prompt."""
-        job = resolve(ImagesRequest.read(await read_json(request, self._settings.max_body_bytes)), self._offer)
+        # The time that the request waited for this replica counts.
+        start = float(request.headers.get(START.decode(), time.time()))
+        try:
+            async with asyncio.timeout(start + self._settings.request_timeout_s - time.time()):
+                body = await read_json(request, self._settings.max_body_bytes)
+        except TimeoutError as error:
+            raise APIError.from_failure(error) from error
+        job = resolve(ImagesRequest.read(body), self._offer)
         logger.info(f"{job.n} of {job.size} by plan {job.preset or 'inline'}, seed {job.seed}, user {job.user!r}")
-        routes = job.routes(request.headers["x-request-id"], time.time() + job.timeout_s)
+        routes = job.routes(request.headers["x-request-id"], start + job.timeout_s)
         if job.stream:
             return StreamingResponse(self._stream(job, routes[0]), media_type="text/event-stream")
         try:
@@ -118,7 +129,7 @@ class Ingress:
     async def model(self, name: str) -> dict[str, Any]:
         """One model of the list."""
         if name not in (self._described["id"], *self._offer.model.aliases):
-            raise APIError(404, "model_not_found", f"model must be {self._described['id']!r}, not {name!r}", "model")
+            raise unknown_model(name, self._offer)
         return self._described
 
     @app.get("/v1/plans")

@@ -13,7 +13,9 @@ from typing import TypeVar
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.serve.exceptions import RayServeException
 
 T = TypeVar("T")
 
@@ -24,6 +26,7 @@ _DEADLINE_S = 2.0  # after which a cluster that does not answer makes the server
 _AT_REST = {"HEALTHY", "UPSCALING", "DOWNSCALING"}  # in which a deployment may have been scaled to no replicas
 _KV = b"images"
 _DRAINING = b"draining"
+_UNANSWERED = (TimeoutError, RayError, RayServeException)
 _REPLICA = "SERVE_REPLICA::"  # the names of Serve's actors begin with these
 _PROXY = "SERVE_PROXY_ACTOR-"
 
@@ -115,8 +118,9 @@ class Watch:
             return await asyncio.get_running_loop().run_in_executor(self._calls, function)
 
     async def _follow_actors(self) -> None:
+        told = False  # that this watch is here
         while True:
-            with suppress(TimeoutError, ray.exceptions.RayError):  # `readiness` tells how old the last answer is
+            with suppress(*_UNANSWERED):  # `readiness` tells how old the last answer is
                 alive, draining = await self._call(lambda: (_replicas(), _internal_kv_get(_DRAINING, namespace=_KV)))
                 self._seen = time.monotonic()
                 if alive != self._alive:
@@ -125,15 +129,17 @@ class Watch:
                 self.was_ready |= self.readiness.reason is None
                 if draining:
                     self.draining = True  # from here on nothing is taken, so that the count only falls
-                    count = str(self._in_flight()).encode()
-                    await self._call(partial(_internal_kv_put, self._name, count, namespace=_KV))
+                if draining or not told:
+                    says = str(self._in_flight()).encode() if draining else b"here"
+                    await self._call(partial(_internal_kv_put, self._name, says, namespace=_KV))
+                    told = True
             await asyncio.sleep(_LOOK_PERIOD_S)
 
     async def _follow_status(self) -> None:
         while True:
             self._changed.clear()
             started = self._alive
-            with suppress(TimeoutError, ray.exceptions.RayError):
+            with suppress(*_UNANSWERED):
                 self._deployments = await self._call(partial(_ask_controller, started))
             period = _STATUS_PERIOD_S if self.readiness.reason is None else _STATUS_PERIOD_UNREADY_S
             with suppress(TimeoutError):
@@ -159,8 +165,12 @@ def _ask_controller(started: frozenset[str]) -> Deployments:
 
 def begin() -> None:
     """Forget an earlier `drain` of this cluster."""
-    for name in (_DRAINING, *_proxies()):
-        _internal_kv_del(name, namespace=_KV)
+    _internal_kv_del(_DRAINING, namespace=_KV)
+
+
+def followed() -> bool:
+    """Whether every proxy has a watch, which only the environment of its node gives it."""
+    return all(_internal_kv_get(name, namespace=_KV) is not None for name in _proxies())
 
 
 def drain(timeout_s: float, cut_short: Callable[[], bool]) -> bool:

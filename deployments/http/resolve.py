@@ -96,10 +96,8 @@ def resolve(body: ImagesRequest, offer: Offer) -> Job:
     Raises:
         APIError: names the field and what it may be.
     """
-    names = (offer.model.name, *offer.model.aliases)
-    if body.model not in (None, *names):
-        known = " or ".join(map(repr, names))
-        raise APIError(404, "model_not_found", f"model must be {known}, not {body.model!r}", "model")
+    if body.model is not None and body.model not in (offer.model.name, *offer.model.aliases):
+        raise unknown_model(body.model, offer)
     if body.n > offer.max_images:
         raise _invalid("n", f"must be 1 to {offer.max_images}, not {body.n}")
     if body.stream and body.n > 1:
@@ -132,6 +130,12 @@ def resolve(body: ImagesRequest, offer: Offer) -> Job:
         timeout_s=timeout_s,
         warnings=prompt_warnings(body.prompt, body.negative_prompt, offer.model.vocabulary),
     )
+
+
+def unknown_model(name: str, offer: Offer) -> APIError:
+    """The answer to a request for a model that is not served."""
+    known = " or ".join(map(repr, (offer.model.name, *offer.model.aliases)))
+    return APIError(404, "model_not_found", f"model must be {known}, not {name!r}", "model")
 
 
 def _plan(body: ImagesRequest, offer: Offer) -> tuple[Plan, str | None]:

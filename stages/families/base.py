@@ -88,6 +88,7 @@ class Transformer(ABC):
     kind: ClassVar[Any]
 
     def __init__(self, module: Any) -> None:
+        """Take a module, which may be on the meta device; raises ValueError if its config says what is not walked."""
         self.module = module
 
     @property
@@ -161,6 +162,7 @@ class Autoencoder(ABC):
     kind: ClassVar[Any]
 
     def __init__(self, module: Any) -> None:
+        """Take a module, which may be on the meta device; raises ValueError if its config cannot be right."""
         self.module = module
 
     @abstractmethod

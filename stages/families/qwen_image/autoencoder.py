@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import MethodType
 from typing import Any
 
@@ -21,6 +22,13 @@ class QwenImageAutoencoder(Autoencoder):
 
     def __init__(self, module: Any) -> None:
         super().__init__(convolve_images(module))
+        config = module.config
+        for key, least in (("latents_mean", -math.inf), ("latents_std", 0.0)):
+            values = config[key]
+            numbers = [value for value in values if isinstance(value, int | float) and least < value < math.inf]
+            if len(numbers) != len(values) or len(numbers) != config.z_dim:
+                above = "" if least < 0 else " above 0"
+                raise ValueError(f"{key} must be z_dim, {config.z_dim}, numbers{above}")
 
     def decode(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         weight = next(self.module.parameters())  # diffusers' own `device` and `dtype` visit every module each time

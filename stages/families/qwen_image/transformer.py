@@ -43,6 +43,15 @@ class QwenImageTransformer(Transformer):
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
+        config = module.config
+        if sum(config.axes_dims_rope) != config.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope must add up to attention_head_dim, {config.attention_head_dim}, "
+                f"not {list(config.axes_dims_rope)}"
+            )
+        for flag in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+            if config.get(flag):
+                raise ValueError(f"{flag} must be false: such a variant of Qwen-Image is not served")
         guide_attention(module)
 
     @property
