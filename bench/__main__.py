@@ -8,14 +8,26 @@ from importlib import import_module
 
 from stages.yaml_file import ConfigError
 
-COMMANDS = ("quality", "latency", "serving", "grid", "prune", "ratios")
+# Command -> the package of its module, which has the command's name.
+COMMANDS = {
+    "quality": "bench.quality",
+    "evaluate": "bench.quality",
+    "grid": "bench.quality",
+    "serving": "bench.serving",
+    "trace": "bench.serving",
+    "latency": "bench.model",
+    "prune": "bench.model",
+    "ratios": "bench.model",
+    "cases": "scenes",
+    "embedding": "scenes",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("command", choices=COMMANDS)
     name = parser.parse_args(sys.argv[1:2]).command
-    module = import_module(f"bench.{name}")  # alone: what the others need may not be installed
+    module = import_module(f"{COMMANDS[name]}.{name}")  # alone: what the others need may not be installed
     command = argparse.ArgumentParser(
         prog=f"python -m bench {name}",
         description=module.__doc__,

@@ -1,6 +1,6 @@
 """Captions of the committed cases, as the data set's were when these were drawn.
 
-`training.scenes.caption` has since learned to list values and to leave out articles. Prompts of cases must stay while
+`scenes.captions.caption` has since learned to list values and to leave out articles. Prompts of cases must stay while
 results are compared over time; new cases take the data set's own.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from random import Random
 
-from training.scenes import Scene, SceneObject, name_value, relate, with_article
+from scenes.captions import name_value, relate, with_article
+from scenes.scene import Scene, SceneObject
 
 
 def _describe(thing: SceneObject, rng: Random) -> str:

@@ -1,12 +1,12 @@
 """What the quality bench draws: prompts and seeds, fixed in a file, with what is known of a good answer.
 
-`python -m bench.cases bench/cases` writes the files of the scenes model: a dev split to tune plans on and a test
-split that is only reported. They share no prompt's seed.
+`python -m bench cases scenes/cases` writes the files of the scenes model: a dev split to tune plans on and a test split
+that is only reported. They share no prompt's seed.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections import deque
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,20 +17,14 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from bench.captions import caption
+from scenes.captions import describe_value, name_value, with_article
+from scenes.case_captions import caption
+from scenes.scene import ATTRIBUTES, BACKGROUNDS, COLORS, RELATIONS, SHAPES, sample_scene
 from stages.pipeline import Prompted
 from stages.yaml_file import read_mapping
-from training.scenes import (
-    ATTRIBUTES,
-    BACKGROUNDS,
-    COLORS,
-    RELATIONS,
-    SHAPES,
-    describe_value,
-    name_value,
-    sample_scene,
-    with_article,
-)
+
+_DIRECTORY = Path(__file__).with_suffix("")
+DEV, TEST = _DIRECTORY / "scenes-dev.yaml", _DIRECTORY / "scenes-test.yaml"
 
 Attribute = Literal["shape", "color", "size", "fill", "background"]
 
@@ -177,14 +171,13 @@ def scene_cases(split: int) -> Cases:
     )
 
 
-def main() -> None:
-    directory = Path(sys.argv[1])
-    directory.mkdir(parents=True, exist_ok=True)
-    for split, name in enumerate(("dev", "test")):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, help="directory")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for split, path in enumerate((DEV, TEST)):
         content = scene_cases(split).model_dump(mode="json", exclude_none=True)
         text = yaml.safe_dump(content, sort_keys=False, width=1000, default_flow_style=None)
-        (directory / f"scenes-{name}.yaml").write_text(text)
-
-
-if __name__ == "__main__":
-    main()
+        (arguments.output / path.name).write_text(text)

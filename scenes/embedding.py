@@ -1,9 +1,9 @@
-"""The perceptual embedding of the quality bench: a small network that reads rendered scenes.
+"""A perceptual embedding of scenes, by a small network that was trained to read renders.
 
-`python -m bench.embedding bench/embedding.safetensors` trains it, in some minutes on two cores. Inception, the usual
-choice, was trained on photographs; LPIPS needs torchvision. This one learns, as they did, from a recognition task
-on the very domain: which shapes, colours, fills and sizes are where in the scene, and how blurred it is. Its
-penultimate layer is the embedding.
+`python -m bench embedding scenes/embedding.safetensors` trains it, in some minutes on two cores. Inception, which
+distances between sets of images usually go by, was trained on photographs; LPIPS needs torchvision. This one learns, as
+they did, from a recognition task on the very domain: which shapes, colours, fills and sizes are where in the scene, and
+how blurred it is. Its penultimate layer is the embedding.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from training.scenes import ATTRIBUTES, BACKGROUNDS, Scene, render, sample_scene
-from training.vae import to_pixels
+from scenes.renderer import render
+from scenes.scene import ATTRIBUTES, BACKGROUNDS, Scene, sample_scene
 
 _SIDE = 128
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
@@ -72,7 +72,8 @@ class SceneEmbedding(nn.Module):
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     """RGB images as (batch, 3, 128, 128) in -1..1, resized where need be."""
     sized = [image if image.size == (_SIDE, _SIDE) else image.resize((_SIDE, _SIDE)) for image in images]
-    return to_pixels(sized).squeeze(2)
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in sized]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @cache
@@ -111,14 +112,10 @@ def train(steps: int, batch: int = 32) -> SceneEmbedding:
     return network
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, help="file of weights")
     parser.add_argument("--steps", type=int, default=1500)
-    arguments = parser.parse_args()
-    weights = train(arguments.steps).half().state_dict()
-    save_file(weights, arguments.output)
 
 
-if __name__ == "__main__":
-    main()
+def run(arguments: argparse.Namespace) -> None:
+    save_file(train(arguments.steps).half().state_dict(), arguments.output)

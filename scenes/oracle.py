@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from training.scenes import BACKGROUNDS, COLORS, RELATIONS, RGB, SHAPES, SIZES, Scene, SceneObject, render
+from scenes.renderer import render
+from scenes.scene import BACKGROUNDS, COLORS, RELATIONS, RGB, SHAPES, SIZES, Scene, SceneObject
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]

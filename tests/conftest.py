@@ -16,7 +16,7 @@ from openai import OpenAI
 from torch.nn.modules.module import register_module_forward_hook
 
 from backends import Backend, get_backend
-from bench.servers import Running, servers, started
+from bench.serving.servers import Running, servers, started
 from stages.config import ModelConfig
 from stages.loading import load_scheduler, load_transformer
 from stages.network import Network

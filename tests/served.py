@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from bench.servers import Running
+from bench.serving.servers import Running
 
 
 def deployment_statuses() -> dict[str, str]:

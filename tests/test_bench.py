@@ -22,26 +22,28 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from backends import Backend
-from bench import latency, metrics
 from bench.__main__ import main
-from bench.calibrate import calibrate
-from bench.cases import Cases, scene_cases
-from bench.cost import Cost, take_turns
-from bench.embedding import embed
-from bench.latency import RandomModel, measure
-from bench.load import LoadFigures, Sent, figures
 from bench.methods import read_methods
-from bench.prune import importance, prune, without
-from bench.quality import QualityBench
-from bench.ratios import measure as measure_ratios
-from bench.report import REPORT, Measured, read_rows, write_report, write_rows
-from bench.scorers import clip_scorer
+from bench.model import latency
+from bench.model.latency import RandomModel, measure
+from bench.model.prune import importance, prune, without
+from bench.model.ratios import measure as measure_ratios
+from bench.quality import metrics
+from bench.quality.cost import Cost, take_turns
+from bench.quality.quality import QualityBench
+from bench.quality.report import REPORT, Measured, read_rows, write_report, write_rows
+from bench.quality.scorers import clip_scorer
+from bench.serving.calibrate import calibrate
+from bench.serving.load import LoadFigures, Sent, figures
 from cluster.simulate import circulate, replay
+from scenes.cases import DEV, TEST, Cases, scene_cases
+from scenes.embedding import embed
+from scenes.oracle import read
+from scenes.renderer import render
+from scenes.scene import Scene, sample_scene
 from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, StageSpec
-from training.oracle import read
-from training.scenes import Scene, render, sample_scene
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,9 +154,9 @@ def test_magnitude_ratios_are_those_of_diffusers(
     assert max(ratios) > 1.02
 
 
-@pytest.mark.parametrize(("split", "name"), [(0, "dev"), (1, "test")])
-def test_committed_cases_are_those_of_their_generator(split: int, name: str) -> None:
-    assert Cases.read(ROOT / "bench" / "cases" / f"scenes-{name}.yaml") == scene_cases(split)
+@pytest.mark.parametrize(("split", "path"), [(0, DEV), (1, TEST)])
+def test_committed_cases_are_those_of_their_generator(split: int, path: Path) -> None:
+    assert Cases.read(path) == scene_cases(split)
 
 
 def test_splits_share_no_seed() -> None:
@@ -179,7 +181,7 @@ def test_every_method_is_a_plan_that_the_model_can_run(pipeline: Pipeline) -> No
 @pytest.fixture(scope="module")
 def bench(pipeline: Pipeline) -> QualityBench:
     """A short form of `python -m bench quality`: a few of the dev split's cases."""
-    every = Cases.read(ROOT / "bench" / "cases" / "scenes-dev.yaml")
+    every = Cases.read(DEV)
     cases = every.part(25).model_copy(update={"plain": every.plain[:100]})
     return QualityBench(pipeline, cases, references=300)
 
@@ -250,7 +252,7 @@ def test_renders_are_nearer_to_renders_than_images_of_base_are(bench: QualityBen
 @pytest.mark.slow
 def test_attention_guidance_removes_fills_that_come_without_it(pipeline: Pipeline) -> None:
     """Fills are drawn after the hybrid plan's guided step."""
-    negative = Cases.read(ROOT / "bench" / "cases" / "scenes-dev.yaml").negative
+    negative = Cases.read(DEV).negative
     fills = [case for case in negative if case.attribute == "fill"]
     hybrid = PLANS["hybrid"]
     deaf = Plan(stages=[stage.model_copy(update={"attention_guidance": None}) for stage in hybrid.stages])

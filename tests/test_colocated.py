@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from served import deployment_statuses, metrics, pixels
 
 from backends import Backend
-from bench.servers import Running, servers, started
+from bench.serving.servers import Running, servers, started
 from stages.config import ModelConfig
 from stages.loading import load_transformer
 from stages.network import Network

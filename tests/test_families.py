@@ -17,7 +17,7 @@ from served import pixels
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from backends import Backend
-from bench.servers import servers, started
+from bench.serving.servers import servers, started
 from stages.check import check_files
 from stages.config import ModelConfig
 from stages.families import get_family

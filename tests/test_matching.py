@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import QwenImagePipeline
 
-from training.adapters import Lora, active, add_lora
-from training.loop import load_pipeline
-from training.matching import Matching, Samples
-from training.sampling import conditional, guided
-from training.text import embed_pairs
+from training.lib.adapters import Lora, active, add_lora
+from training.lib.loop import load_pipeline
+from training.lib.matching import Matching, Samples
+from training.lib.sampling import conditional, guided
+from training.lib.text import embed_pairs
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "scenes"
 GRID = (4, 4)

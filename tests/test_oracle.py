@@ -9,8 +9,9 @@ from random import Random
 import pytest
 from PIL import Image, ImageFilter
 
-from training.oracle import ObjectReading, Reading, holds, matches, read
-from training.scenes import BACKGROUNDS, FILLS, RELATIONS, SHAPES, Scene, SceneObject, render, sample_scene
+from scenes.oracle import ObjectReading, Reading, holds, matches, read
+from scenes.renderer import render
+from scenes.scene import BACKGROUNDS, FILLS, RELATIONS, SHAPES, Scene, SceneObject, sample_scene
 
 
 def _samples(seed: int, count: int, width: int = 128, height: int = 128) -> Iterator[tuple[Scene, Image.Image]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench.servers import Running
-from training.oracle import holds, read
+from bench.serving.servers import Running
+from scenes.oracle import holds, read
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -20,8 +20,8 @@ from PIL import Image
 from pydantic import ValidationError
 from served import deployment_statuses, log_lines, metrics, pixels
 
-from bench.servers import Running
-from bench.trace import chrome_trace, most_busy
+from bench.serving.servers import Running
+from bench.serving.trace import chrome_trace, most_busy
 from deployments.settings import Settings
 from stages.pipeline import Pipeline
 

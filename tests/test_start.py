@@ -23,7 +23,7 @@ import psutil
 import pytest
 import yaml
 
-from bench.servers import ROOT, Running, servers, started
+from bench.serving.servers import ROOT, Running, servers, started
 from deployments.check import StartError, check, resources
 from deployments.http.readiness import Deployments, Readiness
 

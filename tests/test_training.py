@@ -24,22 +24,25 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from backends import get_backend
+from scenes.captions import caption
+from scenes.examples import examples
+from scenes.renderer import render
+from scenes.scene import COLORS, FILLS, SHAPES, Scene, SceneObject, sample_scene
 from stages.config import ModelConfig
 from stages.denoise import ImageState, join_negative, step
 from stages.families.qwen_image.autoencoder import convolve_images
 from stages.loading import load_adapters, load_transformer
 from stages.network import Network
 from stages.plan import StageSpec, read_plans
-from training.adapters import active
-from training.data import LABELS, NO_OBJECT, SceneBatches, SceneLatents, SizeShare, in_order, object_labels
-from training.decoder import contrast
-from training.loop import Schedule, load_pipeline, one_cycle, read_config, train
-from training.optimize import StackedMuon
-from training.prompts import Prompts
-from training.sampling import of_stage
-from training.scenes import COLORS, FILLS, SHAPES, Scene, SceneObject, caption, examples, render, sample_scene
-from training.text import embed, embed_pairs
-from training.vae import to_pixels
+from training.lib.adapters import active
+from training.lib.contrast import contrast
+from training.lib.data import LABELS, NO_OBJECT, SceneBatches, SceneLatents, SizeShare, in_order, object_labels
+from training.lib.images import to_pixels
+from training.lib.loop import Schedule, load_pipeline, one_cycle, read_config, train
+from training.lib.optimize import StackedMuon
+from training.lib.prompts import Prompts
+from training.lib.sampling import of_stage
+from training.lib.text import embed, embed_pairs
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "scenes"

@@ -6,9 +6,10 @@ from random import Random
 
 import pytest
 
+from scenes.captions import caption
+from scenes.scene import sample_scene
 from stages.config import ModelConfig
 from stages.vocabulary import prompt_warnings, unknown_words
-from training.scenes import caption, sample_scene
 
 WORDS = {"a", "red", "star", "furry"}
 

@@ -14,12 +14,13 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.training_utils import EMAModel
 
 from stages.plan import StageSpec
-from training.data import LABELS, NO_OBJECT, SceneBatches, SceneLatents, SizeShare, in_order
-from training.loop import begin, load_pipeline, one_cycle, train
-from training.optimize import make_optimizers
-from training.recording import Recorded, hold_gradients
-from training.sampling import evaluate, sample_grid
-from training.text import encode, tokenize
+from training.lib.data import LABELS, NO_OBJECT, SceneBatches, SceneLatents, SizeShare, in_order
+from training.lib.loop import begin, load_pipeline, one_cycle, train
+from training.lib.noise import draw_sigmas
+from training.lib.optimize import make_optimizers
+from training.lib.recording import Recorded, hold_gradients
+from training.lib.sampling import evaluate, sample_grid
+from training.lib.text import encode, tokenize
 
 # Not for Muon: they face outward, or (modulation) cost it more than they gain.
 OUTER_LAYERS = ("embed_tokens", "img_in", "txt_in", "proj_out", "norm_out", "time_text_embed", "_mod.", "head.")
@@ -48,11 +49,6 @@ class ObjectHead(torch.nn.Module):
             for part, truth in zip(logits, labels.long().unbind(-1), strict=True)
         ]
         return torch.stack(losses).sum()
-
-
-def draw_sigmas(count: int, mean: float, deviation: float, generator: torch.Generator) -> torch.Tensor:
-    """Logit-normal noise levels (count,), Stable Diffusion 3 (arXiv 2403.03206, section 3.1)."""
-    return torch.sigmoid(mean + deviation * torch.randn(count, generator=generator, device=generator.device))
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ stage leaves at sigma_a and its target is the point of the fine trajectory at si
 so that the seed's composition, and with it the base model's diversity and guidance, is what is learned. Some of the
 trajectories avoid a negative prompt: a bridge that reads it (`StageSpec.reads_negative`) goes on avoiding it, where
 guidance would take a second evaluation; one that does not learns at least to leave away what base has taken away.
-Then distribution matching (`training.matching`) makes the clean latent that it foresees one that the base model finds
-likely, guided by both prompts, as it does the student's: so that the student goes on from what it knows.
+Then distribution matching (`training.lib.matching`) makes the clean latent that it foresees one that the base model
+finds likely, guided by both prompts, as it does the student's: so that the student goes on from what it knows.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import torch.nn.functional as F
 
 from stages.plan import read_plans
 from stages.sigmas import stage_sigmas
-from training.adapters import active, save_lora
-from training.loop import begin, load_pipeline, train
-from training.matching import Samples, prepare
-from training.recording import Recorded, Tensors
-from training.sampling import conditional, integrate, run_stages, sample_grid
-from training.text import Text, Texts
-from training.trajectories import Trajectories
+from training.lib.adapters import active, save_lora
+from training.lib.loop import begin, load_pipeline, train
+from training.lib.matching import Samples, prepare
+from training.lib.recording import Recorded, Tensors
+from training.lib.sampling import conditional, integrate, run_stages, sample_grid
+from training.lib.teacher import Trajectories
+from training.lib.text import Text, Texts
 
 
 def main() -> None:

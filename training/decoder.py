@@ -16,22 +16,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
 
 from stages.families.qwen_image.autoencoder import convolve_images
-from training.loop import begin, one_cycle, train
-from training.optimize import flatten_kernels, make_optimizers, restore_kernels
-from training.vae import crops, draw_reconstructions
-
-WINDOW = 8  # pixels on a side, in which contrast is compared
-DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))  # pixels down and to the right
-
-
-def contrast(pixels: torch.Tensor) -> torch.Tensor:
-    """Root mean square of the differences between neighbours of `pixels` (B, 3, 1, H, W), by direction and window.
-
-    (B, 12, H / WINDOW, W / WINDOW).
-    """
-    frames = pixels.squeeze(2)
-    steps = torch.cat([frames - frames.roll(direction, (2, 3)) for direction in DIRECTIONS], dim=1)
-    return (F.avg_pool2d(steps**2, WINDOW) + 1e-6).sqrt()  # the root of nothing has no slope
+from training.lib.autoencoding import crops, draw_reconstructions
+from training.lib.contrast import contrast
+from training.lib.loop import begin, one_cycle, train
+from training.lib.optimize import flatten_kernels, make_optimizers, restore_kernels
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 `python -m training.distilled training/scenes.yaml PIPELINE_DIRECTORY TRAJECTORY_DIRECTORY RUN_DIRECTORY`
 
 First the student regresses the teacher's trajectories; then the critic gets to know it, and distribution matching
-(`training.matching`) sharpens it.
+(`training.lib.matching`) sharpens it.
 As in trajectory distribution matching (Luo et al. 2025, arXiv 2503.06674) the student walks its own few steps, so that
 it trains on the latents that it will meet; or, as after the base stage of a hybrid plan, it takes over from the
 teacher's trajectory. Student and critic are two LoRAs on the one set of base weights.
@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from stages.families.qwen_image import EMPTY_PROMPT, PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
-from training.adapters import active, save_lora
-from training.loop import begin, load_pipeline, train
-from training.matching import Samples, prepare
-from training.prompts import Prompts
-from training.recording import Recorded, Tensors
-from training.sampling import evaluate, integrate, sample_grid
-from training.text import Text, embed_pairs
-from training.trajectories import Trajectories
+from training.lib.adapters import active, save_lora
+from training.lib.loop import begin, load_pipeline, train
+from training.lib.matching import Samples, prepare
+from training.lib.prompts import Prompts
+from training.lib.recording import Recorded, Tensors
+from training.lib.sampling import evaluate, integrate, sample_grid
+from training.lib.teacher import Trajectories
+from training.lib.text import Text, embed_pairs
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from training.loop import parse_arguments, read_config
-from training.scenes import examples
+from scenes.examples import examples
+from training.lib.loop import parse_arguments, read_config
 
 _CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

@@ -5,8 +5,8 @@
 From where base leaves an image, the guided base model goes on in many steps; bridge and finish must get there in one
 each. The way is an ordinary differential equation's, so that there is one right answer; but where a network cannot
 foresee each hair, errors of latents are least without any. So the image's contrast by place and direction counts as
-well (`training.decoder`). Attention guidance, if the plan's steps have it, is left out of the training: it works by
-going further than their own answers.
+well (`training.lib.contrast`). Attention guidance, if the plan's steps have it, is left out of the training: it works
+by going further than their own answers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from stages.families.qwen_image.autoencoder import QwenImageAutoencoder
 from stages.plan import read_plans
 from stages.sigmas import stage_sigmas
-from training.adapters import Lora, active, lora_parameters, save_lora
-from training.decoder import contrast
-from training.loop import begin, load_pipeline, one_cycle, train
-from training.prompts import Prompts
-from training.sampling import integrate, of_stage, run_stages, sample_grid
-from training.text import Texts
-from training.trajectories import Teacher, Trajectories, draw_trajectories, grid_of, teacher_sigmas
+from training.lib.adapters import Lora, active, lora_parameters, save_lora
+from training.lib.contrast import contrast
+from training.lib.loop import begin, load_pipeline, one_cycle, train
+from training.lib.prompts import Prompts
+from training.lib.sampling import integrate, of_stage, run_stages, sample_grid
+from training.lib.teacher import Teacher, Trajectories, draw_trajectories, grid_of, teacher_sigmas
+from training.lib.text import Texts
 
 
 def main() -> None:

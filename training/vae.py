@@ -4,64 +4,17 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from random import Random
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from PIL import Image
 
+from scenes.examples import examples
 from stages.families.qwen_image.autoencoder import convolve_images
-from training.loop import begin, one_cycle, train
-from training.optimize import flatten_kernels, make_optimizers, restore_kernels
-from training.scenes import Scene, examples, render, sample_scene
-
-CROP = 64
-
-
-def to_pixels(images: list[Image.Image]) -> torch.Tensor:
-    """RGB images as (B, 3, 1, H, W) float32 in -1..1."""
-    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return (stacked.permute(0, 3, 1, 2).float() / 127.5 - 1).unsqueeze(2)
-
-
-def to_images(pixels: torch.Tensor) -> list[Image.Image]:
-    """(B, 3, 1, H, W) in -1..1 as RGB images."""
-    array = ((pixels.squeeze(2).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(image) for image in array]
-
-
-def grid(images: list[Image.Image], columns: int) -> Image.Image:
-    """Images of one size, row by row, with a gap of 2 pixels."""
-    width, height = images[0].width + 2, images[0].height + 2
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * width, index // columns * height))
-    return sheet
-
-
-@torch.no_grad()
-def draw_reconstructions(vae: AutoencoderKLQwenImage, seed: int, path: Path) -> None:
-    """A sheet of 16 scenes of `seed`, those that `vae` makes of them below, as a PNG file."""
-    truth = [image for image, _ in islice(examples(seed), 16)]
-    decoded = to_images(vae.decode(vae.encode(to_pixels(truth).to(vae.device)).latent_dist.mode()).sample)
-    grid(truth[:8] + decoded[:8] + truth[8:] + decoded[8:], 8).save(path)
-
-
-def _crop(scene: Scene, image: Image.Image, rng: Random) -> Image.Image:
-    """A square of side `CROP` around one of the objects: background alone teaches nothing."""
-    thing = rng.choice(scene.objects)
-    left = min(max(round(thing.x * image.width - rng.uniform(0.2, 0.8) * CROP), 0), image.width - CROP)
-    top = min(max(round(thing.y * image.height - rng.uniform(0.2, 0.8) * CROP), 0), image.height - CROP)
-    return image.crop((left, top, left + CROP, top + CROP))
-
-
-def crops(seed: int, count: int) -> torch.Tensor:
-    """(count, 3, 1, CROP, CROP) of new scenes."""
-    rng = Random(seed)
-    scenes = [sample_scene(rng) for _ in range(count)]
-    return to_pixels([_crop(scene, render(scene, rng), rng) for scene in scenes])
+from training.lib.autoencoding import crops, draw_reconstructions
+from training.lib.images import to_pixels
+from training.lib.loop import begin, one_cycle, train
+from training.lib.optimize import flatten_kernels, make_optimizers, restore_kernels
 
 
 def detail(pixels: torch.Tensor) -> torch.Tensor:

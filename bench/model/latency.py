@@ -21,6 +21,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from backends import Backend, Quantization, get_backend
 from bench.machine import machine_name
 from bench.methods import read_methods
+from bench.models import QWEN_IMAGE
 from bench.results import add_output_argument, output_directory, write_json
 from stages.config import ModelConfig
 from stages.decode import to_images
@@ -30,8 +31,6 @@ from stages.network import Network
 from stages.packet import LatentPacket
 from stages.plan import Plan, TaylorSeerSpec
 from stages.stage import Denoiser
-
-QWEN_IMAGE = Path(__file__).parent.parent / "configs" / "qwen_image.yaml"
 
 
 @dataclass(frozen=True)

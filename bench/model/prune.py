@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from backends import get_backend
-from bench.cases import Cases
+from bench.models import SCENES
+from scenes.cases import DEV, Cases
 from stages.config import ModelConfig
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline, Prompted
@@ -73,20 +74,20 @@ def _rounded(measured: dict[int, float]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    root = Path(__file__).parent
     parser.add_argument("output", type=Path, help="file of methods for `python -m bench quality --methods`")
-    parser.add_argument("--config", type=Path, default=root.parent / "configs" / "scenes.yaml")
-    parser.add_argument("--cases", type=Path, default=root / "cases" / "scenes-dev.yaml")
+    parser.add_argument("--config", type=Path, default=SCENES)
+    parser.add_argument("--cases", type=Path, default=DEV)
     parser.add_argument("--plan", default="hybrid", help="one of the config's")
     parser.add_argument("--stage", type=int, default=0, help="number of the plan's stage, from 0")
     parser.add_argument("--drop", type=int, default=2, help="most blocks to skip")
     parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--backend", default="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
     config = ModelConfig.read(arguments.config)
     plan = config.plan(arguments.plan)
-    pipeline = Pipeline(config, get_backend("cpu"))
+    pipeline = Pipeline(config, get_backend(arguments.backend))
     position = arguments.stage
     if not 0 <= position < len(plan.stages):
         raise SystemExit(f"--stage must be 0 to {len(plan.stages) - 1} for plan {plan.name}, not {position}")

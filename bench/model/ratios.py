@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from backends import get_backend
-from bench.cases import Cases
+from bench.models import SCENES
+from scenes.cases import DEV, Cases
 from stages.caches import Evaluation, StepCache
 from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
@@ -52,16 +53,16 @@ def measure(pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted]) -> lis
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    root = Path(__file__).parent
-    parser.add_argument("--config", type=Path, default=root.parent / "configs" / "scenes.yaml")
-    parser.add_argument("--cases", type=Path, default=root / "cases" / "scenes-dev.yaml")
+    parser.add_argument("--config", type=Path, default=SCENES)
+    parser.add_argument("--cases", type=Path, default=DEV)
     parser.add_argument("--plan", default="base", help="one of the config's")
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--backend", default="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
     config = ModelConfig.read(arguments.config)
     plan = config.plan(arguments.plan)
-    pipeline = Pipeline(config, get_backend("cpu"))
+    pipeline = Pipeline(config, get_backend(arguments.backend))
     ratios = measure(pipeline, plan, Cases.read(arguments.cases).plain[: arguments.prompts])
     print(f"cache: {{kind: magcache, threshold: 0.1, ratios: [{', '.join(f'{ratio:.4f}' for ratio in ratios)}]}}")

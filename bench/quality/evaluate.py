@@ -1,6 +1,4 @@
-"""Grade a scenes model by what its images show.
-
-`python -m training.evaluate configs/scenes.yaml [--plans base distilled hybrid] [--captions 200] [--batch 25]`
+"""Grade a scenes model by what its images show, against a bar for each rate.
 
 Accuracy: captions name a colour and a shape; the oracle says whether the image has them. Removal: captions name a
 shape alone, and the colour that a seed then draws is given to the same seed as its negative prompt ("a red shape", as
@@ -20,10 +18,13 @@ from pathlib import Path
 from random import Random
 
 from backends import get_backend
+from bench.models import SCENES
+from bench.quality.metrics import share
+from scenes.captions import describe_value, with_article
+from scenes.oracle import Reading, largest, matches, read
+from scenes.scene import COLORS, SHAPES
 from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
-from training.oracle import Reading, largest, matches, read
-from training.scenes import COLORS, SHAPES, describe_value, with_article
 
 # plan -> field of its report -> least rate.
 BARS: dict[str, dict[str, float]] = {
@@ -123,25 +124,22 @@ def _has_color(reading: Reading, color: str) -> bool:
     return any(thing.color == color for thing in reading.objects)
 
 
-def share(outcomes: Sequence[bool]) -> float:
-    """Of the outcomes, how many are true; 0 where there are none."""
-    return sum(outcomes) / len(outcomes) if outcomes else 0.0
-
-
 def _row(report: Report) -> str:
     removal = "-" if report.removal is None else f"{report.removal:.3f} of {report.measured}"
     return f"{report.plan:<12}{report.shape:>8.3f}{report.color:>8.3f}{report.both:>8.3f}  {removal}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="of the model, such as configs/scenes.yaml")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, nargs="?", default=SCENES)
     parser.add_argument("--plans", nargs="+", default=list(BARS), metavar="PLAN")
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--batch", type=int, default=25, help="most images at a time")
+    parser.add_argument("--backend", default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports there")
-    arguments = parser.parse_args()
-    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend("cpu"))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend(arguments.backend))
     print(f"{'plan':<12}{'shape':>8}{'color':>8}{'both':>8}  removal")
     reports = []
     for plan in arguments.plans:
@@ -152,7 +150,3 @@ def main() -> None:
         content = {"reports": [asdict(report) for report in reports], "misses": misses}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     sys.exit("\n".join(misses) or None)
-
-
-if __name__ == "__main__":
-    main()

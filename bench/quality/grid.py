@@ -80,11 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--plans", nargs="+", default=["base", "distilled", "hybrid"])
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--backend", default="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
     config = ModelConfig.read(arguments.config)
     plans = {name: config.plan(name) for name in arguments.plans}
-    pipeline = Pipeline(config, get_backend("cpu"))
+    pipeline = Pipeline(config, get_backend(arguments.backend))
     rows = {prompt: [Prompted(prompt, seed) for seed in range(arguments.seeds)] for prompt in PROMPTS}
     draw_grid(pipeline, plans, rows).save(arguments.output)

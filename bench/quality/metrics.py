@@ -14,6 +14,11 @@ from scipy import linalg
 Floats = NDArray[np.float64]
 
 
+def share(outcomes: Sequence[bool]) -> float:
+    """Of the outcomes, how many are true; 0 where there are none."""
+    return sum(outcomes) / len(outcomes) if outcomes else 0.0
+
+
 def frechet_distance(left: Floats, right: Floats) -> float:
     """Between the normal distributions fitted to two sets of embeddings (images, width).
 

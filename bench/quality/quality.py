@@ -1,6 +1,6 @@
 """Base, caches, distilled and hybrid on the same prompts and seeds: diversity, quality, negative prompts and cost.
 
-Every figure's definition is in `bench.metrics`; what is drawn is in a file of cases, and by which plans in
+Every figure's definition is in `bench.quality.metrics`; what is drawn is in a file of cases, and by which plans in
 `bench/methods.yaml`.
 """
 
@@ -18,23 +18,24 @@ import numpy as np
 from PIL import Image
 
 from backends import get_backend
-from bench import metrics
-from bench.cases import Cases, Named, Negated, Open
-from bench.cost import take_turns
-from bench.embedding import embed
-from bench.grid import draw_figures
 from bench.machine import machine_name
 from bench.methods import METHODS, read_methods
-from bench.report import REPORT, Measured, read_rows, summary, write_report, write_rows
+from bench.models import SCENES
+from bench.quality import metrics
+from bench.quality.cost import take_turns
+from bench.quality.grid import draw_figures
+from bench.quality.report import REPORT, Measured, read_rows, summary, write_report, write_rows
+from bench.quality.scorers import Scorer, clip_scorer, hpsv2_scorer, image_reward_scorer
 from bench.results import add_output_argument, output_directory
-from bench.scorers import Scorer, clip_scorer, hpsv2_scorer, image_reward_scorer
 from bench.spread import SpreadPipeline
+from scenes.cases import TEST, Cases, Named, Negated, Open
+from scenes.embedding import embed
+from scenes.oracle import Reading, holds, largest, matches, read
+from scenes.renderer import render
+from scenes.scene import ATTRIBUTES, COLORS, SIZES, Scene, sample_scene
 from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
-from training.evaluate import share
-from training.oracle import Reading, holds, largest, matches, read
-from training.scenes import ATTRIBUTES, COLORS, SIZES, Scene, render, sample_scene
 
 _RENDERS = ("main", "renders")  # group and name of the renders' own row
 _FULL = ("main", "bridge")  # groups that are measured in everything
@@ -124,7 +125,7 @@ class QualityBench:
                 right["relation"].append(holds(reading, case.first, case.relation, case.second))
             else:
                 right["single"].append(matches(reading, *case.first))
-        return {name: share(outcomes) for name, outcomes in right.items()}
+        return {name: metrics.share(outcomes) for name, outcomes in right.items()}
 
     def _diversity(self, plan: Plan) -> dict[str, float]:
         entropies: list[float] = []
@@ -142,8 +143,8 @@ class QualityBench:
         def rates(prompted: Sequence[Prompted]) -> tuple[float, float]:
             pairs = list(zip(cases, self._readings(plan, prompted), strict=True))
             return (
-                share([_shows(reading, case) for case, reading in pairs]),
-                share([any(thing.shape == case.shape for thing in reading.objects) for case, reading in pairs]),
+                metrics.share([_shows(reading, case) for case, reading in pairs]),
+                metrics.share([any(thing.shape == case.shape for thing in reading.objects) for case, reading in pairs]),
             )
 
         named, shape = rates([Prompted(case.prompt, case.seed) for case in cases])
@@ -203,9 +204,8 @@ def _texture(images: Sequence[Image.Image]) -> float | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    root = Path(__file__).parent
-    parser.add_argument("config", type=Path, nargs="?", default=root.parent / "configs" / "scenes.yaml")
-    parser.add_argument("--cases", type=Path, default=root / "cases" / "scenes-test.yaml")
+    parser.add_argument("config", type=Path, nargs="?", default=SCENES)
+    parser.add_argument("--cases", type=Path, default=TEST)
     parser.add_argument("--methods", type=Path, default=METHODS)
     parser.add_argument("--groups", nargs="+", help="of the methods; by default all")
     parser.add_argument("--share", type=int, default=1, help="measure every SHARE-th case only")

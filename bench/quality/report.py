@@ -23,7 +23,7 @@ class Measured:
         group, name: of the method.
         saturation: mean of HSV's.
         frechet, kernel: distances to held-out renders.
-        clip, image_reward, hpsv2: mean scores by the prompts; see `bench.scorers`.
+        clip, image_reward, hpsv2: mean scores by the prompts; see `bench.quality.scorers`.
         single, relation: accuracy on one object and on two with their relation.
         entropy: of the attributes that a prompt leaves open, over the renderer's; mean over prompts and attributes.
         spread: mean distance of two images of one prompt, in the embedding.
@@ -31,7 +31,7 @@ class Measured:
         named, named_negated: how often an attribute appears without and with the negative prompt that names it.
         removal: of what appears without the negative prompt, the part that is gone with it.
         shape, shape_negated: how often the prompt's own shape appears without and with it.
-        nfe, encode, denoise, decode, denoise_batched, speed_up, speed_up_batched: see `bench.cost.Cost`.
+        nfe, encode, denoise, decode, denoise_batched, speed_up, speed_up_batched: see `bench.quality.cost.Cost`.
     """
 
     group: str

@@ -11,7 +11,7 @@ from math import prod
 
 import torch
 
-from bench.load import LoadFigures
+from bench.serving.load import LoadFigures
 from cluster.costs import Device
 from cluster.simulate import Scenario, Stage, circulate
 from stages.image import parse_size

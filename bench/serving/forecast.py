@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.calibrate import calibrate
-from bench.load import Sent, closed_loop, figures, open_loop
+from bench.serving.calibrate import calibrate
+from bench.serving.load import Sent, closed_loop, figures, open_loop
 from cluster.simulate import circulate, poisson_arrivals, replay
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan

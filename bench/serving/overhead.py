@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from bench.calibrate import REPLICA_THREADS, threads
-from bench.load import closed_loop
-from bench.traffic import body
+from bench.serving.calibrate import REPLICA_THREADS, threads
+from bench.serving.load import closed_loop
+from bench.serving.traffic import body
 from stages.image import parse_size
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan

@@ -19,7 +19,7 @@ import httpx
 import psutil
 import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SPREAD, COLOCATED = "three stages, spread", "three stages, co-located"
 MONOLITH, FASTAPI = "monolithic Ray Serve", "diffusers behind FastAPI, base"
 _START_TIMEOUT = 300.0  # seconds
@@ -62,14 +62,14 @@ def servers(model: Path) -> list[Server]:
         "applications": [
             {
                 "name": "monolith",
-                "import_path": "bench.rivals.monolithic_serve:build",
+                "import_path": "bench.serving.rivals.monolithic_serve:build",
                 "args": {"model": str(model), "plan": "hybrid"},
                 # It alone computes: a thread a core, where Ray's default is one.
                 "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(os.cpu_count())}},
             }
         ],
     }
-    uvicorn = (sys.executable, "-m", "uvicorn", "bench.rivals.diffusers_fastapi:app", "--port", "{port}")
+    uvicorn = (sys.executable, "-m", "uvicorn", "bench.serving.rivals.diffusers_fastapi:app", "--port", "{port}")
     ours = (sys.executable, "-m", "deployments", "{config}")
     serve = (str(Path(sys.executable).with_name("serve")), "run", "{config}")
     return [

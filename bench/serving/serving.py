@@ -7,7 +7,7 @@ latency at concurrency 1 over the bare sum of encoding, network evaluations and 
 adapters as the server holds them and as many threads as a replica has; the same sum with a thread a core is reported
 beside it. Requests and bare images take turns, since a shared machine has slow minutes. What does not grow with the
 work weighs most on a small image, so that a large one is measured as well. Last, the simulator (`cluster.simulate`)
-must foresee what the spread stages do (`bench.forecast`).
+must foresee what the spread stages do (`bench.serving.forecast`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from backends import get_backend
-from bench.cases import Cases
-from bench.forecast import Forecast, forecasts
-from bench.load import LoadFigures, closed_loop, figures, open_loop
 from bench.machine import machine_name
-from bench.overhead import Overhead, overheads
+from bench.models import SCENES
 from bench.results import add_output_argument, output_directory, write_json
-from bench.servers import COLOCATED, MONOLITH, ROOT, SPREAD, Running, Server, servers, started
+from bench.serving.forecast import Forecast, forecasts
+from bench.serving.load import LoadFigures, closed_loop, figures, open_loop
+from bench.serving.overhead import Overhead, overheads
+from bench.serving.servers import COLOCATED, MONOLITH, SPREAD, Running, Server, servers, started
+from bench.serving.traffic import body, mixed, vary
 from bench.spread import SpreadPipeline
-from bench.traffic import body, mixed, vary
+from scenes.cases import DEV, Cases
 from stages.config import ModelConfig
 from stages.pipeline import Pipeline
 
@@ -66,7 +67,7 @@ class Comparison:
         self._plan = config.plan("hybrid")
         self._pipelines = {SPREAD: SpreadPipeline(config, backend), COLOCATED: Pipeline(config, backend)}
         self._sizes = config.sizes
-        self._prompted = mixed(Cases.read(Path(__file__).parent / "cases" / "scenes-dev.yaml"))
+        self._prompted = mixed(Cases.read(DEV))
         self._requests = [body(case) for case in self._prompted]
         self._rate = 0.0
 
@@ -132,7 +133,7 @@ class Comparison:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, nargs="?", default=ROOT / "configs" / "scenes.yaml")
+    parser.add_argument("config", type=Path, nargs="?", default=SCENES)
     parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument(
         "--seconds",

@@ -1,6 +1,6 @@
 """Send concurrent requests to a server and write what its stages did as a Chrome trace.
 
-`python -m bench.trace --requests 8 trace.json`, then open the file in chrome://tracing or ui.perfetto.dev.
+`python -m bench trace --requests 8 trace.json`, then open the file in chrome://tracing or ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -64,19 +64,16 @@ async def send(url: str, requests: int, body: dict[str, Any]) -> list[dict[str, 
     return [image for answer in answers for image in answer.json()["data"]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--prompt", default="a red star")
     parser.add_argument("--plan", default="hybrid")
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
     body = {"prompt": arguments.prompt, "plan": arguments.plan}
     images = asyncio.run(send(arguments.url, arguments.requests, body))
     arguments.output.write_text(json.dumps(chrome_trace(images)))
     print(f"{len(images)} images; at most {most_busy(images)} stages at work at one time; trace in {arguments.output}")
-
-
-if __name__ == "__main__":
-    main()

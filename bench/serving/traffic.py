@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from bench.cases import Cases
+from scenes.cases import Cases
 from stages.pipeline import Prompted
 
 

@@ -12,7 +12,7 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from training.recording import hold_gradients
+from training.lib.recording import hold_gradients
 
 # Every linear layer of Qwen-Image's blocks, modulation included.
 TARGETS = [

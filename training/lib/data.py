@@ -14,10 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
+from scenes.captions import caption
+from scenes.renderer import render
+from scenes.scene import COLORS, FILLS, SHAPES, Scene, sample_scene
 from stages.families.qwen_image.autoencoder import convolve_images, moments
 from stages.latents import pack
-from training.scenes import COLORS, FILLS, SHAPES, Scene, caption, render, sample_scene
-from training.vae import to_pixels
+from training.lib.images import to_pixels
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def normalise(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tenso
     return (latents - mean) / std
 
 
-# Texts to tokens and mask, see `training.text.tokenize`.
+# Texts to tokens and mask, see `training.lib.text.tokenize`.
 Tokenize = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 # What `object_labels` tells of a token, and how many values each has.
@@ -78,7 +80,7 @@ class Captions:
     Attributes:
         chosen: which of the sizes.
         rows: int64 (B,), scenes of that size.
-        tokens: int64 (B, length), their captions in the prompt template, see `training.text.tokenize`.
+        tokens: int64 (B, length), their captions in the prompt template, see `training.lib.text.tokenize`.
         mask: bool (B, length), what of them is no padding.
     """
 

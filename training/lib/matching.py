@@ -19,12 +19,12 @@ from accelerate import Accelerator
 from diffusers import QwenImageTransformer2DModel
 from torch.optim.lr_scheduler import LRScheduler
 
-from training.adapters import Lora, active, add_lora
-from training.base import draw_sigmas
-from training.loop import Schedule, one_cycle
-from training.recording import Recorded
-from training.sampling import evaluate, guided
-from training.text import Text, Texts
+from training.lib.adapters import Lora, active, add_lora
+from training.lib.loop import Schedule, one_cycle
+from training.lib.noise import draw_sigmas
+from training.lib.recording import Recorded
+from training.lib.sampling import evaluate, guided
+from training.lib.text import Text, Texts
 
 _HIGHEST = 0.88  # there is little to see in more noise, around which a first step's levels would be
 

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import nn
 from torch.nn.utils import parametrize
 
-from training.loop import Schedule
+from training.lib.loop import Schedule
 
 
 class _ImageKernel(nn.Module):

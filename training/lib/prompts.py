@@ -6,8 +6,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, Self
 
+from scenes.captions import caption, draw_value
+from scenes.scene import sample_scene
 from stages.families.qwen_image import EMPTY_PROMPT
-from training.scenes import caption, draw_value, sample_scene
 
 
 def _draw_list(rng: Random) -> str:

@@ -19,9 +19,9 @@ from stages.plan import AttentionGuidanceSpec, StageSpec
 from stages.sigmas import stage_sigmas
 from stages.text import NegativeBatch
 from stages.text import Text as BatchText
-from training.adapters import active
-from training.text import Text, Texts, embed_pairs
-from training.vae import grid
+from training.lib.adapters import active
+from training.lib.images import grid
+from training.lib.text import Text, Texts, embed_pairs
 
 # (latents, sigma) -> velocity, both (batch, tokens, channels).
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -2,7 +2,7 @@
 
 As there: one pipeline, each request with a scheduler of its own (`from_pipe`), run in the default executor.
 
-`RIVAL_MODEL=configs/scenes.yaml uvicorn bench.rivals.diffusers_fastapi:app`
+`RIVAL_MODEL=configs/scenes.yaml uvicorn bench.serving.rivals.diffusers_fastapi:app`
 """
 
 from __future__ import annotations

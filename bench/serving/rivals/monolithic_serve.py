@@ -3,7 +3,7 @@
 As there: a FastAPI ingress and a model deployment whose method makes one image. It runs a plan of this engine's, by
 the same code in one process, so that the only difference is how it is served.
 
-`serve run bench.rivals.monolithic_serve:build model=configs/scenes.yaml plan=hybrid`
+`serve run bench.serving.rivals.monolithic_serve:build model=configs/scenes.yaml plan=hybrid`
 """
 
 import base64

@@ -1,0 +1,8 @@
+"""Configs of the models that are measured unless told otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_CONFIGS = Path(__file__).parent.parent / "configs"
+SCENES, QWEN_IMAGE = _CONFIGS / "scenes.yaml", _CONFIGS / "qwen_image.yaml"
