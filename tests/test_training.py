@@ -198,14 +198,15 @@ def test_a_stage_in_training_is_the_engines(stage: StageSpec) -> None:
 
 def test_stacked_muon_is_torchs() -> None:
     torch.manual_seed(0)
-    shapes = [(8, 4), (4, 8), (8, 4)]
+    shapes = [(8, 4), (4, 8), (8, 4), (8, 4), (2, 2)]
+    trained = 3  # what follows has no gradient
     weights = [torch.randn(shape) for shape in shapes]
     own, reference = ([torch.nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
     optimizers = [StackedMuon(own, lr=0.1), torch.optim.Muon(reference, lr=0.1, weight_decay=0.0)]
     for _ in range(3):
-        gradients = [torch.randn(shape) for shape in shapes]
+        gradients = [torch.randn(shape) for shape in shapes[:trained]]
         for parameters, optimizer in zip((own, reference), optimizers, strict=True):
-            for parameter, gradient in zip(parameters, gradients, strict=True):
+            for parameter, gradient in zip(parameters[:trained], gradients, strict=True):
                 parameter.grad = gradient.clone()
             optimizer.step()
     for mine, theirs in zip(own, reference, strict=True):

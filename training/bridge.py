@@ -35,12 +35,12 @@ def main() -> None:
     arguments, config, schedule, accelerator = begin(__doc__, "bridge", "pipeline", "trajectories", "distilled", "run")
     device = accelerator.device
     pipeline = load_pipeline(arguments.pipeline, device)
-    pipeline.load_lora_weights(arguments.distilled, adapter_name="distilled")
+    plan = read_plans(Path(config["plans"]))[config["plan"]]
+    pipeline.load_lora_weights(arguments.distilled, adapter_name=plan.stages[-1].adapter)  # for samples
     taught = Trajectories.load(arguments.trajectories)
     texts = taught.texts(pipeline, config["text_length"])
     matching, scheduler = prepare(accelerator, pipeline.transformer, "bridge", config, schedule)
     transformer, lora = matching.transformer, matching.lora
-    plan = read_plans(Path(config["plans"]))[config["plan"]]
     *before, bridge, _ = plan.stages
     sigmas = stage_sigmas(bridge, pipeline.scheduler, taught.latents.shape[2])
     target_level = taught.level(bridge.sigma_end)

@@ -82,7 +82,10 @@ class StackedMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            matrices = group["params"]
+            # Layers for more than one frame of a video have none, and stay.
+            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+            if not matrices:
+                continue
             gradient = torch.stack([matrix.grad for matrix in matrices])
             state = self.state[matrices[0]]
             if not state:
