@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from bench.__main__ import COMMANDS, main
 from bench.methods import read_methods
+from bench.models import SCENES
 from bench.serving import serving
 from bench.serving.servers import Running, Server
 from bench.serving.traffic import mixed
@@ -77,7 +78,7 @@ def test_every_command_tells_its_arguments(command: Command, capsys: pytest.Capt
 
 
 def test_grid(command: Command, tmp_path: Path) -> None:
-    command("grid", "configs/scenes.yaml", tmp_path / "grid.png", "--plans", "distilled", "--seeds", 1)
+    command("grid", SCENES, tmp_path / "grid.png", "--plans", "distilled", "--seeds", 1)
     sheet = Image.open(tmp_path / "grid.png")
     assert (sheet.width, sheet.height // 3) == (128, 128 + 16 + 5)
 
