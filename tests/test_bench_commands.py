@@ -79,8 +79,8 @@ def test_every_command_tells_its_arguments(command: Command, capsys: pytest.Capt
 
 def test_grid(command: Command, tmp_path: Path) -> None:
     command("grid", SCENES, tmp_path / "grid.png", "--plans", "distilled", "--seeds", 1)
-    sheet = Image.open(tmp_path / "grid.png")
-    assert (sheet.width, sheet.height // 3) == (128, 128 + 16 + 5)
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert (sheet.width, sheet.height // 3) == (128, 128 + 16 + 5)
 
 
 def test_pruned_plans_are_methods(command: Command, config: ModelConfig, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def test_first_example_draws_and_saves_what_it_asks_for(server: Running, languag
     interpreter = [sys.executable, "-c"] if language == "python" else ["bash", "-e", "-o", "pipefail", "-c"]
     subprocess.run([*interpreter, code], cwd=tmp_path, check=True, timeout=300)
     (saved,) = tmp_path.iterdir()
-    reading = read(Image.open(saved))
+    with Image.open(saved) as image:
+        reading = read(image)
     assert reading.background == "white"
     assert holds(reading, ("heart", "red"), "left of", ("ring", "blue"))
     assert len(reading.objects) == 2
