@@ -1,4 +1,4 @@
-"""Continuous batching by denoising step: what is on a device joins and leaves its batch between two steps."""
+"""Continuous batching by denoising step: packets join and leave a device's batch between two steps."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def _ignore(preview: LatentPacket) -> None:
 
 @dataclass(order=True)
 class _Entry:
-    """A packet that waits or is under way, ordered by urgency."""
+    """A packet that waits or is being denoised, ordered by urgency."""
 
     deadline: float
-    number: int  # by arrival
+    number: int  # in order of arrival
     packet: LatentPacket = field(compare=False)
     plan: Plan = field(compare=False)
     end: int = field(compare=False)  # position of the packet when it leaves
@@ -32,25 +32,29 @@ class _Entry:
     show: Callable[[LatentPacket], object] = field(compare=False)
     future: Future[LatentPacket] = field(compare=False, default_factory=Future)
     run: StageRun | None = field(compare=False, default=None)
-    steps: int = field(compare=False, default=0)  # done since it came
+    steps: int = field(compare=False, default=0)  # done since it arrived
 
     @property
     def tokens(self) -> int:
-        """Image tokens of a step."""
+        """Image tokens that one step takes."""
         return len(self.packet.latent) * self.plan.stages[self.packet.position].evaluations
 
 
 class StepBatcher:
     """Shares one device's steps between packets of any plans, stages and sizes.
 
-    Before each step the most urgent packet is chosen, the one with the earliest deadline and among equals the one
-    that came first; others of its grid, in the same order, fill the batch up to a number of image tokens. Packets
-    with another grid wait until every more urgent packet has finished; less urgent newcomers never overtake them.
+    Before each step the most urgent packet is chosen: the one with the earliest deadline, and among equals the first
+    to arrive. Others of its grid, in the same order, fill the batch up to a number of image tokens. Packets with
+    another grid wait until every more urgent packet has finished; less urgent newcomers never overtake them.
     """
 
     def __init__(self, denoiser: Denoiser, max_tokens: int) -> None:
-        """Args:
-        max_tokens: image tokens of a forward pass; guided packets count twice. One packet may be more.
+        """Batch for one device.
+
+        Args:
+            denoiser: the device's.
+            max_tokens: most image tokens in a forward pass, where guided packets count twice; a single packet may
+                exceed it.
         """
         self._denoiser = denoiser
         self._max_tokens = max_tokens
@@ -69,21 +73,23 @@ class StepBatcher:
         show: Callable[[LatentPacket], object] = _ignore,
         deadline: float = math.inf,
     ) -> Future[LatentPacket]:
-        """Queue a packet for the stages of `plan` from the one that it waits for; from any thread.
+        """Queue a packet for its next stages, from any thread.
 
         Cancelling the future takes the packet off the device before the next step.
 
         Args:
-            stages: how many to take it through, parts counted.
-            previews: after which of the steps from here on, counted from 1, to call `show`.
-            show: takes a packet to decode, see `StageRun.preview`, on the device's thread.
-            deadline: seconds since the epoch; who has less time goes first.
+            packet: the packet to denoise.
+            plan: the plan whose stage number `packet.position` is the next one.
+            stages: number of stages to run, each part counted.
+            previews: steps, counted from 1 over all these stages, after which to call `show`.
+            show: called on the device's thread with a packet to decode, see `StageRun.preview`.
+            deadline: seconds since the epoch; the earliest goes first.
 
         Returns:
-            What also raises the errors of `Denoiser.begin`, and NotFinite.
+            A future of the packet after these stages; it may raise NotFinite and the errors of `Denoiser.begin`.
 
         Raises:
-            RuntimeError: closed.
+            RuntimeError: the batcher is closed.
         """
         entry = _Entry(deadline, next(self._numbers), packet, plan, packet.position + stages, previews, show)
         with self._changed:
@@ -103,13 +109,13 @@ class StepBatcher:
             self.step()
 
     def close(self) -> None:
-        """Take no more packets and let `run` return after those that are here."""
+        """Take no more packets, and let `run` return once those that are here are done."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def step(self) -> list[LatentPacket]:
-        """One step of the most urgent batch; its packets as they came, none if nothing is here."""
+        """Run one step of the most urgent batch; return its packets as they arrived, none if nothing waits."""
         batch = self._choose()
         packets = [entry.packet for entry in batch]
         runs = [entry.run for entry in batch if entry.run]
@@ -132,7 +138,7 @@ class StepBatcher:
             self._finish(entry, run)
 
     def _finish(self, entry: _Entry, run: StageRun) -> None:
-        """End a stage: the entry goes on to its next, or leaves."""
+        """End a stage: the entry goes on to its next stage, or leaves."""
         try:
             packet = run.finish()
         except NotFinite as error:
@@ -158,7 +164,7 @@ class StepBatcher:
         return batch
 
     def _begin(self, entry: _Entry) -> bool:
-        """Whether the entry is under way; if it cannot be, its future says why."""
+        """Begin the entry's stage unless it has begun; return False if that fails, with the error in its future."""
         if entry.run is None:
             try:
                 entry.run = self._denoiser.begin(entry.packet, entry.plan)
@@ -168,7 +174,7 @@ class StepBatcher:
         return True
 
     def _leave(self, entries: Sequence[_Entry], result: LatentPacket | Exception) -> None:
-        """Take entries off the device and tell their callers, if those have not gone away."""
+        """Take entries off the device, and resolve the futures that were not cancelled."""
         left = {entry.number for entry in entries}
         with self._changed:
             self._entries = [entry for entry in self._entries if entry.number not in left]

@@ -1,7 +1,7 @@
 """Denoising: independent images, one Euler step at a time.
 
-Everything in which requests differ is a field of an image's state, so that images of different noise levels, guidance
-and prompt lengths share a forward pass.
+Everything in which requests differ is a field of an image's state, so images of different noise levels, guidance and
+prompt lengths share a forward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Sigma = TypeVar("Sigma", float, torch.Tensor)
 
 @dataclass
 class ImageState:
-    """One image on its way through a stage.
+    """One image partway through a stage.
 
     Attributes:
         latent: (rows * columns, channels) in float32.
@@ -30,14 +30,14 @@ class ImageState:
         grid: (rows, columns) of tokens.
         prompt_embeds: (length, width), without padding.
         negative_embeds: (length, width), or None without guidance.
-        guidance_scale: of classifier-free guidance.
-        attention_guidance: in place of classifier-free guidance, or None.
-        adapter, adapter_scale: a LoRA, or None for the base model alone, and its strength.
-        skip_blocks: indices of blocks to do without.
+        guidance_scale: scale of classifier-free guidance.
+        attention_guidance: guidance in place of classifier-free guidance, or None.
+        adapter, adapter_scale: name of a LoRA, or None for the base model alone, and its strength.
+        skip_blocks: indices of blocks to skip.
         cache, negative_cache: what the two evaluations of a step remember of the steps before, if anything.
-        index: steps done.
+        index: number of steps done.
         nfe: network evaluations so far; what a cache skipped is not counted.
-        denoised: the clean latent as the last step predicted it, at first the latent itself.
+        denoised: the clean latent that the last step predicted; before the first step, the latent itself.
     """
 
     latent: torch.Tensor
@@ -73,7 +73,7 @@ class ImageState:
         return self.negative_embeds is not None and self.attention_guidance is None
 
     def model_input(self) -> ModelInput:
-        """Input of the next step's evaluation."""
+        """Return the input of the next step's evaluation."""
         negative = None
         if self.negative_embeds is not None and self.attention_guidance is not None:
             negative = Negative(self.negative_embeds, self.attention_guidance)
@@ -89,22 +89,22 @@ class ImageState:
         )
 
     def negative_input(self) -> ModelInput:
-        """Input of a guided step's second evaluation."""
+        """Return the input of a guided step's second evaluation."""
         assert self.negative_embeds is not None
         return replace(self.model_input(), embeds=self.negative_embeds, cache=self.negative_cache)
 
 
 def join_negative(prompt: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-    """Text for an adapter that avoids a negative prompt without a second evaluation: (length + length', width).
+    """Join both prompts for an adapter that reads the negative one in the same evaluation: (length + length', width).
 
     The negative prompt's embeddings (length', width) follow the prompt's (length, width) with their sign reversed,
-    by which such an adapter (`training.bridge`) tells them apart.
+    which is how such an adapter (`training.bridge`) tells them apart.
     """
     return torch.cat([prompt, -negative])
 
 
 def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: Sigma, after: Sigma) -> torch.Tensor:
-    """Take one step of Euler's method, x' = x + (sigma' - sigma) v; to `after` 0 it is the clean latent foreseen."""
+    """Take one Euler step, x' = x + (sigma' - sigma) v; a step to `after` 0 predicts the clean latent."""
     return latents + (after - sigma) * velocity
 
 
@@ -112,8 +112,8 @@ def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: Sigma, afte
 def step(network: Network, states: Sequence[ImageState]) -> None:
     """Advance every image by one Euler step of its own, in place.
 
-    They must share a grid. Guided images are evaluated twice in the one forward pass, with the prompt and with the
-    negative one.
+    The images must share a grid. Guided images are evaluated twice in the same forward pass: with the prompt, and with
+    the negative prompt.
     """
     inputs = [state.model_input() for state in states] + [state.negative_input() for state in states if state.guided]
     predictions = network.evaluate(inputs, states[0].grid)

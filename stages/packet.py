@@ -1,8 +1,8 @@
-"""What crosses a stage boundary: a versioned header and raw tensors, as bytes.
+"""The format of an image between two stages: a versioned header and raw tensors, as bytes.
 
-Pools run different versions of torch and diffusers, so that nothing of theirs is pickled. Layout, little-endian:
-magic (4 bytes), version (u16), CRC-32 of all that follows (u32), length of the header (u32), the header as
-JSON, then a safetensors file.
+Pools run different versions of torch and diffusers, so none of their objects are pickled. Layout, little-endian:
+magic (4 bytes), version (u16), CRC-32 of all that follows (u32), length of the header (u32), the header as JSON, then
+a safetensors file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LENGTH = struct.Struct("<I")
 
 
 class PacketError(ValueError):
-    """Bytes that are no packet of this version, or that were damaged on the way."""
+    """Bytes that are not a packet of this version, or that were damaged in transit."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class LatentPacket:
     """One image between two stages.
 
     Attributes:
-        model: name of the one that it is drawn by.
-        request_id, image_index: whose it is.
-        seed: that its noise was drawn from.
+        model: name of the model that generates the image.
+        request_id, image_index: the request, and which of its images this is.
+        seed: seed of the image's noise.
         grid: (rows, columns) of latent tokens.
         sigma: noise level of `latent`.
-        position: stages of the plan that are done.
-        text_tokens: of the request's prompts, for its bill.
+        position: number of the plan's stages that are done, each part counted.
+        text_tokens: tokens of the request's prompts, for its bill.
         avoids: whether the request has a negative prompt; if not, `negative_embeds` are the empty prompt's.
-        spans: what was done so far, for timings and traces.
+        spans: work done so far, for timings and traces.
         latent: (rows * columns, channels).
         prompt_embeds: (length, width), without padding.
-        negative_embeds: (length, width), or None where no stage to come needs it.
+        negative_embeds: (length, width), or None where no later stage needs it.
     """
 
     model: str

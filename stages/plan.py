@@ -1,4 +1,4 @@
-"""What happens to one image, as data: which stages, over which noise levels, at what cost."""
+"""How one image is made, as data: the stages, the noise levels that each covers, and what they cost."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from stages.yaml_file import read_mapping, validate
 StageName = Literal["base", "bridge", "distilled"]
 STAGES: tuple[StageName, ...] = ("base", "bridge", "distilled")
 
-MOST_PARTS = 8  # of a plan
+MOST_PARTS = 8  # parts of stages in one plan
 
-# A distilled adapter at part of its strength stands in for a bridge that nobody trained.
+# A distilled adapter at a fraction of its strength stands in for a bridge that nobody trained.
 UNTRAINED_BRIDGE_SCALE = 0.5
 
 Sigma = Annotated[float, Field(ge=0.0, le=1.0)]
 
-# Of an adapter, which becomes the name of modules, and of a model's plan, which becomes a metric's tag.
+# Names of adapters, deployments and a model's plans; a plan's becomes a metric's tag.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 
 
 class PlanError(ValueError):
-    """A plan that cannot be run: `field`, as `stages.0.sigma_end`, is wrong, and `message` says what it must be."""
+    """A plan that cannot be run: `field` (e.g. `stages.0.sigma_end`) is wrong, and `message` says what it must be."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(field, message)
@@ -40,7 +40,7 @@ class _Strict(BaseModel):
 
 
 class FirstBlockSpec(_Strict):
-    """First-Block Cache: the blocks after the first keep their contribution while the first one's changes little.
+    """First-Block Cache: reuses the later blocks' contribution while the first block's changes little.
 
     Attributes:
         threshold: largest relative change of the first block's residual at which the others are skipped.
@@ -51,12 +51,12 @@ class FirstBlockSpec(_Strict):
 
 
 class TaylorSeerSpec(_Strict):
-    """TaylorSeer: one evaluation in `interval` steps, the velocity between them extrapolated.
+    """TaylorSeer: evaluates one step in `interval` and extrapolates the velocity of the others.
 
     Attributes:
         interval: steps from one evaluation to the next.
-        warmup: first steps, all of them evaluated.
-        order: of the extrapolation.
+        warmup: number of first steps, all of them evaluated.
+        order: order of the extrapolation.
     """
 
     kind: Literal["taylorseer"] = "taylorseer"
@@ -66,12 +66,12 @@ class TaylorSeerSpec(_Strict):
 
 
 class TeaCacheSpec(_Strict):
-    """TeaCache: the blocks keep their contribution while what enters the first one changes little.
+    """TeaCache: reuses the blocks' contribution while the input of the first block changes little.
 
     Attributes:
         threshold: largest change, summed over the steps since the last evaluation, at which they are skipped.
-        coefficients: of a polynomial, highest power first, from the relative change of what enters to that of what
-            leaves; fitted for a model, or 1, 0 to take the one for the other.
+        coefficients: polynomial, highest power first, that maps the relative change of the blocks' input to that of
+            their output; fitted for a model, or (1, 0) for the identity.
     """
 
     kind: Literal["teacache"] = "teacache"
@@ -83,14 +83,14 @@ class TeaCacheSpec(_Strict):
 
 
 class MagCacheSpec(_Strict):
-    """MagCache: the blocks keep their contribution while its magnitude is known to change little.
+    """MagCache: reuses the blocks' contribution while its magnitude is known to change little.
 
     Attributes:
         threshold: largest error of the magnitude, summed over the steps since the last evaluation.
-        ratios: magnitude of the contribution at a step over that of the step before, measured for a model by
-            `python -m bench ratios`; for other numbers of steps the nearest are taken.
-        most_skipped: steps in a row.
-        retention: share of the first steps, all of them evaluated.
+        ratios: magnitude of the contribution at each step over that at the step before, measured for a model by
+            `python -m bench ratios`; for another number of steps, the nearest entries are used.
+        most_skipped: largest number of consecutive steps that are skipped.
+        retention: share of the steps, from the first on, that are always evaluated.
     """
 
     kind: Literal["magcache"] = "magcache"
@@ -101,12 +101,12 @@ class MagCacheSpec(_Strict):
 
 
 class SeaCacheSpec(_Strict):
-    """SeaCache: the blocks keep their contribution while the latent's signal, without its noise, changes little.
+    """SeaCache: reuses the blocks' contribution while the latent's signal, without its noise, changes little.
 
     Attributes:
         threshold: largest change, summed over the steps since the last evaluation, at which they are skipped.
-        order: 1 to extrapolate the contribution by the last two, 0 to keep the last.
-        most_skipped: steps in a row.
+        order: 1 to extrapolate the contribution from the last two, 0 to reuse the last.
+        most_skipped: largest number of consecutive steps that are skipped.
     """
 
     kind: Literal["seacache"] = "seacache"
@@ -124,9 +124,9 @@ class AttentionGuidanceSpec(_Strict):
     """Normalized Attention Guidance away from the negative prompt, within one evaluation; see `stages.text`.
 
     Attributes:
-        scale: of the extrapolation, the paper's phi.
-        tau: most that it may multiply the L1 norm of attention's answer by.
-        alpha: share of the way that is gone.
+        scale: strength of the extrapolation, the paper's phi.
+        tau: largest factor by which it may increase the L1 norm of the attention output.
+        alpha: weight of the guided output where it is blended with the unguided one.
     """
 
     scale: Annotated[float, Field(gt=0.0, le=20.0)] = 5.0
@@ -135,22 +135,23 @@ class AttentionGuidanceSpec(_Strict):
 
 
 class StageSpec(_Strict):
-    """One stage's share of a trajectory, or a part of it.
+    """A stage of a plan, or a part of one: how to cover a range of noise levels.
 
     Attributes:
-        name: which deployment runs it.
+        name: name of the stage, which decides the deployment that runs it.
         sigma_start, sigma_end: noise levels, 1 for pure noise, 0 for a clean latent.
-        steps: Euler steps; guidance doubles the network evaluations of each.
-        guidance_scale: of classifier-free guidance; 1 is none.
-        shift: spacing of the steps: `dynamic` (the base model's own, as its scheduler's config says, with its terminal
+        steps: number of Euler steps; guidance doubles the network evaluations of each.
+        guidance_scale: scale of classifier-free guidance; 1 means none.
+        shift: spacing of the steps: `dynamic` (the base model's own, from its scheduler's config, with its terminal
             sigma) or a constant, exp(mu) of diffusers' exponential shift (3 for Qwen-Image-Lightning).
         adapter: name of the LoRA, or None for the base model alone.
-        adapter_scale: its weight.
-        reads_negative: whether the negative prompt follows the prompt, negated; see `stages.denoise.join_negative`.
-        attention_guidance: of images with a negative prompt, away from it without a second evaluation, or None; in
-            place of classifier-free guidance, for large steps and for adapters that did not learn to read it.
+        adapter_scale: strength of the LoRA.
+        reads_negative: whether the negated negative prompt follows the prompt; see `stages.denoise.join_negative`.
+        attention_guidance: guidance away from the negative prompt without a second evaluation, for images that have
+            such a prompt, or None. It replaces classifier-free guidance at large steps and with adapters that were not
+            trained to read the negative prompt.
         cache: reuse between steps, or None.
-        skip_blocks: indices of the transformer's blocks that this stage does without.
+        skip_blocks: indices of the transformer's blocks to skip.
     """
 
     name: StageName
@@ -171,17 +172,21 @@ class StageSpec(_Strict):
         return self.guidance_scale > 1.0
 
     def needs_negative(self, avoids: bool = True) -> bool:
-        """Whether it takes a negative prompt, the empty one of an image that `avoids` nothing included."""
+        """Whether the stage takes a negative prompt.
+
+        Args:
+            avoids: whether the image has a negative prompt; one without gets the empty prompt where one is needed.
+        """
         return self.guided or self.reads_negative or (avoids and self.attention_guidance is not None)
 
     @property
     def evaluations(self) -> int:
-        """Rows of a forward pass that a step takes."""
+        """Rows that one step takes in a forward pass."""
         return 2 if self.guided else 1
 
     @property
     def nfe(self) -> int:
-        """Network evaluations if no cache hits; those that skip blocks count in full."""
+        """Network evaluations if no cache hits; evaluations that skip blocks count in full."""
         return self.steps * self.evaluations
 
     @model_validator(mode="after")
@@ -200,9 +205,9 @@ class StageSpec(_Strict):
 
 
 class Plan(_Strict):
-    """Stages that lead from pure noise to a clean latent; pydantic's ValidationError where they do not.
+    """Stages that lead from pure noise to a clean latent; other sequences raise pydantic's ValidationError.
 
-    A stage may come in parts, which differ in all but the name: base without guidance at first, say.
+    A stage may come in parts, which share its name and may differ in all else: base begins without guidance, say.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=256)] = "inline"
@@ -243,16 +248,16 @@ class Plan(_Strict):
         """The negative prompt to encode, or None if no stage needs one.
 
         Args:
-            asked: the request's, if it has one.
-            empty: what stands for none in particular.
+            asked: the request's negative prompt, if it has one.
+            empty: the prompt that stands for no negative prompt.
         """
         return (asked or empty) if self.needs_negative(avoids=bool(asked)) else None
 
     def with_guidance(self, scale: float) -> Plan:
-        """The same plan at another guidance scale, 1 for none.
+        """Return the plan at another guidance scale, 1 for none.
 
         Raises:
-            ValueError: no stage is guided, so that a scale would be ignored; or the scale is out of range.
+            ValueError: no stage is guided, so a scale would be ignored; or the scale is out of range.
         """
         if not self.guided:
             raise ValueError(f"guidance_scale has no effect on plan {self.name!r}, none of whose stages is guided")
@@ -263,15 +268,15 @@ class Plan(_Strict):
         return Plan(name=self.name, stages=tuple(stages))
 
     def check_transformer(self, blocks: int | None, *, guides_attention: bool) -> None:
-        """Check what depends on the transformer, its adapters apart.
+        """Check what depends on the transformer, except for its adapters.
 
         Args:
-            blocks: that it has; may be None where no stage skips any.
-            guides_attention: whether it can.
+            blocks: number of the transformer's blocks; may be None where no stage skips any.
+            guides_attention: whether the transformer supports attention guidance.
 
         Raises:
-            PlanError: a stage skips a block that is not there, or all there are, or guides attention where
-                none can be.
+            PlanError: a stage skips a block that does not exist, skips all blocks, or needs attention guidance that
+                the transformer does not support.
         """
         for index, stage in enumerate(self.stages):
             last = max(stage.skip_blocks, default=-1)
@@ -283,10 +288,10 @@ class Plan(_Strict):
                 raise PlanError(f"stages.{index}.attention_guidance", "is not known to the model's family")
 
     def with_adapters(self, available: Collection[str]) -> Plan:
-        """The plan as a model with these adapters can run it.
+        """Return the plan as a model with these adapters can run it.
 
-        In a model without a trained bridge, one that is called `bridge`, a bridge stage that asks for it gets a
-        training-free one.
+        In a model without a trained bridge (an adapter called `bridge`), a bridge stage that names it uses the
+        distilled adapter at reduced strength instead.
 
         Raises:
             PlanError: an adapter is missing and nothing can stand in for it.
@@ -306,12 +311,12 @@ class Plan(_Strict):
 
 
 def name_plans(stages: Mapping[str, Any]) -> dict[str, Any]:
-    """Plans to validate from stages by the plan's name, as configs have them."""
+    """Turn stages by plan name, as configs have them, into plans to validate."""
     return {name: {"name": name, "stages": each} for name, each in stages.items()}
 
 
 def read_plans(path: Path) -> dict[str, Plan]:
-    """The plans of a YAML file that has a plan's stages under its name.
+    """Read a YAML file that maps names of plans to their stages.
 
     Raises:
         FileNotFoundError: no such file.

@@ -26,13 +26,13 @@ from stages.spans import Span
 
 @dataclass
 class StageRun:
-    """A packet on its way through the stage that it waited for.
+    """A packet partway through a stage.
 
     Attributes:
-        packet: as it arrived.
-        stage: where it is.
-        state: how far it is.
-        keep_negative: whether a stage to come still needs the negative prompt.
+        packet: the packet as it arrived.
+        stage: the stage that it is in.
+        state: its progress.
+        keep_negative: whether a later stage still needs the negative prompt.
         started: seconds since the epoch.
     """
 
@@ -43,7 +43,7 @@ class StageRun:
     started: float
 
     def finish(self) -> LatentPacket:
-        """The packet as it leaves, after the last step; raises NotFinite if its latent is not."""
+        """Return the packet after the last step; raises NotFinite if its latent is not finite."""
         dtype = self.packet.latent.dtype
         return replace(
             self.packet,
@@ -55,7 +55,7 @@ class StageRun:
         )
 
     def preview(self) -> LatentPacket:
-        """The clean latent that the last step foresaw, as a packet to decode, without its prompts."""
+        """Return the clean latent that the last step predicted, as a packet to decode, without its prompts."""
         return replace(
             self.packet,
             latent=self.state.denoised.to(self.packet.latent.dtype),
@@ -75,13 +75,13 @@ class Denoiser:
     def __init__(
         self, config: ModelConfig, network: Network, scheduler: FlowMatchEulerDiscreteScheduler, backend: Backend
     ) -> None:
-        """Join what a stage needs.
+        """Hold what denoising needs.
 
         Args:
-            config: the model's.
-            network: its transformer on the device.
-            scheduler: the base model's, for its shift.
-            backend: of the device.
+            config: the model's config.
+            network: the model's transformer, on the device.
+            scheduler: the base model's scheduler, for its shift.
+            backend: the device's backend.
         """
         self._config = config
         self._network = network
@@ -90,10 +90,12 @@ class Denoiser:
 
     @classmethod
     def load(cls, config: ModelConfig, backend: Backend, fused: str | None = None) -> Self:
-        """The config's transformer, quantized as it says.
+        """Load the config's transformer, quantized as the config says.
 
         Args:
-            fused: adapter to fuse into the weights, where one stage is all that runs here.
+            config: the model's config.
+            backend: backend of the device to load onto.
+            fused: adapter to fuse into the weights, for a device that runs a single stage.
         """
         network = Network.load(config, backend, fused)
         if config.quantize.transformer:
@@ -101,7 +103,7 @@ class Denoiser:
         return cls(config, network, load_scheduler(config), backend)
 
     def compile(self, sizes: Sequence[str]) -> None:
-        """Compile the transformer's blocks, and run them once on each of `sizes`, so that no request waits for it."""
+        """Compile the transformer's blocks and run them on each of `sizes`, so no request waits for it."""
         self._network.compile(self._backend)
         for size in sizes:
             guides_attention = get_family(self._config.family).guides_attention
@@ -109,16 +111,16 @@ class Denoiser:
 
     @property
     def blocks(self) -> int:
-        """Of the transformer."""
+        """Number of the transformer's blocks."""
         return self._network.blocks
 
     def begin(self, packet: LatentPacket, plan: Plan) -> StageRun:
-        """Let a packet enter the stage of `plan`, number `packet.position`, that it waits for.
+        """Let a packet enter its next stage, number `packet.position` of `plan`.
 
         Raises:
-            ValueError: it is another model's, or arrives at another noise level than the stage starts from, or without
-                the negative prompt that the stage needs; or an adapter, a block to skip or attention guidance is not
-                here.
+            ValueError: the packet belongs to another model, is not at the noise level that the stage starts from, or
+                lacks the negative prompt that the stage needs; or the model lacks an adapter, a block to skip or
+                attention guidance.
         """
         if packet.model != self._config.name:
             raise ValueError(f"packet of model {packet.model!r} cannot enter {self._config.name!r}")
@@ -136,7 +138,7 @@ class Denoiser:
                     f"image {packet.image_index} of {packet.request_id} has no negative prompt for {stage.name}"
                 )
             negative = packet.negative_embeds.to(device)
-            if stage.reads_negative:  # and so is not guided
+            if stage.reads_negative:  # and thus is not guided
                 prompt, negative = join_negative(prompt, negative), None
         state = ImageState(
             latent=packet.latent.to(device, torch.float32),
@@ -156,16 +158,16 @@ class Denoiser:
         return StageRun(packet, stage, state, needed_after, time.time())
 
     def step(self, runs: Sequence[StageRun]) -> None:
-        """Take runs of one grid, of any plans and stages, one denoising step further in one forward pass."""
+        """Advance runs of one grid, of any plans and stages, by one denoising step in one forward pass."""
         step(self._network, [run.state for run in runs])
         self._backend.synchronise()
 
     def denoise(self, packets: Sequence[LatentPacket], plan: Plan) -> list[LatentPacket]:
-        """Take packets of one grid through the stages of `plan` that they wait for; see `begin`.
+        """Take packets of one grid through their next stage of `plan`; see `begin`.
 
         Raises:
-            NotFinite: one of them is no longer finite.
-            ValueError: grids differ.
+            NotFinite: a packet's latent is no longer finite.
+            ValueError: the packets' grids differ.
         """
         for packet in packets:
             if packet.grid != packets[0].grid:
