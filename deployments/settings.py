@@ -113,13 +113,13 @@ class Settings(BaseModel):
                 self._check_quantization("transformer", model.quantize.transformer, placement.backend)
         return self
 
-    def _check_quantization(self, part: str, scheme: Quantization | None, backend: str) -> None:
+    def _check_quantization(self, component: str, scheme: Quantization | None, backend: str) -> None:
         if scheme is None:
             return
         try:
             get_backend(backend).check_quantization(scheme)
         except ValueError as error:
-            raise ValueError(f"quantize.{part} of {self.model} {error}") from error
+            raise ValueError(f"quantize.{component} of {self.model} {error}") from error
 
     def read_model(self) -> ModelConfig:
         """The model's config; raises FileNotFoundError or `stages.yaml_file.ConfigError`."""

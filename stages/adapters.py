@@ -1,4 +1,4 @@
-"""LoRAs of one set of weights, weighted row by row, so that one forward pass carries rows of all stages."""
+"""LoRAs on one set of weights, weighted row by row, so that one forward pass serves rows of all stages."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from stages.lora_files import Lora
 
 
 class RowAdapters:
-    """Gives a transformer LoRAs, any of its linear layers.
+    """Adds LoRAs to any linear layers of a transformer.
 
-    Every adapted layer holds all of them side by side, as one pair of factors of the sum of their ranks: a row's
-    gate, a vector of that length, is an adapter's strength at its own ranks and 0 elsewhere. Which adapters a batch
-    uses thus changes neither shapes nor modules, and costs two thin products whatever the mixture. For each adapter
-    with DoRA a gate goes on with whether the row uses it, and then with its strength.
+    Every adapted layer holds all adapters side by side, as one pair of factors whose rank is the sum of theirs. A row's
+    gate is a vector of that length: an adapter's strength at the adapter's own ranks, and 0 elsewhere. The mixture of
+    adapters in a batch thus changes neither shapes nor modules, and always costs two thin products. With DoRA adapters
+    the gate continues with 1 for each that the row uses, then with the strength of each.
 
-    One adapter may be fused into the weights: its rows then cost nothing more (but DoRA's scaling), and rows without
-    it take it away.
+    One adapter may be fused into the weights: its rows then cost nothing extra (except for DoRA's scaling), and rows
+    without it subtract it.
     """
 
     def __init__(
@@ -31,8 +31,12 @@ class RowAdapters:
         adapters: Mapping[str, Mapping[str, Lora]],
         fused: str | None = None,
     ) -> None:
-        """Args:
-            adapters: by name, what each adds to the layers by their names.
+        """Replace the adapted layers of `transformer`, in place.
+
+        Args:
+            transformer: the module to adapt.
+            adapters: adapters by name, each as LoRAs by the name of the layer.
+            fused: adapter to fuse into the weights.
 
         Raises:
             ValueError: no adapter is called `fused`.
@@ -69,12 +73,13 @@ class RowAdapters:
         return self._ranks + 2 * len(self._dora)
 
     def gate(self, weights: Sequence[tuple[str | None, float]]) -> torch.Tensor | None:
-        """Gates (rows, width) for rows of an adapter, or None for the base model alone, and its strength.
+        """Return the rows' gates (rows, width) in float32 on the CPU, or None if no row changes the layers' weights.
 
-        On the CPU in float32; None where every row's weights are those of the layers themselves.
+        Args:
+            weights: each row's adapter, or None for the base model alone, and its strength.
 
         Raises:
-            KeyError: no such adapter.
+            KeyError: there is no such adapter.
         """
         gate = torch.zeros(len(weights), self.width)
         for row, (adapter, scale) in zip(gate, weights, strict=True):
@@ -89,7 +94,7 @@ class RowAdapters:
 
     @contextmanager
     def gated(self, gate: torch.Tensor | None) -> Iterator[None]:
-        """Let rows of forward passes have these gates within the block; no adapted layer runs outside of one."""
+        """Apply these gates to forward passes within the `with` block; adapted layers run only inside of one."""
         before = self._gate.open
         if gate is None or not self._dora:
             self._gate.open = gate, None
@@ -102,10 +107,10 @@ class RowAdapters:
 
 
 class _Gate:
-    """What all adapted layers read while a pass has it open.
+    """The gates of the current forward pass, shared by all adapted layers.
 
-    Two tensors: strengths (rows, ranks), or None for the layers' own weights alone, and where there is DoRA, its use
-    and strength (rows, 2 * adapters).
+    `open` holds two tensors: strengths (rows, ranks), or None for the layers' own weights alone; and, where there is
+    DoRA, its use and strength (rows, 2 * adapters). Outside of a pass it is None.
     """
 
     open: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
@@ -160,9 +165,9 @@ class _RowLora(nn.Module):
 
 
 class _Growth(nn.Module):
-    """DoRA's factor of every output: the magnitude over the norm of W + s D, where D is up @ down and s the strength.
+    """DoRA's factor for every output: magnitude over the norm of W + s D, where D = up @ down and s is the strength.
 
-    Its square is |W|^2 + 2 s W.D + s^2 |D|^2, so that every row may have a strength of its own.
+    The norm's square is |W|^2 + 2 s W.D + s^2 |D|^2, so every row may have a strength of its own.
     """
 
     weight: torch.Tensor
@@ -171,8 +176,11 @@ class _Growth(nn.Module):
     magnitude: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, loras: Mapping[int, Lora]) -> None:
-        """Args:
-        loras: those with DoRA that are here, by their number among all adapters that have it anywhere.
+        """Precompute the terms of the norm.
+
+        Args:
+            weight: W, (outputs, inputs).
+            loras: this layer's LoRAs with DoRA, by their index among all adapters that use DoRA on any layer.
         """
         super().__init__()
         self._here = list(loras)
@@ -191,7 +199,7 @@ class _Growth(nn.Module):
         self.register_buffer("magnitude", torch.stack(magnitude))
 
     def forward(self, dora: torch.Tensor) -> torch.Tensor:
-        """Factors (rows, outputs) of rows with this use and strength (rows, 2 * adapters)."""
-        used, strength = (part[:, self._here, None] for part in dora.to(self.weight.dtype).chunk(2, dim=1))
+        """Return factors (rows, outputs) for DoRA's use and strength (rows, 2 * adapters)."""
+        used, strength = (half[:, self._here, None] for half in dora.to(self.weight.dtype).chunk(2, dim=1))
         norm = (self.weight + strength * (2 * self.product + strength * self.change)).sqrt()
         return 1 + (used * (self.magnitude / norm - 1)).sum(1)

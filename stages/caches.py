@@ -1,4 +1,4 @@
-"""Step caches: what one image, on one side of guidance, remembers between its steps, and may skip by it.
+"""Step caches: what one image keeps between its steps, for one side of guidance, to skip later evaluations.
 
 Diffusers' hooks keep one state for a whole forward pass. Here every row of a batch has its own, so rows of different
 requests can share a forward pass, and only rows whose cache misses are computed.
@@ -19,13 +19,13 @@ from stages.plan import CacheSpec, FirstBlockSpec, MagCacheSpec, SeaCacheSpec, T
 
 @dataclass(frozen=True)
 class BlockInput:
-    """What one row brings to the first block.
+    """The input of the first block for one row.
 
     Attributes:
         latent: (tokens, channels).
         grid: (rows, columns) of tokens.
-        sigma: its noise level.
-        modulated: call it for the image tokens (tokens, width) as the first block's attention sees them.
+        sigma: noise level.
+        modulated: returns the image tokens (tokens, width) as the first block's attention receives them.
     """
 
     latent: torch.Tensor
@@ -50,37 +50,37 @@ class Evaluation:
 
     @property
     def blocks(self) -> torch.Tensor:
-        """(tokens, width), what all blocks added."""
+        """What all blocks added, (tokens, width)."""
         return self.head + self.tail
 
 
 class StepCache:
-    """Asked in this order at each step; the first answer saves the rest of the evaluation."""
+    """A cache that is queried at each step, in the order of its methods; the first result ends the evaluation."""
 
     def velocity(self) -> torch.Tensor | None:
-        """(tokens, channels), without any evaluation."""
+        """Return the velocity (tokens, channels) without any evaluation, or None."""
         return None
 
     def blocks(self, block_input: BlockInput) -> torch.Tensor | None:
-        """(tokens, width), what the blocks would add to the image tokens."""
+        """Return what all blocks would add to the image tokens, (tokens, width), or None."""
         return None
 
     def tail(self, head: torch.Tensor) -> torch.Tensor | None:
-        """(tokens, width), what the blocks after the first would add, once that one has added `head`."""
+        """Return what the blocks after the first would add, (tokens, width), or None; the first has added `head`."""
         return None
 
     def learn(self, evaluation: Evaluation) -> None:
-        """A full evaluation, made because none of the above answered."""
+        """Store a full evaluation, which was run because none of the above returned a result."""
         raise NotImplementedError
 
 
 def _change(now: torch.Tensor, before: torch.Tensor) -> float:
-    """Relative change, mean over mean."""
+    """Relative change: mean absolute difference over mean magnitude."""
     return float((now - before).abs().mean() / before.abs().mean())
 
 
 class FirstBlock(StepCache):
-    """First-Block Cache, decisions as in diffusers' `FirstBlockCacheConfig`: keeps the tail while the head stays."""
+    """First-Block Cache: reuses the tail while the head stays, deciding as diffusers' `FirstBlockCacheConfig` does."""
 
     def __init__(self, spec: FirstBlockSpec) -> None:
         self._threshold = spec.threshold
@@ -96,9 +96,10 @@ class FirstBlock(StepCache):
 
 
 class TaylorSeer(StepCache):
-    """TaylorSeer (arXiv 2503.06923) on the velocity, steps as in diffusers' `TaylorSeerCacheConfig` in lite mode.
+    """TaylorSeer (arXiv 2503.06923) on the velocity.
 
-    Between evaluations, the velocity is extrapolated by the finite differences of those before.
+    It evaluates the same steps as diffusers' `TaylorSeerCacheConfig` in lite mode. Between them, the velocity is
+    extrapolated by finite differences of the earlier ones.
     """
 
     def __init__(self, spec: TaylorSeerSpec) -> None:
@@ -123,9 +124,9 @@ class TaylorSeer(StepCache):
 
 
 class TeaCache(StepCache):
-    """TeaCache (arXiv 2411.19108): keeps the blocks' contribution while what enters the first one changes little.
+    """TeaCache (arXiv 2411.19108): reuses the blocks' contribution while the first block's input changes little.
 
-    First and last step are evaluated.
+    The first and the last step are always evaluated.
     """
 
     def __init__(self, spec: TeaCacheSpec, steps: int) -> None:
@@ -152,10 +153,10 @@ class TeaCache(StepCache):
 
 
 class MagCache(StepCache):
-    """MagCache (arXiv 2506.09045), decisions as in diffusers' `MagCacheConfig`.
+    """MagCache (arXiv 2506.09045), deciding as diffusers' `MagCacheConfig` does.
 
-    Keeps the blocks' contribution while its magnitude, by ratios that were measured once for the model, strays
-    little from the last one computed.
+    It reuses the blocks' contribution while its magnitude, which is estimated from ratios measured once for the model,
+    strays little from that of the last one computed.
     """
 
     def __init__(self, spec: MagCacheSpec, steps: int) -> None:
@@ -188,11 +189,10 @@ class MagCache(StepCache):
 
 
 class SeaCache(StepCache):
-    """SeaCache (arXiv 2602.18993), decisions as in diffusers' `SeaCacheConfig`, for a single image.
+    """SeaCache (arXiv 2602.18993), deciding as diffusers' `SeaCacheConfig` does for a single image.
 
-    Keeps, or extrapolates, the blocks' contribution while the part of the latent that is signal changes little: the
-    part that passes a Wiener filter for the noise level and an image's usual spectrum. First and last step are
-    evaluated.
+    It reuses or extrapolates the blocks' contribution while the latent's signal changes little: what passes a Wiener
+    filter for the noise level and the usual spectrum of images. The first and the last step are always evaluated.
     """
 
     def __init__(self, spec: SeaCacheSpec, steps: int) -> None:
@@ -211,25 +211,25 @@ class SeaCache(StepCache):
             self._change += _change(self._signal, before)
             if self._change < self._spec.threshold:
                 self._skipped += 1
-                return self._foresee()
+                return self._predict()
         self._change, self._skipped = 0.0, 0
         return None
 
     def learn(self, evaluation: Evaluation) -> None:
         self._history = [*self._history[-1:], (self._step, evaluation.blocks)]
 
-    def _foresee(self) -> torch.Tensor:
+    def _predict(self) -> torch.Tensor:
         step, blocks = self._history[-1]
         for (first, earlier), (second, later) in pairwise(self._history if self._spec.order else []):
             blocks = later + (later - earlier) * ((self._step - step) / (second - first))
         return blocks
 
 
-_SPECTRUM_EXPONENT = 3.0  # of an image's power over frequency, in SeaCache
+_SPECTRUM_EXPONENT = 3.0  # with which an image's power falls with frequency, in SeaCache
 
 
 def _signal(block_input: BlockInput) -> torch.Tensor:
-    """Pass the latent through the filter of equation 7: (2 * rows, 2 * columns, channels)."""
+    """Apply the paper's filter (eq. 7) to the latent: (2 * rows, 2 * columns, channels)."""
     rows, columns = block_input.grid
     latent = unpack(block_input.latent.float()[None], block_input.grid)[0].permute(1, 2, 0)
     sigma = min(max(block_input.sigma, 1e-6), 1 - 1e-6)
@@ -244,7 +244,7 @@ def _signal(block_input: BlockInput) -> torch.Tensor:
 
 
 def make_cache(spec: CacheSpec, steps: int) -> StepCache:
-    """A cache that remembers nothing yet, for a stage of `steps` steps."""
+    """Make an empty cache for a stage of `steps` steps."""
     match spec:
         case FirstBlockSpec():
             return FirstBlock(spec)

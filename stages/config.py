@@ -1,4 +1,4 @@
-"""Which model is served: where its parts are, its sizes, its adapters and its plans; read without torch."""
+"""The config of a model: its files, sizes, adapters and plans; read without torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]*$", max_
 
 
 class AdapterSource(BaseModel):
-    """A LoRA: a directory or a repo id, and the file in it where there are several."""
+    """Where a LoRA is: a directory or a repo id, and the name of the file if there are several."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,7 +37,7 @@ class AdapterSource(BaseModel):
 
 
 class Quantize(BaseModel):
-    """How the linear layers of the large parts are quantized, or None for not at all."""
+    """How the linear layers of the large components are quantized; None leaves them as they are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,18 +46,19 @@ class Quantize(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """A diffusers pipeline and the LoRAs that make its other stages.
+    """A diffusers pipeline, and the LoRAs that its further stages use.
 
     Attributes:
-        name: what the API calls it.
-        aliases: other names that requests may call it by, for clients that offer no choice of names.
-        family: which knows the pipeline's parts, see `stages.families`.
-        source: directory, or repo id on a hub; a directory is looked up from the config file's own place too.
-        dtype: of the weights, or None for the backend's default.
-        sizes: `WIDTHxHEIGHT` in pixels, the first one the default.
-        adapters: LoRA by the name that plans use.
-        plans: those that a request may name, by their names and as the adapters allow.
-        quantize: eight bits for the text encoder or the transformer.
+        name: name of the model in the API.
+        aliases: other names that requests may use, for clients that offer no choice of names.
+        family: name of the model's family, see `stages.families`.
+        source: directory, or repo id on a hub; a relative directory is also looked up from the parent of the config
+            file's directory.
+        dtype: dtype of the weights, or None for the backend's default.
+        sizes: `WIDTHxHEIGHT` in pixels; the first is the default.
+        adapters: LoRAs by the names that plans use.
+        plans: plans that a request may name, as the adapters allow.
+        quantize: eight-bit arithmetic for the text encoder or the transformer.
         max_prompt_tokens: longest prompt, in tokens of the model's own tokenizer; by default the family's longest.
         vocabulary: all words that the model knows, in lower case, or None if it knows any.
     """
@@ -139,8 +140,8 @@ class ModelConfig(BaseModel):
     def read(cls, path: Path) -> Self:
         """Read a YAML file.
 
-        Relative directories in it are found from the working directory or from the file's parent's. `plans` may be
-        the name of a file, beside this one or in a directory there, that has them.
+        Relative directories are looked up from the working directory and from the parent of the file's directory.
+        `plans` may be the path of a file of plans, relative to this file's directory.
 
         Raises:
             FileNotFoundError: no such file.
@@ -150,7 +151,7 @@ class ModelConfig(BaseModel):
         if isinstance(plans := content.get("plans"), str):
             if not (path.parent / plans).is_file():
                 raise ConfigError(f"{path}: plans: there is no file {path.parent / plans}")
-            read_plans(path.parent / plans)  # so that what is wrong there is told with that file's name
+            read_plans(path.parent / plans)  # so that errors there name that file
             content["plans"] = plans = read_mapping(path.parent / plans)
         if isinstance(plans, dict):
             content["plans"] = name_plans(plans)
@@ -167,13 +168,13 @@ class ModelConfig(BaseModel):
         return config.model_copy(update={"source": locate(config.source), "adapters": adapters})
 
     def plan(self, name: str) -> Plan:
-        """A plan by its name; raises ConfigError that tells which there are."""
+        """Return a plan by its name; raises a ConfigError that lists all names."""
         if name not in self.plans:
             raise ConfigError(f"plan must be one of {', '.join(self.plans)}, not {name!r}")
         return self.plans[name]
 
     def check_plans(self) -> None:
-        """Check plans against the transformer; its own config is read if one of them skips blocks.
+        """Check plans against the transformer, whose own config is read only if a plan skips blocks.
 
         Raises:
             ConfigError: names the plan and its field.
@@ -198,5 +199,5 @@ class ModelConfig(BaseModel):
         return get_family(self.family).count_blocks(self.read_transformer())
 
     def grid(self, size: str) -> tuple[int, int]:
-        """Rows and columns of tokens of one of `sizes`."""
+        """Return the rows and columns of tokens of one of `sizes`."""
         return token_grid(size, get_family(self.family).pixels_per_token)

@@ -1,4 +1,4 @@
-"""Latents to pixels to files."""
+"""From latents to pixels, and from pixels to files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Decoder:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image | NotFinite]:
-        """Decode latents (batch, rows * columns, channels) into RGB images, or say why there is none."""
+        """Decode latents (batch, rows * columns, channels) into RGB images; NotFinite replaces an image that is not."""
         pixels = self._autoencoder.decode(latents, grid)
         finite = torch.isfinite(pixels).flatten(1).all(1).tolist()
         images = to_images(pixels.nan_to_num())
@@ -36,7 +36,7 @@ def to_images(pixels: torch.Tensor) -> list[Image.Image]:
 
 
 def to_file(image: Image.Image, format: ImageFormat, quality: int = 95) -> bytes:
-    """Write an image file; `quality` (1 to 100) is for jpeg and webp."""
+    """Encode an image file; `quality` (1 to 100) applies to jpeg and webp."""
     buffer = BytesIO()
     options = {"compress_level": 3} if format == "png" else {"quality": quality}
     image.save(buffer, format=format, **options)

@@ -36,7 +36,7 @@ class ImageState:
         skip_blocks: indices of blocks to skip.
         cache, negative_cache: what the two evaluations of a step remember of the steps before, if anything.
         index: number of steps done.
-        nfe: network evaluations so far; what a cache skipped is not counted.
+        nfe: network evaluations so far; blocks that a cache skipped are not counted.
         denoised: the clean latent that the last step predicted; before the first step, the latent itself.
     """
 

@@ -1,4 +1,4 @@
-"""Prompts to embeddings, and the packet that an image starts as."""
+"""From prompts to embeddings, and to the packet that an image starts as."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from stages.loading import load_text_encoder
 from stages.packet import LatentPacket
 from stages.spans import Span
 
-REMEMBERED = 256  # prompts, by an encoder
+REMEMBERED = 256  # prompts whose embeddings an encoder caches
 
 
 class Encoder:
-    """The text encoder on a device, with the embeddings of the last `remembered` prompts."""
+    """The text encoder on a device, with a cache of the embeddings of the last `remembered` prompts."""
 
     def __init__(self, config: ModelConfig, backend: Backend, remembered: int = REMEMBERED) -> None:
-        """Load it; raises ValueError if a prompt as long as the config allows would be cut."""
+        """Load the text encoder; raises ValueError if it would truncate a prompt as long as the config allows."""
         self._config = config
         self._text = load_text_encoder(config, backend)
         self._limit = config.max_prompt_tokens or self._text.longest
@@ -36,21 +36,21 @@ class Encoder:
             )
         self._channels = get_family(config.family).latent_channels(config.read_transformer())
         self._lock = Lock()
-        self._remembered = lru_cache(maxsize=remembered)(self._encode)
+        self._encode_cached = lru_cache(maxsize=remembered)(self._encode)
 
     def encode(self, prompt: str, parameter: str = "prompt") -> torch.Tensor:
         """Embed `prompt`: (length, width) on the CPU.
 
         Raises:
-            PromptTooLong: it is, which `parameter` is blamed for.
-            NotFinite: the embeddings are not.
+            PromptTooLong: the prompt is too long; the error names `parameter`.
+            NotFinite: the embeddings are not finite.
         """
         self.count(prompt, parameter)
         with self._lock:  # images of one request ask for the same prompt at the same time
-            return self._remembered(prompt)
+            return self._encode_cached(prompt)
 
     def count(self, prompt: str, parameter: str = "prompt") -> int:
-        """Count the tokens of `prompt`, without its template's; raises PromptTooLong, blaming `parameter`."""
+        """Count the tokens of `prompt` without its template; raises PromptTooLong, which names `parameter`."""
         tokens = self._text.count(prompt)
         if tokens > self._limit:
             raise PromptTooLong(parameter, tokens, self._limit)
@@ -69,17 +69,18 @@ class Encoder:
         prompt: str,
         negative_prompt: str | None,
     ) -> LatentPacket:
-        """Make the packet of pure noise that an image of `size` starts as.
+        """Make the packet of pure noise that an image starts as.
 
         Args:
-            request_id, image_index: whose it is.
-            seed: of the noise.
-            size: one of the config's.
-            prompt: to embed.
+            request_id: the image's request.
+            image_index: which of the request's images it is.
+            seed: seed of the noise.
+            size: one of the config's sizes.
+            prompt: prompt to embed.
             negative_prompt: see `Plan.negative_prompt`.
 
         Raises:
-            PromptTooLong: one of the prompts is.
+            PromptTooLong: one of the prompts is too long.
         """
         start = time.time()
         embeds = self.encode(prompt, "prompt")
@@ -104,7 +105,7 @@ def pure_noise(
     text_tokens: int,
     avoids: bool,
 ) -> LatentPacket:
-    """Make the packet that an image of `size` starts as, its latent of `channels` channels in the embeddings' dtype."""
+    """Make the packet that an image starts as; its latent has `channels` channels and the embeddings' dtype."""
     grid = config.grid(size)
     return LatentPacket(
         model=config.name,

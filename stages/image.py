@@ -1,4 +1,4 @@
-"""What an image may be: its size, its seed and its file."""
+"""Limits of images: sizes, seeds and file formats."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Literal
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
-# PyTorch's CPU generator looks at no more bits than these: larger seeds would repeat smaller ones' images.
+# PyTorch's CPU generator uses only these bits: larger seeds would repeat the images of smaller ones.
 MAX_SEED = 2**32 - 1
 
-MOST_PIXELS = 4096  # of a side
+MOST_PIXELS = 4096  # along one side
 
 
 def parse_size(size: str) -> tuple[int, int]:
@@ -22,6 +22,6 @@ def parse_size(size: str) -> tuple[int, int]:
 
 
 def token_grid(size: str, pixels_per_token: int) -> tuple[int, int]:
-    """Rows and columns of tokens of an image of `WIDTHxHEIGHT` pixels."""
+    """Return the rows and columns of tokens of an image of `WIDTHxHEIGHT` pixels."""
     width, height = parse_size(size)
     return height // pixels_per_token, width // pixels_per_token

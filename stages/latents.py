@@ -1,4 +1,4 @@
-"""Latents as tokens: 2x2 patches, row by row, of which each holds channel after channel."""
+"""Latents as tokens: 2x2 patches in row-major order, each with its values ordered by channel first."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def unpack(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 def draw_noise(seed: int, channels: int, grid: tuple[int, int]) -> torch.Tensor:
     """Draw the standard normal tokens (rows * columns, 4 * channels), in float32, that an image starts from.
 
-    They are a function of the seed alone, drawn on the CPU by one generator an image, so that neither backend nor
-    batch nor replica count shows; diffusers draws the same for `generator=torch.Generator().manual_seed(seed)`.
+    The noise depends on the seed alone, not on backend, batch or replica: each image has its own generator on the CPU.
+    diffusers draws the same noise for `generator=torch.Generator().manual_seed(seed)`.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, columns = grid

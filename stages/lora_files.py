@@ -1,13 +1,13 @@
-"""What an adapter's file is: the one place that reads LoRAs, in every public spelling, and refuses the rest.
+"""Files of adapters: reads LoRAs with any of the public spellings of their keys, and refuses all else.
 
-A layer's keys are its name, dotted as in the transformer or with underscores throughout (`lora_unet_`), maybe behind
-a prefix, and one of these ends:
+A key is a layer's name, dotted as in the transformer or with underscores throughout (`lora_unet_`), perhaps after a
+prefix, followed by one of these endings:
 
 - `lora_A.weight`, `lora_down.weight`, `lora.down.weight`: (rank, inputs);
 - `lora_B.weight`, `lora_up.weight`, `lora.up.weight`: (outputs, rank);
-- `alpha`: a number, by which with the rank the product is scaled; without it the scale is that of peft's config, in
-  the file's metadata or beside it, or else 1;
-- `lora_magnitude_vector`, `dora_scale`: (outputs,) or (outputs, 1), of DoRA (https://arxiv.org/abs/2402.09353).
+- `alpha`: a number; the product is scaled by alpha over the rank. Without it the scale comes from peft's config, in
+  the file's metadata or beside the file, or else is 1;
+- `lora_magnitude_vector`, `dora_scale`: (outputs,) or (outputs, 1), for DoRA (https://arxiv.org/abs/2402.09353).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _OTHER_KINDS = {
     "a LoRA with biases": re.compile(r"\.bias$"),
     "full weights": re.compile(r"\.diff(_b)?$"),
 }
-# Of peft's `init_lora_weights`, those that leave the base model's weights as they were.
+# Values of peft's `init_lora_weights` that leave the base model's weights unchanged.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -77,9 +77,9 @@ class _PeftConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Lora:
-    """What an adapter adds to one linear layer at strength s: W + s up @ down.
+    """An adapter's change of one linear layer, which at strength s becomes W + s up @ down.
 
-    With DoRA every row of that sum is then scaled to the norm that `magnitude` says.
+    With DoRA the weights of each output are then rescaled to the norm that `magnitude` gives.
 
     Attributes:
         down: (rank, inputs) in float32.
@@ -97,55 +97,55 @@ class Lora:
 
 
 def read_lora(key: str, file: Path, layers: Mapping[str, nn.Linear]) -> dict[str, Lora]:
-    """LoRAs by the layer that they adapt.
+    """Read an adapter's LoRAs, by the layer that they adapt.
 
     Args:
-        key: the config's, to be blamed.
+        key: key of the config that errors name.
+        file: the adapter's safetensors file.
         layers: linear layers of the transformer by name; their weights may be on the meta device.
 
     Raises:
-        BadFile: the file is truncated, or is something else than a LoRA of these layers that is complete and finite,
-            all of whose keys are understood.
+        BadFile: the file is truncated, incomplete or not finite, is not a LoRA of these layers, or has an unknown key.
     """
     config = _read_config(key, file)
     names = _spellings(layers)
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in read_tensors(file):
-        layer, part = _parse(key, file, name, names)
+        layer, role = _parse(key, file, name, names)
         if not torch.isfinite(tensor.float()).all():
             raise BadFile(key, file, f"holds numbers that are not finite, in {name!r}")
-        parts = found.setdefault(layer, {})
-        if part in parts:
-            raise BadFile(key, file, f"gives {part} of {layer} twice, once as {name!r}")
-        parts[part] = tensor.float()
+        tensors = found.setdefault(layer, {})
+        if role in tensors:
+            raise BadFile(key, file, f"gives {role} of {layer} twice, once as {name!r}")
+        tensors[role] = tensor.float()
     if not found:
         raise BadFile(key, file, "is empty")
-    with_magnitude = {layer for layer, parts in found.items() if "magnitude" in parts}
+    with_magnitude = {layer for layer, tensors in found.items() if "magnitude" in tensors}
     if (with_magnitude or config.use_dora) and (without := found.keys() - with_magnitude):
         raise BadFile(key, file, f"is DoRA, but lacks the magnitude of {list_keys(without)}")
-    return {layer: _assemble(key, file, layer, parts, layers[layer], config) for layer, parts in found.items()}
+    return {layer: _assemble(key, file, layer, tensors, layers[layer], config) for layer, tensors in found.items()}
 
 
 def linear_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """By name."""
+    """Return all linear layers by name."""
     return {name: layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)}
 
 
 def _spellings(layers: Mapping[str, nn.Linear]) -> dict[str, str]:
-    """Layers' names by all that files call them."""
+    """Map every spelling of a layer's name in files to the name."""
     dotted = {name: name for name in layers} | {name.removesuffix(".0"): name for name in layers}
     return {spelling.replace(".", "_"): name for spelling, name in dotted.items()} | dotted
 
 
 def _parse(key: str, file: Path, name: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """The layer that a key is of, and the part of its LoRA."""
-    for part, end in _ENDS.items():
+    """Return the layer that the key `name` belongs to, and which tensor of its LoRA it is."""
+    for role, end in _ENDS.items():
         if match := end.search(name):
             prefix = _PREFIXES.match(name)
             spelling = name[prefix.end() if prefix else 0 : match.start()]
             if spelling not in names:
                 raise BadFile(key, file, f"adapts what is no linear layer of the transformer, in {name!r}")
-            return names[spelling], part
+            return names[spelling], role
     for kind, pattern in _OTHER_KINDS.items():
         if pattern.search(name):
             raise BadFile(key, file, f"is {kind}, which is not served, in {name!r}")
@@ -153,12 +153,12 @@ def _parse(key: str, file: Path, name: str, names: Mapping[str, str]) -> tuple[s
 
 
 def _assemble(
-    key: str, file: Path, layer: str, parts: Mapping[str, torch.Tensor], linear: nn.Linear, config: _PeftConfig
+    key: str, file: Path, layer: str, tensors: Mapping[str, torch.Tensor], linear: nn.Linear, config: _PeftConfig
 ) -> Lora:
-    for part in ("down", "up"):
-        if part not in parts:
-            raise BadFile(key, file, f"is half a LoRA: it lacks {part} ({'AB'[part == 'up']}) of {layer!r}")
-    down, up, magnitude = parts["down"], parts["up"], parts.get("magnitude")
+    for role in ("down", "up"):
+        if role not in tensors:
+            raise BadFile(key, file, f"is half a LoRA: it lacks {role} ({'AB'[role == 'up']}) of {layer!r}")
+    down, up, magnitude = tensors["down"], tensors["up"], tensors.get("magnitude")
     rank = down.shape[0] if down.ndim else 0
     outputs, inputs = linear.weight.shape
     if rank < 1 or down.shape != (rank, inputs) or up.shape != (outputs, rank):
@@ -169,8 +169,8 @@ def _assemble(
             shape = tuple(magnitude.shape)
             raise BadFile(key, file, f"is DoRA with other than one magnitude for each output of {layer!r}: {shape}")
         magnitude = magnitude.flatten()
-    scale = _alpha(key, file, layer, parts, rank, config) / rank
-    if "alpha" not in parts and config.use_rslora:
+    scale = _alpha(key, file, layer, tensors, rank, config) / rank
+    if "alpha" not in tensors and config.use_rslora:
         scale *= math.sqrt(rank)
     up = scale * up
     if not torch.isfinite(up).all():
@@ -179,19 +179,19 @@ def _assemble(
 
 
 def _alpha(
-    key: str, file: Path, layer: str, parts: Mapping[str, torch.Tensor], rank: int, config: _PeftConfig
+    key: str, file: Path, layer: str, tensors: Mapping[str, torch.Tensor], rank: int, config: _PeftConfig
 ) -> float:
-    if "alpha" in parts:
-        if parts["alpha"].numel() != 1:
+    if "alpha" in tensors:
+        if tensors["alpha"].numel() != 1:
             raise BadFile(key, file, f"has an alpha of {layer!r} that is no single number")
-        return parts["alpha"].item()
+        return tensors["alpha"].item()
     patterns = config.alpha_pattern
     default = rank if config.lora_alpha is None else config.lora_alpha
     return float(patterns.get(get_pattern_key(patterns, layer), default))
 
 
 def _read_config(key: str, file: Path) -> _PeftConfig:
-    """Read peft's config from where diffusers or peft write it; raises BadFile if it asks for more than LoRA."""
+    """Read peft's config, as diffusers or peft write it, if there is one; raises BadFile unless it is of a LoRA."""
     written = read_header(key, file).get("lora_adapter_metadata")
     beside = file.with_name("adapter_config.json")
     where = file if written is not None else beside

@@ -23,16 +23,16 @@ from stages.text import Negative, collate
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A row of an evaluation.
+    """One row of an evaluation.
 
     Attributes:
         latent: (tokens, channels).
         sigma: its noise level.
         embeds: (length, width), without padding.
-        negative: what to avoid within the evaluation, if anything.
-        adapter, adapter_scale: a LoRA, or None for the base model alone, and its strength.
-        skip_blocks: indices of blocks to do without.
-        cache: what may stand in for the network, if anything.
+        negative: negative prompt that guides attention within the evaluation, or None.
+        adapter, adapter_scale: name of a LoRA, or None for the base model alone, and its strength.
+        skip_blocks: indices of blocks to skip.
+        cache: cache that may replace part of the evaluation, or None.
     """
 
     latent: torch.Tensor
@@ -47,11 +47,11 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an evaluation gives for a row.
+    """The output of an evaluation for one row.
 
     Attributes:
         velocity: (tokens, channels) in float32.
-        cost: share of the blocks that the row went through.
+        cost: share of the blocks that were run for the row.
     """
 
     velocity: torch.Tensor
@@ -70,9 +70,9 @@ class Network:
         """Give a transformer its adapters.
 
         Args:
-            transformer: with the layers' own weights.
-            adapters: by name, what each adds to the transformer's layers by their names.
-            fused: adapter that most rows will have, see `RowAdapters`.
+            transformer: the transformer, without adapters.
+            adapters: adapters by name, each as LoRAs by the name of the layer.
+            fused: adapter that most rows will use, see `RowAdapters`.
         """
         self.transformer = transformer
         self._adapters = RowAdapters(transformer.module, adapters or {}, fused)
@@ -95,8 +95,8 @@ class Network:
     def compile(self, backend: Backend) -> None:
         """Compile the repeated block.
 
-        From here on every pass has a mask and gates, needed or not: what they hold may then change from pass to pass
-        without another compilation.
+        From then on every pass has a mask and gates, needed or not, so that a batch that needs them causes no
+        recompilation.
         """
         for block in self.transformer.blocks:
             backend.compile(block)
@@ -104,14 +104,14 @@ class Network:
 
     @torch.inference_mode()
     def warm_up(self, grid: tuple[int, int], *, guides_attention: bool) -> None:
-        """Evaluate noise, in all the ways that are compiled apart from each other.
+        """Evaluate noise once in each form that is compiled separately.
 
-        These are several rows and a single one and, of a transformer that guides attention, both with negative prompts
-        and without.
+        These are several rows and a single row and, if the transformer supports attention guidance, both with and
+        without negative prompts.
 
         Args:
             grid: rows and columns of tokens.
-            guides_attention: whether the transformer can.
+            guides_attention: whether the transformer supports attention guidance.
         """
         generator = torch.Generator().manual_seed(0)
         transformer = self.transformer
@@ -126,8 +126,8 @@ class Network:
         if guides_attention:
             negative = Negative(text[3], AttentionGuidanceSpec())
             kinds.append([replace(row, negative=negative) for row in plain])
-        # Without this, torch.compile would assume that dimensions which are equal here (tokens and ranks, say) always
-        # are.
+        # Without this, torch.compile would assume that dimensions equal during warm-up (e.g. tokens and ranks) are
+        # always equal.
         with shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             for rows in kinds:
                 self.evaluate(rows, grid)
@@ -136,7 +136,7 @@ class Network:
     def evaluate(self, rows: Sequence[ModelInput], grid: tuple[int, int]) -> list[Prediction]:
         """Evaluate rows of one grid (rows and columns of tokens) in one forward pass.
 
-        Each goes only as far through the blocks as its cache makes it.
+        Only the blocks that a row's cache cannot replace are run for it.
         """
         cached = [None if row.cache is None else row.cache.velocity() for row in rows]
         missed = [row for row, velocity in zip(rows, cached, strict=True) if velocity is None]
@@ -156,7 +156,7 @@ class Network:
         return [Prediction(velocity, 1.0) for velocity in velocities]
 
     def _walk_with_caches(self, rows: Sequence[ModelInput], grid: tuple[int, int], entered: _Pass) -> list[Prediction]:
-        """Run the first block for rows whose cache missed so far, the others for those whose cache then still does."""
+        """Run the first block for rows without cached blocks, and the others for rows without a cached tail either."""
         count = self.blocks
         image = entered.tokens.image.clone()
 
@@ -168,31 +168,31 @@ class Network:
             return BlockInput(rows[index].latent, grid, rows[index].sigma, lambda: modulated()[index])
 
         blocks = [None if row.cache is None else row.cache.blocks(block_input(index)) for index, row in enumerate(rows)]
-        begin = _add(image, range(len(rows)), blocks)
-        begun = self._through(range(1), entered.rows(begin))
-        heads = begun.tokens.image - image[begin]
-        image[begin] = begun.tokens.image
+        missed = _add(image, range(len(rows)), blocks)
+        first = self._through(range(1), entered.rows(missed))
+        heads = first.tokens.image - image[missed]
+        image[missed] = first.tokens.image
         tails = [
             None if (step_cache := rows[index].cache) is None else step_cache.tail(head)
-            for index, head in zip(begin, heads, strict=True)
+            for index, head in zip(missed, heads, strict=True)
         ]
-        go_on = _add(image, begin, tails)
-        after = image[go_on]
-        rest = self._through(range(1, count), begun.rows([begin.index(index) for index in go_on]))
-        image[go_on] = rest.tokens.image
+        full = _add(image, missed, tails)
+        after_first = image[full]
+        rest = self._through(range(1, count), first.rows([missed.index(index) for index in full]))
+        image[full] = rest.tokens.image
         velocities = self.transformer.leave(image, entered.tokens)
 
         costs = [0.0] * len(rows)
-        for index in begin:
-            run = set(range(count if index in go_on else 1))
+        for index in missed:
+            run = set(range(count if index in full else 1))
             costs[index] = len(run - rows[index].skip_blocks) / count
-        for index, tail in zip(go_on, image[go_on] - after, strict=True):
+        for index, tail in zip(full, image[full] - after_first, strict=True):
             if (step_cache := rows[index].cache) is not None:
-                step_cache.learn(Evaluation(heads[begin.index(index)], tail, velocities[index]))
+                step_cache.learn(Evaluation(heads[missed.index(index)], tail, velocities[index]))
         return [Prediction(velocity, cost) for velocity, cost in zip(velocities, costs, strict=True)]
 
     def _gate(self, rows: Sequence[ModelInput]) -> torch.Tensor | None:
-        """The rows' gates of the adapters, on the device."""
+        """Return the rows' adapter gates on the device, or None if none are needed."""
         gate = self._adapters.gate([(row.adapter, row.adapter_scale) for row in rows])
         if gate is None:
             if not self._compiled:
@@ -210,14 +210,14 @@ class Network:
         return self.transformer.enter(latents, sigmas, text, grid)
 
     def _through(self, indices: Iterable[int], rows: _Pass) -> _Pass:
-        """Run these blocks; rows pass by those that they skip."""
+        """Run these blocks, each for the rows that do not skip it."""
         for index in indices:
             chosen = [row for row, skipped in enumerate(rows.skips) if index not in skipped]
             if not chosen:
                 continue
-            part = rows.rows(chosen)
-            with self._adapters.gated(part.gate):
-                tokens = self.transformer.run_block(index, part.tokens)
+            subset = rows.rows(chosen)
+            with self._adapters.gated(subset.gate):
+                tokens = self.transformer.run_block(index, subset.tokens)
             if len(chosen) < len(rows.skips):
                 image, text = rows.tokens.image.clone(), rows.tokens.text.clone()
                 image[chosen], text[chosen] = tokens.image, tokens.text
@@ -228,12 +228,12 @@ class Network:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Rows on their way through the blocks.
+    """Rows partway through the blocks.
 
     Attributes:
-        tokens: as the last block left them.
+        tokens: output of the last block that was run.
         gate: (batch, width), see `RowAdapters`, or None without adapters.
-        skips: indices of blocks that a row does without.
+        skips: for each row, indices of the blocks to skip.
     """
 
     tokens: Tokens

@@ -1,4 +1,4 @@
-"""End-to-end text-to-image in one process: what a notebook, the tests and the benchmarks call."""
+"""End-to-end text-to-image in one process, for notebooks, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from stages.stage import Denoiser
 
 @dataclass(frozen=True)
 class Prompted:
-    """An image to make.
+    """An image to generate.
 
     Attributes:
+        prompt: what to show.
         seed: 0 to `MAX_SEED`.
-        negative_prompt: what to steer away from; some plans do not look at it.
+        negative_prompt: what to avoid; some plans ignore it.
     """
 
     prompt: str
@@ -37,7 +38,7 @@ class Prompted:
 
 @dataclass(frozen=True)
 class Result:
-    """An image, the seed that makes it again, and what it took."""
+    """An image, the seed that reproduces it, and the work that it took."""
 
     image: Image.Image
     seed: int
@@ -49,11 +50,15 @@ class Result:
 
 
 class Pipeline:
-    """Encoder, denoiser and decoder side by side on one device."""
+    """Encoder, denoiser and decoder on one device."""
 
     def __init__(self, config: ModelConfig, backend: Backend, remembered: int = REMEMBERED) -> None:
-        """Args:
-        remembered: prompts whose embeddings the encoder keeps.
+        """Load the model.
+
+        Args:
+            config: the model's config.
+            backend: backend of the device.
+            remembered: number of prompts whose embeddings the encoder caches.
         """
         self.config = config
         self.encoder = Encoder(config, backend, remembered)
@@ -69,24 +74,25 @@ class Pipeline:
         seeds: Sequence[int] = (0,),
         size: str | None = None,
     ) -> list[Result]:
-        """One image of `prompt` for each seed; see `run_batch`."""
+        """Generate an image of `prompt` for each seed; see `run_batch`."""
         return self.run_batch(plan, [Prompted(prompt, seed, negative_prompt) for seed in seeds], size)
 
     def run_in_batches(self, plan: Plan | str, images: Sequence[Prompted], batch: int) -> Iterator[Result]:
-        """As `run_batch`, at most `batch` images at a time."""
+        """Generate images as `run_batch` does, at most `batch` at a time."""
         for start in range(0, len(images), batch):
             yield from self.run_batch(plan, images[start : start + batch])
 
     def run_batch(self, plan: Plan | str, images: Sequence[Prompted], size: str | None = None) -> list[Result]:
-        """Images of any prompts in one batch.
+        """Generate images of any prompts in one batch.
 
         Args:
-            plan: or the name of one of the config's.
-            size: one of the config's, by default the first.
+            plan: a plan, or the name of one of the config's plans.
+            images: the images to generate.
+            size: one of the config's sizes, by default the first.
 
         Raises:
-            ValueError: no plan has that name, it needs an adapter that the model lacks, or the size is not one of the
-                model's.
+            ValueError: no plan has that name, the plan needs an adapter that the model lacks, or the size is not one
+                of the model's.
         """
         plan = (self.config.plan(plan) if isinstance(plan, str) else plan).with_adapters(self.config.adapters)
         packets = self.enter(plan, images, size)
@@ -103,11 +109,11 @@ class Pipeline:
         return results
 
     def denoise(self, packets: Sequence[LatentPacket], plan: Plan) -> list[LatentPacket]:
-        """Packets of one grid after the stage of `plan` that they wait for."""
+        """Take packets of one grid through their next stage of `plan`."""
         return self.denoiser.denoise(packets, plan)
 
     def enter(self, plan: Plan, images: Sequence[Prompted], size: str | None = None) -> list[LatentPacket]:
-        """The packets that images start as; see `run_batch`."""
+        """Make the packets that images start as; see `run_batch`."""
         size = size or self.config.sizes[0]
         empty = get_family(self.config.family).empty_prompt
         if size not in self.config.sizes:

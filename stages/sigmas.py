@@ -1,8 +1,8 @@
-"""Noise levels of a stage: diffusers' schedules on any part of the trajectory.
+"""Noise levels of a stage: diffusers' schedules, restricted to any section of the trajectory.
 
-Steps are even in time t, which a shift by a factor f maps to sigma (Esser et al. 2024, arXiv 2403.03206, section
-5.3.2): sigma = f / (f + 1 / t - 1). All shifts of `FlowMatchEulerDiscreteScheduler` are this one: f is its `shift`, or
-with `use_dynamic_shifting` e^mu or, where `time_shift_type` is linear, mu, which depends on the resolution.
+Steps are evenly spaced in time t, which a shift by a factor f maps to sigma (Esser et al. 2024, arXiv 2403.03206,
+section 5.3.2): sigma = f / (f + 1 / t - 1). All shifts of `FlowMatchEulerDiscreteScheduler` have this form. f is its
+`shift`; with `use_dynamic_shifting`, f is e^mu or, if `time_shift_type` is linear, mu, which depends on the resolution.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _Mu = Annotated[float, Field(ge=-10.0, le=10.0)]
 
 
 class SchedulerConfig(BaseModel):
-    """What a model's `scheduler_config.json` may say; the other schedules that diffusers has are refused by name.
+    """Supported contents of a model's `scheduler_config.json`; diffusers' other schedules are refused by name.
 
-    Attributes: as of `FlowMatchEulerDiscreteScheduler`.
+    The fields are those of `FlowMatchEulerDiscreteScheduler`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -49,7 +49,7 @@ class SchedulerConfig(BaseModel):
     def _check(self) -> Self:
         if self.base_image_seq_len >= self.max_image_seq_len:
             raise ValueError("max_image_seq_len must be above base_image_seq_len")
-        # Only a rising mu is above zero at every resolution; the line goes on below `base_image_seq_len`.
+        # Only a rising mu is above zero at every resolution, since the line continues below `base_image_seq_len`.
         if self.use_dynamic_shifting and self.time_shift_type == "linear":
             slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
             if slope < 0 or self.base_shift - slope * self.base_image_seq_len <= 0:
@@ -58,13 +58,13 @@ class SchedulerConfig(BaseModel):
 
 
 def shift_time(factor: float, t: np.ndarray) -> np.ndarray:
-    """Time (0..1) to sigma; with 1 / factor, sigma to time."""
-    # As a quotient of products, which unlike 1 / t has a value at t = 0.
+    """Map time (0 to 1) to sigma; with 1 / factor, map sigma to time."""
+    # A quotient of products, which unlike 1 / t is defined at t = 0.
     return factor * t / (factor * t + 1 - t)
 
 
 def shift_factor(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> float:
-    """The shift of a model's own schedule for an image of `tokens` tokens, as diffusers' pipelines set it."""
+    """Return the shift of a model's own schedule for an image of `tokens` tokens, as diffusers' pipelines set it."""
     config = scheduler.config
     if not config.use_dynamic_shifting:
         return config.shift
@@ -74,11 +74,11 @@ def shift_factor(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> flo
 
 
 def stage_sigmas(stage: StageSpec, scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> torch.Tensor:
-    """Sigmas (steps + 1,) in float32 from `stage.sigma_start` down to `stage.sigma_end`.
+    """Return sigmas (steps + 1,) in float32 from `stage.sigma_start` down to `stage.sigma_end`.
 
-    Over the whole range these are the sigmas of diffusers' pipelines at `tokens` image tokens. A
-    `dynamic` stage that ends clean also ends like the base model: its last step starts at the terminal sigma,
-    unless the whole stage lies below that.
+    A stage over the whole range has the sigmas of diffusers' pipelines at `tokens` image tokens. A `dynamic` stage that
+    ends at 0 also ends as the base model does: its last step starts at the terminal sigma, unless the whole stage lies
+    below that.
     """
     dynamic = stage.shift == "dynamic"
     terminal = scheduler.config.shift_terminal if dynamic and stage.sigma_end == 0.0 else None

@@ -1,4 +1,4 @@
-"""Where a model's files are: in a directory, or on a hub."""
+"""Lookup of a model's files, in a directory or on a hub."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from stages.yaml_file import ConfigError
 
-_PART_FILES = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
+_COMPONENT_FILES = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
 
 
 class BadFile(ConfigError):
-    """Files that cannot be served, in one sentence: the config's key, the file, and what is wrong with it."""
+    """A file that cannot be served; the message is one sentence with the config's key, the file and the error."""
 
     def __init__(self, key: str, path: Path | str, reason: str) -> None:
         super().__init__(f"{key}: {path} {reason}")
@@ -28,10 +28,10 @@ class BadFile(ConfigError):
 
 
 def read_json(source: str, name: str) -> dict[str, Any]:
-    """Read a JSON file of a pipeline, `transformer/config.json` say, downloaded first if `source` is a repo id.
+    """Read a JSON file of a pipeline (e.g. `transformer/config.json`), downloaded first if `source` is a repo id.
 
     Raises:
-        BadFile: there is none, or it is no JSON object.
+        BadFile: the file does not exist or is not a JSON object.
     """
     path = Path(source) / name
     if not Path(source).is_dir():
@@ -48,31 +48,33 @@ def read_json(source: str, name: str) -> dict[str, Any]:
     return content
 
 
-def find_part(source: str, part: str) -> Path:
-    """The directory of a part of a pipeline, downloaded first if `source` is a repo id.
+def find_component(source: str, component: str) -> Path:
+    """Find the directory of a pipeline's component, downloaded first if `source` is a repo id.
 
     Raises:
-        BadFile: there is none.
+        BadFile: there is no such directory.
     """
     if Path(source).is_dir():
         root = Path(source)
     else:
         with _reading_hub("source", source):
-            root = Path(snapshot_download(source, allow_patterns=[f"{part}/{name}" for name in _PART_FILES]))
-    if not (root / part).is_dir():
-        raise BadFile("source", source, f"has no directory {part!r}")
-    return root / part
+            root = Path(snapshot_download(source, allow_patterns=[f"{component}/{name}" for name in _COMPONENT_FILES]))
+    if not (root / component).is_dir():
+        raise BadFile("source", source, f"has no directory {component!r}")
+    return root / component
 
 
 def find_adapter(key: str, source: str, weight_name: str | None) -> Path:
-    """The file of an adapter, downloaded first if `source` is a repo id.
+    """Find an adapter's file, downloaded first if `source` is a repo id.
 
     Args:
-        key: the config's, to be blamed.
-        weight_name: the file in `source`; may be None where there is one, or one under diffusers' default name.
+        key: key of the config that errors name.
+        source: file, directory or repo id.
+        weight_name: name of the file in `source`; may be None if there is only one, or one with diffusers' default
+            name.
 
     Raises:
-        BadFile: no such file, or several.
+        BadFile: there is no such file, or several.
     """
     directory = Path(source)
     if directory.is_file():
@@ -97,7 +99,7 @@ def find_adapter(key: str, source: str, weight_name: str | None) -> Path:
 
 @contextmanager
 def _reading_hub(key: str, source: str) -> Iterator[None]:
-    """Say in one sentence about `source` what goes wrong in a download."""
+    """Turn errors of a download into a BadFile of one sentence about `source`."""
     try:
         yield
     except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What was done for an image, and when."""
+"""A record of the work on an image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Span:
     Attributes:
         stage: `encode`, `base`, `bridge`, `distilled` or `decode`.
         start, end: seconds since the epoch.
-        nfe: network evaluations; what a cache skipped is not counted.
+        nfe: network evaluations; blocks that a cache skipped are not counted.
     """
 
     stage: str

@@ -2,8 +2,8 @@
 
 Chen et al. 2025 (arXiv 2505.21179). In every block image tokens attend to the prompt and, separately, to the negative
 prompt; the positive output is then extrapolated away from the negative one. Classifier-free guidance runs the whole
-network twice. Here only attention runs twice, over a text sequence extended by the negative prompt. It holds for steps
-so large, and for distilled models, that guidance of velocities fails.
+network twice. Here only attention runs twice, over a text sequence extended by the negative prompt. It also works at
+large steps and with distilled models, where guidance of velocities fails.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from stages.plan import AttentionGuidanceSpec
 
 @dataclass(frozen=True)
 class Negative:
-    """What a row steers away from within an evaluation.
+    """The negative prompt that guides a row's attention.
 
     Attributes:
         embeds: (length, width), without padding.
-        guidance: how.
+        guidance: strength of the guidance.
     """
 
     embeds: torch.Tensor
@@ -32,11 +32,11 @@ class Negative:
 
 @dataclass(frozen=True)
 class NegativeBatch:
-    """The negative prompts of a batch, whose tokens follow the prompts' own in the text.
+    """The negative prompts of a batch; their tokens follow those of the prompts in the text.
 
     Attributes:
-        mask: bool (batch, length), which of their tokens are no padding; none for a row without such a prompt.
-        scale, tau, alpha: (batch, 1, 1).
+        mask: bool (batch, length), False for padding, and throughout for a row without a negative prompt.
+        scale, tau, alpha: (batch, 1, 1), see `AttentionGuidanceSpec`.
     """
 
     mask: torch.Tensor
@@ -48,11 +48,12 @@ class NegativeBatch:
         return NegativeBatch(self.mask[rows], self.scale[rows], self.tau[rows], self.alpha[rows])
 
     def guide(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-        """Lead attention's outputs (batch, tokens, width) for the prompt away from those for the negative prompt.
+        """Guide attention outputs (batch, tokens, width) for the prompt away from those for the negative prompt.
 
-        They are extrapolated by `scale`, to `tau` times their L1 norm at most, and go `alpha` of the way there.
+        The positive outputs are extrapolated by `scale`, limited to `tau` times their L1 norm, and blended with the
+        original at weight `alpha`.
         """
-        # Under autocast what attends has another dtype than the latents, whose these are.
+        # Under autocast, attention outputs have another dtype than these tensors, which have the latents'.
         scale, tau, alpha = (value.to(positive.dtype) for value in (self.scale, self.tau, self.alpha))
         extrapolated = positive + scale * (positive - negative)
         before, after = (
@@ -67,9 +68,9 @@ class Text:
     """The prompts of a batch, padded on the right.
 
     Attributes:
-        embeds: (batch, length, width), those of negative prompts last.
-        mask: bool (batch, length), which tokens are no padding, or None if all are.
-        negative: the negative prompts that guide attention, or None where no row has one.
+        embeds: (batch, length, width), negative prompts last.
+        mask: bool (batch, length), False for padding, or None if there is none.
+        negative: the negative prompts that guide attention, or None if no row has one.
     """
 
     embeds: torch.Tensor
@@ -77,7 +78,7 @@ class Text:
     negative: NegativeBatch | None = None
 
     def full_mask(self) -> torch.Tensor:
-        """The mask in any case: bool (batch, length)."""
+        """Return the mask, all True if there is none: bool (batch, length)."""
         if self.mask is not None:
             return self.mask
         return torch.ones(self.embeds.shape[:2], dtype=torch.bool, device=self.embeds.device)
@@ -92,9 +93,10 @@ def collate(
     """Collate prompts into a batch.
 
     Args:
-        embeds: prompt embeddings (length, width) a row; lengths may differ.
-        negatives: of each row, or none at all.
-        device, dtype: of the batch.
+        embeds: each row's prompt embeddings (length, width); lengths may differ.
+        negatives: each row's negative prompt, or None.
+        device: where to put the batch.
+        dtype: dtype of the batch's embeddings.
     """
     padded, mask = _pad(embeds)
     if not any(negatives):
@@ -112,7 +114,7 @@ def collate(
 
 
 def _pad(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad embeddings to (batch, length, width), with the mask of what is no padding, on the CPU."""
+    """Pad embeddings to (batch, length, width); return them with their mask, False for padding, on the CPU."""
     lengths = torch.tensor([len(embed) for embed in embeds])
     padded = pad_sequence(list(embeds), batch_first=True)
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]

@@ -1,4 +1,4 @@
-"""What a client is told of a prompt that has words which the model never saw."""
+"""Warnings for prompts with words that the model never saw in training."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ _LETTERS = 32  # of each
 
 
 def unknown_words(text: str, vocabulary: Collection[str]) -> list[str]:
-    """The words of `text` that are not in `vocabulary`, in lower case and once each, in their order.
+    """List the words of `text` that are not in `vocabulary`: in lower case, once each, in order of appearance.
 
-    A word is letters and digits, with apostrophes between them.
+    A word consists of letters and digits, with apostrophes between them.
 
     Args:
+        text: a prompt.
         vocabulary: words in lower case.
     """
     words = re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)*", text.lower())
@@ -22,7 +23,7 @@ def unknown_words(text: str, vocabulary: Collection[str]) -> list[str]:
 
 
 def prompt_warnings(prompt: str, negative_prompt: str | None, vocabulary: Collection[str] | None) -> list[str]:
-    """A sentence for each prompt with unknown words; none where the model names no vocabulary."""
+    """Return a sentence for each prompt with unknown words; none if the model's config has no vocabulary."""
     if vocabulary is None:
         return []
     return [

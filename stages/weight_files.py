@@ -1,4 +1,4 @@
-"""Weights on disk: whether they are whole, and hold what the model needs."""
+"""Checks of weights on disk: whether they are complete and match the model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from stages.sources import BadFile, find_part
+from stages.sources import BadFile, find_component
 
 
 def weights_of(directory: Path) -> list[Path]:
-    """Files that hold the weights of a part, whole ones, in the order of its index.
+    """List the files that hold a component's weights, in the order of its index.
 
     Raises:
-        BadFile: the part's config or one of the files is missing, or a file is truncated.
+        BadFile: the component's config or one of the files is missing, or a file is truncated.
     """
     if not (directory / "config.json").is_file():
         raise BadFile("source", directory / "config.json", "is missing")
@@ -47,10 +47,10 @@ def _read_index(file: Path) -> dict[str, str]:
 
 
 def read_header(key: str, file: Path) -> dict[str, str]:
-    """Metadata of a safetensors file, whose length is checked against its header.
+    """Read the metadata of a safetensors file, and check its length against its header.
 
     Raises:
-        BadFile: it is truncated or no such file; `key` is the config's, to be blamed.
+        BadFile: the file is truncated or not a safetensors file; the error names `key`, a key of the config.
     """
     try:
         with safe_open(file, "pt") as opened:
@@ -60,38 +60,42 @@ def read_header(key: str, file: Path) -> dict[str, str]:
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a safetensors file, one at a time."""
+    """Yield the names and tensors of a safetensors file, one at a time."""
     with safe_open(file, "pt") as opened:
         for name in opened.keys():  # noqa: SIM118
             yield name, opened.get_tensor(name)
 
 
 def check_finite(key: str, file: Path, dtype: torch.dtype | None = None) -> None:
-    """Read a file's numbers, at the speed of the disk.
+    """Check that all numbers of a file are finite; this reads the file at the speed of the disk.
 
     Args:
-        dtype: that they will be served in, in which they must be finite too.
+        key: key of the config that errors name.
+        file: safetensors file.
+        dtype: dtype in which the numbers must be finite, by default float32.
 
     Raises:
-        BadFile: one is NaN or infinite.
+        BadFile: a number is NaN or infinite.
     """
     for name, tensor in read_tensors(file):
         if tensor.is_floating_point() and not torch.isfinite(tensor.to(dtype or torch.float32)).all():
             raise BadFile(key, file, f"holds numbers that are not finite, in {name!r}")
 
 
-def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
-    """Load a part of a pipeline by its library's `from_pretrained`, whose warnings about weights are errors here.
+def load_component(kind: Any, source: str, component: str, **options: Any) -> Any:
+    """Load a pipeline's component by its library's `from_pretrained`, whose warnings about weights are errors here.
 
     Args:
-        kind: class of the part.
-        options: of `from_pretrained`, among them the dtype.
+        kind: class of the component.
+        source: directory or repo id of the pipeline.
+        component: name of the component's directory.
+        options: options of `from_pretrained`, among them the dtype.
 
     Raises:
-        BadFile: the part's files are missing or truncated, or hold other weights than the part has, of which the
-            library would leave some at random.
+        BadFile: the component's files are missing or truncated, or their weights do not match the component, in which
+            case the library would leave some at random.
     """
-    directory = find_part(source, part)
+    directory = find_component(source, component)
     files = weights_of(directory)
     try:
         module, info = kind.from_pretrained(
@@ -112,21 +116,21 @@ def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
     return module
 
 
-def check_loaded(module: nn.Module, source: str, part: str) -> None:
-    """Check that the parameters of a loaded part are finite, where they are; on a device this takes milliseconds.
+def check_loaded(module: nn.Module, source: str, component: str) -> None:
+    """Check that a loaded component's parameters are finite, on the device that holds them, which takes milliseconds.
 
     Raises:
-        BadFile: names the file that holds NaN or infinity.
+        BadFile: a parameter is NaN or infinite; the error names its file.
     """
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
-            directory = find_part(source, part)
+            directory = find_component(source, component)
             for file in weights_of(directory):
                 check_finite("source", file, parameter.dtype)
             raise BadFile("source", directory, f"is not finite in {parameter.dtype} at {name!r}")
 
 
 def list_keys(keys: Collection[str]) -> str:
-    """The first of some keys, and how many more there are."""
+    """Name the first key, and how many more there are."""
     first, *others = sorted(keys)
     return f"{first!r}" + (f" and {len(others)} more" if others else "")

@@ -1,4 +1,4 @@
-"""YAML files of configuration, read strictly: what is wrong with one is told in a line that names file and key."""
+"""Strict reading of YAML configuration files; an error is one line that names the file and the key."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 class ConfigError(ValueError):
-    """A file of configuration that cannot be used; its message is one line that names the file and the key."""
+    """A configuration file that cannot be used; the message is one line that names the file and the key."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's own, which would let the last of several equal keys win."""
+    """PyYAML's loader, which refuses duplicate keys instead of keeping the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -35,11 +35,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file.
+    """Read the keys and values of a YAML file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ConfigError: it is not YAML, has a key twice, or is not a mapping.
+        FileNotFoundError: there is no such file.
+        ConfigError: the file is not YAML, has a key twice, or is not a mapping.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -55,20 +55,23 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def validate(path: Path | str, kind: type[T], content: object, *, strict: bool = True) -> T:
-    """`content` of `path`, a file or a key in one, as a `kind`.
+    """Validate the content of a configuration file as a `kind`.
 
     Args:
-        strict: whether numbers and words may not stand for one another.
+        path: the file, or a key in one, which errors name.
+        kind: type of the result.
+        content: what was read.
+        strict: whether to refuse to convert between numbers and strings.
 
     Raises:
-        ConfigError: names each key that is wrong.
+        ConfigError: the content is invalid; the error names each key that is wrong.
     """
     try:
         text = json.dumps(content, default=str)
     except (ValueError, RecursionError) as error:  # it holds itself, or a number of thousands of digits
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
-        # As JSON, in which pydantic's strict mode takes lists for tuples and words for paths, but not true for 1.
+        # From JSON, pydantic's strict mode accepts lists for tuples and strings for paths, but not true for 1.
         return TypeAdapter(kind).validate_json(text, strict=strict)
     except ValidationError as error:
         raise ConfigError("; ".join(f"{path}: {_sentence(each)}" for each in _told(error.errors()))) from error

@@ -1,4 +1,4 @@
-"""Families of models, each in a room of its own; adding one is that room and a line here."""
+"""Families of models, each in a package of its own; adding one takes that package and its name in `_FAMILIES`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from importlib import import_module
 
 from stages.families.base import Family
 
-_ROOMS = ("qwen_image", "z_image")
+_FAMILIES = ("qwen_image", "z_image")
 
 
 def get_family(name: str) -> Family:
-    """The family called `name`; raises ValueError that lists those there are."""
-    if name not in _ROOMS:
-        raise ValueError(f"must be one of {', '.join(_ROOMS)}, not {name!r}")
+    """Return the family called `name`; raises a ValueError that lists all names."""
+    if name not in _FAMILIES:
+        raise ValueError(f"must be one of {', '.join(_FAMILIES)}, not {name!r}")
     return _load(name)
 
 

@@ -1,7 +1,8 @@
-"""What a family of models says of itself; all else in the engine is the same for every family.
+"""The interface of a family of models; the rest of the engine is the same for every family.
 
-There an image is tokens (rows * columns, 4 * channels), see `stages.latents`; a noise level is sigma, 1 for pure noise;
-and a velocity is dx/dsigma, from the clean latent towards noise. A family's parts turn these into what its model takes.
+In the engine an image is tokens (rows * columns, 4 * channels), see `stages.latents`; a noise level is sigma, 1 for
+pure noise; and a velocity is dx/dsigma, which points from the clean latent towards noise. A family's components convert
+these to its model's own conventions.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ if TYPE_CHECKING:  # a family's name and numbers are also read where torch is no
 
 
 class Context(Protocol):
-    """What blocks of one family read beside the tokens."""
+    """A family's further inputs of its blocks, besides the tokens."""
 
     def __getitem__(self, rows: list[int]) -> Self:
-        """These rows alone."""
+        """Return a selection of rows."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What goes from block to block.
+    """The state between two blocks.
 
     Attributes:
-        image: (batch, tokens, width), of which there may be more than the latent has.
+        image: (batch, tokens, width); there may be more tokens than the latent has.
         text: (batch, length, width).
-        context: the family's own.
+        context: the family's further inputs of its blocks.
     """
 
     image: torch.Tensor
@@ -50,7 +51,7 @@ class TextEncoder(ABC):
     """Turns prompts into embeddings.
 
     Attributes:
-        kind: class of the checkpoint's part.
+        kind: class of the checkpoint's component.
     """
 
     kind: ClassVar[Any]
@@ -62,16 +63,16 @@ class TextEncoder(ABC):
     @property
     @abstractmethod
     def layers(self) -> nn.Module:
-        """What a config's `quantize` is about."""
+        """The layers that a config's `quantize` applies to."""
 
     @property
     @abstractmethod
     def longest(self) -> int:
-        """Most tokens of a prompt that are not cut, without the template's."""
+        """Most tokens of a prompt that is not truncated, the template's not counted."""
 
     @abstractmethod
     def count(self, prompt: str) -> int:
-        """Count the tokens of a prompt, without the template's."""
+        """Count the tokens of a prompt, without those of the template."""
 
     @abstractmethod
     def encode(self, prompt: str) -> torch.Tensor:
@@ -79,10 +80,10 @@ class TextEncoder(ABC):
 
 
 class Transformer(ABC):
-    """Walks a transformer block by block, so that each row of a batch may go its own way.
+    """Runs a transformer block by block, so that each row of a batch may skip other blocks.
 
     Attributes:
-        kind: class of the checkpoint's part.
+        kind: class of the checkpoint's component.
     """
 
     kind: ClassVar[Any]
@@ -104,27 +105,27 @@ class Transformer(ABC):
     @property
     @abstractmethod
     def token_channels(self) -> int:
-        """Channels of a latent's token."""
+        """Number of channels of a latent's token."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the layers around the blocks; diffusers' own property visits every module, 2 ms of a step."""
+        """Dtype of the layers around the blocks; diffusers' own property visits every module, 2 ms a step."""
         return next(self.module.parameters()).dtype
 
     @abstractmethod
     def enter(self, latents: torch.Tensor, sigmas: torch.Tensor, text: Text, grid: tuple[int, int]) -> Tokens:
-        """Do what comes before the first block.
+        """Run what precedes the first block.
 
         Args:
             latents: (batch, rows * columns, token_channels).
             sigmas: (batch,), each row's noise level, on any device.
-            text: of the batch, in the dtype of the layers.
+            text: prompts of the batch, in the layers' dtype.
             grid: rows and columns of tokens.
         """
 
     @abstractmethod
     def modulate(self, entered: Tokens) -> torch.Tensor:
-        """Image tokens (batch, tokens, width) as the first block's attention sees them."""
+        """Return the image tokens (batch, tokens, width) as the first block's attention receives them."""
 
     @abstractmethod
     def run_block(self, index: int, tokens: Tokens) -> Tokens:
@@ -132,7 +133,7 @@ class Transformer(ABC):
 
     @abstractmethod
     def leave(self, image: torch.Tensor, entered: Tokens) -> torch.Tensor:
-        """Do what comes after the last block: velocities (batch, rows * columns, token_channels) in float32.
+        """Run what follows the last block: velocities (batch, rows * columns, token_channels) in float32.
 
         Args:
             image: image tokens after the last block.
@@ -149,14 +150,14 @@ class Transformer(ABC):
     @staticmethod
     @abstractmethod
     def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
-        """Combine two velocities (..., tokens, channels) by classifier-free guidance; at scale 1 it is `positive`."""
+        """Combine two velocities (..., tokens, channels) by classifier-free guidance; scale 1 gives `positive`."""
 
 
 class Autoencoder(ABC):
     """Turns latents into pixels.
 
     Attributes:
-        kind: class of the checkpoint's part.
+        kind: class of the checkpoint's component.
     """
 
     kind: ClassVar[Any]
@@ -174,12 +175,12 @@ class Family(ABC):
     """A family of models: what its checkpoints have in common.
 
     Attributes:
-        name: what configs call it.
-        pipeline: class of diffusers' that its checkpoints are saved by.
-        pixels_per_token: of a side; sizes are multiples of it.
-        longest_prompt: most tokens of a prompt, without the template's, that any of its models takes.
-        empty_prompt: what stands for no negative prompt in particular.
-        guides_attention: whether its transformers' blocks take the negative prompts of a `Text`.
+        name: name in configs.
+        pipeline: diffusers' pipeline class, which the checkpoints name.
+        pixels_per_token: side of a token's square of pixels; sizes are multiples of it.
+        longest_prompt: most tokens of a prompt, without the template's, that any of its models accepts.
+        empty_prompt: the prompt that stands for no negative prompt.
+        guides_attention: whether its transformers support attention guidance by the negative prompts of a `Text`.
     """
 
     name: ClassVar[str]
@@ -191,16 +192,16 @@ class Family(ABC):
 
     @abstractmethod
     def count_blocks(self, transformer: Mapping[str, Any]) -> int:
-        """Count the blocks of a transformer, by its own config."""
+        """Count the blocks of a transformer, from its own config."""
 
     @abstractmethod
     def latent_channels(self, transformer: Mapping[str, Any]) -> int:
-        """Channels of a latent, by the transformer's own config."""
+        """Return the number of channels of a latent, from the transformer's own config."""
 
     @property
     @abstractmethod
     def text_encoder(self) -> type[TextEncoder]:
-        """Class of its text encoders; this and the next two load torch and diffusers."""
+        """Class of its text encoders; this property and the next two load torch and diffusers."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Qwen-Image: double-stream blocks, a language model of vision as text encoder, and a video autoencoder."""
+"""Qwen-Image: double-stream blocks, a vision-language model as text encoder, and a video autoencoder."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 # Eight pixels to a latent, two latents to a token: fixed by the architecture.
 PIXELS_PER_TOKEN = 16
 
-# What diffusers' users pass for "no negative prompt in particular".
+# What users of diffusers pass when they want no particular negative prompt.
 EMPTY_PROMPT = " "
 
 
 class QwenImage(Family):
-    """https://arxiv.org/abs/2508.02324, by diffusers' `QwenImagePipeline`."""
+    """Qwen-Image (https://arxiv.org/abs/2508.02324), as diffusers' `QwenImagePipeline` runs it."""
 
     name = "qwen_image"
     pipeline = "QwenImagePipeline"
     pixels_per_token = PIXELS_PER_TOKEN
-    longest_prompt = 1019  # with the template's last five, what diffusers keeps
+    longest_prompt = 1019  # diffusers keeps these and the template's last five
     empty_prompt = EMPTY_PROMPT
     guides_attention = True
 

@@ -28,23 +28,23 @@ class _Stream:
 
     @staticmethod
     def project(tokens: torch.Tensor, layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], heads: int) -> _Stream:
-        """By the layers to queries, keys and values, and the norms of queries and keys."""
+        """Project tokens by `layers`: those to queries, keys and values, then the norms of queries and keys."""
         *projections, norm_query, norm_key = layers
         query, key, value = (project(tokens).unflatten(-1, (heads, -1)) for project in projections)
         return _Stream(norm_query(query), norm_key(key), value)
 
-    def part(self, start: int, end: int) -> _Stream:
-        """Those tokens alone."""
+    def between(self, start: int, end: int) -> _Stream:
+        """Return the tokens from `start` to `end`."""
         return _Stream(self.query[:, start:end], self.key[:, start:end], self.value[:, start:end])
 
     def at(self, frequencies: torch.Tensor) -> _Stream:
-        """The tokens turned to their positions (tokens, half the width of a head)."""
+        """Apply rotary embeddings: `frequencies` of the tokens' positions (tokens, half the width of a head)."""
         query, key = (apply_rotary_emb_qwen(of, frequencies, use_real=False) for of in (self.query, self.key))
         return _Stream(query, key, self.value)
 
 
 class GuidedAttention(QwenDoubleStreamAttnProcessor2_0):
-    """diffusers' attention of Qwen-Image, guided in a batch that has negative prompts."""
+    """Qwen-Image's attention from diffusers, guided in a batch that has negative prompts."""
 
     def __call__(
         self,
@@ -56,9 +56,9 @@ class GuidedAttention(QwenDoubleStreamAttnProcessor2_0):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         negatives: NegativeBatch | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image (batch, tokens, width) and text (batch, length, width), negative prompts last, after attention.
+        """Return image (batch, tokens, width) and text (batch, length, width), negative prompts last, after attention.
 
-        Each of the two prompts sees itself and the image, at the positions that it would have alone.
+        Each of the two prompts attends to itself and the image, at the positions that it would have alone.
         """
         if negatives is None:
             return super().__call__(
@@ -73,32 +73,37 @@ class GuidedAttention(QwenDoubleStreamAttnProcessor2_0):
         of_text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
         image = _Stream.project(hidden_states, of_image, attn.heads).at(image_frequencies)
         text = _Stream.project(encoder_hidden_states, of_text, attn.heads)
-        prompt = text.part(0, length).at(text_frequencies[:length])
-        negative = text.part(length, total).at(text_frequencies[:negative_length])
+        prompt = text.between(0, length).at(text_frequencies[:length])
+        negative = text.between(length, total).at(text_frequencies[:negative_length])
 
-        prompt_output, towards = self._attend(prompt, image, encoder_hidden_states_mask[:, :length])
-        negative_output, away = self._attend(negative, image, negatives.mask)
-        output = negatives.guide(towards, away)
+        prompt_output, positive_image = self._attend(prompt, image, encoder_hidden_states_mask[:, :length])
+        negative_output, negative_image = self._attend(negative, image, negatives.mask)
+        output = negatives.guide(positive_image, negative_image)
         for layer in attn.to_out:
             output = layer(output)
         return output, attn.to_add_out(torch.cat([prompt_output, negative_output], dim=1))
 
     def _attend(self, text: _Stream, image: _Stream, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Joint attention's outputs to text and image; `mask` (batch, length) is the text's."""
+        """Return joint attention's outputs for text and image; `mask` (batch, length) is the text's."""
         query, key, value = (
             torch.cat(pair, dim=1)
             for pair in ((text.query, image.query), (text.key, image.key), (text.value, image.value))
         )
-        seen = F.pad(mask, (0, image.key.shape[1]), value=True)[:, None, None]
+        joint_mask = F.pad(mask, (0, image.key.shape[1]), value=True)[:, None, None]
         outputs = dispatch_attention_fn(
-            query, key, value, attn_mask=seen, backend=self._attention_backend, parallel_config=self._parallel_config
+            query,
+            key,
+            value,
+            attn_mask=joint_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
         ).flatten(2)
         return outputs[:, : mask.shape[1]], outputs[:, mask.shape[1] :]
 
 
 def guide_attention(transformer: QwenImageTransformer2DModel) -> None:
-    """Let every block's attention guide batches with negative prompts; others are computed as before."""
+    """Let every block's attention guide batches with negative prompts; other batches are computed as before."""
     for block in transformer.transformer_blocks:
         processor = GuidedAttention()
-        processor._attention_backend = block.attn.processor._attention_backend  # set_attention_backend's
+        processor._attention_backend = block.attn.processor._attention_backend  # as set_attention_backend chose it
         block.attn.set_processor(processor)

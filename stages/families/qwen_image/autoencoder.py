@@ -16,7 +16,7 @@ from stages.latents import unpack
 
 
 class QwenImageAutoencoder(Autoencoder):
-    """A video autoencoder on one frame, with latents of zero mean and unit deviation."""
+    """A video autoencoder applied to single frames; latents have zero mean and unit deviation."""
 
     kind = AutoencoderKLQwenImage
 
@@ -38,7 +38,7 @@ class QwenImageAutoencoder(Autoencoder):
 
 
 def moments(vae: AutoencoderKLQwenImage, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation (1, channels, 1, 1, 1) of the latents that `vae` encodes to, by its config."""
+    """Return mean and deviation (1, channels, 1, 1, 1) of the latents that `vae` encodes to, from its config."""
     mean, std = (
         torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -54,10 +54,10 @@ def _convolve_image(self: QwenImageCausalConv3d, x: torch.Tensor, cache_x: torch
 
 
 def convolve_images(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
-    """Let `vae` treat every input as one image, in place; exact, and a third of the arithmetic.
+    """Make `vae` treat every input as a single image, in place; exact, with a third of the arithmetic.
 
-    Its causal convolutions pad the past with zeros, so that for a single frame (batch, channels, 1, height, width) only
-    the last temporal slice of each kernel meets data.
+    Its causal convolutions pad the past with zeros, so for a single frame (batch, channels, 1, height, width) only the
+    last temporal slice of each kernel meets data.
     """
     for module in vae.modules():
         if isinstance(module, QwenImageCausalConv3d):

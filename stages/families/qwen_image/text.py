@@ -1,4 +1,4 @@
-"""Prompts of Qwen-Image, by the pipeline's own template."""
+"""Prompt encoding of Qwen-Image, with the pipeline's own template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.families.base import TextEncoder
 
 
 class QwenImageTextEncoder(TextEncoder):
-    """The last hidden state of a language model, without the tokens of the template's head."""
+    """Embeds prompts as the last hidden state of a language model, without the tokens of the template's head."""
 
     kind = Qwen2_5_VLForConditionalGeneration
 
@@ -40,5 +40,5 @@ class QwenImageTextEncoder(TextEncoder):
         return embeds[0]
 
     def _tokens(self, prompt: str) -> int:
-        """Count the tokens of the prompt in its template, which are what diffusers cuts."""
+        """Count the tokens of the prompt in its template, to which diffusers' limit applies."""
         return len(self.tokenizer(self._pipeline.prompt_template_encode.format(prompt)).input_ids)

@@ -1,4 +1,4 @@
-"""The walk through Qwen-Image's transformer, as its `forward` does it."""
+"""Qwen-Image's transformer block by block, equal to its `forward`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from stages.text import NegativeBatch, Text
 
 @dataclass(frozen=True)
 class QwenImageContext:
-    """What its blocks read beside the tokens.
+    """Further inputs of Qwen-Image's blocks.
 
     Attributes:
-        temb: (batch, width), of the noise level.
-        rotary: of image and text, the same for every row.
+        temb: (batch, width), embedding of the noise level.
+        rotary: rotary frequencies of image and text, the same for every row.
         mask: bool (batch, length), see `Text`.
         negative: see `Text`.
     """
@@ -96,10 +96,7 @@ class QwenImageTransformer(Transformer):
 
     @staticmethod
     def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
-        """Combine two velocities as usual, at the norm of the positive one, token by token.
-
-        As diffusers' `QwenImagePipeline` does.
-        """
+        """Combine two velocities, rescaled token by token to the positive one's norm, as `QwenImagePipeline` does."""
         combined = negative + scale * (positive - negative)
         return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 

@@ -1,4 +1,4 @@
-"""Z-Image: single-stream blocks over image and text, a plain language model, and an image autoencoder."""
+"""Z-Image: single-stream blocks over image and text, a language model as text encoder, and an image autoencoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ZImage(Family):
-    """https://arxiv.org/abs/2511.22699, by diffusers' `ZImagePipeline`."""
+    """Z-Image (https://arxiv.org/abs/2511.22699), as diffusers' `ZImagePipeline` runs it."""
 
     name = "z_image"
     pipeline = "ZImagePipeline"

@@ -1,4 +1,4 @@
-"""The autoencoder of Z-Image, which is FLUX's."""
+"""Z-Image's autoencoder, which is that of FLUX."""
 
 from __future__ import annotations
 

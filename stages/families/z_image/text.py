@@ -1,4 +1,4 @@
-"""Prompts of Z-Image, by the tokenizer's own chat template."""
+"""Prompt encoding of Z-Image, with the tokenizer's own chat template."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 
 from stages.families.base import TextEncoder
 
-_MOST_TOKENS = 512  # of a prompt in its template, where `ZImagePipeline` cuts
+_MOST_TOKENS = 512  # of a prompt with its template; `ZImagePipeline` truncates there
 
 
 class ZImageTextEncoder(TextEncoder):
-    """The last hidden state but one of a language model, template included."""
+    """Embeds prompts as the last but one hidden state of a language model, with the template's tokens."""
 
     kind = AutoModel
 
@@ -35,7 +35,7 @@ class ZImageTextEncoder(TextEncoder):
 
     def encode(self, prompt: str) -> torch.Tensor:
         tokens = torch.tensor([self._tokens(prompt)], device=self.module.device)
-        # Padding, which diffusers adds up to its limit and then drops, is behind all that a token sees.
+        # No padding: diffusers pads to its limit and drops it again, and causal attention never sees it.
         return self.module(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states[-2][0]
 
     def _tokens(self, prompt: str) -> list[int]:

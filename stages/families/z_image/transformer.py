@@ -1,4 +1,4 @@
-"""The walk through Z-Image's transformer, as its `forward` does it."""
+"""Z-Image's transformer block by block, equal to its `forward`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import nn
 from stages.families.base import Tokens, Transformer
 from stages.text import Text
 
-_MULTIPLE = 32  # of which image and text each have a number of tokens, the last ones maybe padding
+_MULTIPLE = 32  # image and text are each padded to a multiple of this many tokens
 _PATCH = "2-1"  # the embedder of 2x2 patches of one frame
 
 
 @dataclass(frozen=True)
 class ZImageContext:
-    """What its blocks read beside the tokens.
+    """Further inputs of Z-Image's blocks.
 
     Attributes:
-        temb: (batch, width), of the noise level.
-        rotary: complex (batch, tokens, half the width of a head), of image and then text.
-        mask: bool (batch, tokens), which of these are there, or None if all are.
-        count: of the latent's tokens, the first of the image's.
+        temb: (batch, width), embedding of the noise level.
+        rotary: complex (batch, tokens, half the width of a head), rotary frequencies of image and then text.
+        mask: bool (batch, tokens), False for tokens that do not exist, or None if all do.
+        count: number of the latent's tokens, which are the first of the image's.
     """
 
     temb: torch.Tensor
@@ -39,10 +39,10 @@ class ZImageContext:
 
 
 class ZImageTransformer(Transformer):
-    """Image and text are refined each by itself, then go through the blocks as one sequence.
+    """Single-stream blocks: image and text are refined separately, then pass the blocks as one sequence.
 
-    Its time runs from 0 at pure noise to 1, and its velocity towards the clean latent; a token holds its channels
-    last; and an image's first row is placed after the text, so that rows of a batch differ in their positions.
+    The model's time runs from 0 at pure noise to 1, its velocity points towards the clean latent, and a token's
+    channels come last. The image's positions follow those of the text, so they differ between the rows of a batch.
     """
 
     kind = ZImageTransformer2DModel
@@ -64,7 +64,7 @@ class ZImageTransformer(Transformer):
         time = (1 - sigmas.float()).to(device, dtype)
         temb = module.t_embedder(time * module.t_scale).to(dtype)
         mask = text.full_mask()
-        lengths = _round_up(mask.sum(1))  # of the texts with their padding
+        lengths = _round_up(mask.sum(1))  # of the texts, padding included
 
         channels_last = latents.unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2)
         image = _pad(module.all_x_embedder[_PATCH](channels_last.to(dtype)), module.x_pad_token)
@@ -74,11 +74,11 @@ class ZImageTransformer(Transformer):
 
         words = torch.where(mask[..., None], module.cap_embedder(text.embeds), module.cap_pad_token)
         words = _pad(words, module.cap_pad_token)
-        place = torch.arange(words.shape[1], device=device).expand(len(words), -1)
-        there = place < lengths[:, None]
-        words = torch.where(there[..., None], words, 0)
-        text_rotary = self._rotary(F.pad(place[..., None] + 1, (0, 2)))
-        text_mask = None if text.mask is None else there
+        position = torch.arange(words.shape[1], device=device).expand(len(words), -1)
+        present = position < lengths[:, None]
+        words = torch.where(present[..., None], words, 0)
+        text_rotary = self._rotary(F.pad(position[..., None] + 1, (0, 2)))
+        text_mask = None if text.mask is None else present
         for layer in module.context_refiner:
             words = layer(words, text_mask, text_rotary)
 
@@ -105,11 +105,11 @@ class ZImageTransformer(Transformer):
 
     @staticmethod
     def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
-        """Combine two velocities as usual; diffusers' `ZImagePipeline` calls `scale` - 1 its guidance scale."""
+        """Combine two velocities; diffusers' `ZImagePipeline` calls `scale` - 1 its guidance scale."""
         return negative + scale * (positive - negative)
 
     def _rotary(self, positions: torch.Tensor) -> torch.Tensor:
-        """Turns (batch, tokens, half the width of a head) to positions (batch, tokens, 3)."""
+        """Return rotary frequencies (batch, tokens, half the width of a head) of positions (batch, tokens, 3)."""
         return self.module.rope_embedder(positions.flatten(0, 1)).unflatten(0, positions.shape[:2])
 
 
@@ -118,13 +118,13 @@ def _round_up(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _pad(tokens: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    """Pad tokens (batch, tokens, width) by `padding` (1, width) to the next multiple."""
+    """Pad tokens (batch, tokens, width) with `padding` (1, width) to a multiple of `_MULTIPLE`."""
     missing = -tokens.shape[1] % _MULTIPLE
     return torch.cat([tokens, padding.expand(len(tokens), missing, -1)], dim=1) if missing else tokens
 
 
 def _image_positions(lengths: torch.Tensor, grid: tuple[int, int], tokens: int) -> torch.Tensor:
-    """Positions (batch, tokens, 3) of an image after a text of each length; its padding is at 0."""
+    """Return positions (batch, tokens, 3) of an image after texts of these lengths; its padding is at 0."""
     rows, columns = grid
     axes = (torch.arange(rows, device=lengths.device), torch.arange(columns, device=lengths.device))
     within = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1).expand(len(lengths), -1, -1)
