@@ -1,6 +1,6 @@
 """One small class per kind of accelerator; nothing outside this package names a vendor.
 
-Neither this package nor its modules load torch by being imported: configurations are checked without it.
+Importing this package or its modules does not load torch, since configurations are checked without it.
 """
 
 from backends.base import Backend, Quantization
@@ -11,7 +11,7 @@ _BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (CPU
 
 
 def get_backend(name: str) -> Backend:
-    """Return the backend called `name`; raises ValueError that lists those there are."""
+    """Return the backend called `name`; raises a ValueError that lists all names."""
     if name not in _BACKENDS:
         raise ValueError(f"backend must be one of {sorted(_BACKENDS)}, not {name!r}")
     return _BACKENDS[name]()

@@ -1,4 +1,4 @@
-"""What the engine asks of an accelerator."""
+"""The interface of an accelerator to the engine."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound="nn.Module")
 
-# Of the linear layers: weights in eight bits, or weights and, row by row as they come, activations.
+# Of linear layers: eight bits for weights alone, or for weights and, scaled row by row at run time, activations.
 Quantization = Literal["int8_weight_only", "int8_dynamic", "fp8_dynamic"]
 
 
 class Backend(ABC):
-    """Answers questions about a device; knows of diffusion only "a module and its inputs".
+    """What depends on the kind of device; independent of diffusion, it deals in modules.
 
     Attributes:
-        name: what configs call it.
-        device: where modules and their inputs live, by torch's name.
-        default_dtype: of the weights where a model's config names none.
-        quantizations: what `quantize` takes.
+        name: name in configs.
+        device: torch's name of the device that holds modules and their inputs.
+        default_dtype: dtype of the weights if a model's config names none.
+        quantizations: schemes that `quantize` supports.
     """
 
     name: ClassVar[str]
@@ -32,27 +32,27 @@ class Backend(ABC):
 
     @abstractmethod
     def synchronise(self) -> None:
-        """Wait until everything queued on the device has run, so that a clock read afterwards is right."""
+        """Wait until all work queued on the device is done, so that a clock read afterwards is right."""
 
     def place(self, module: M) -> M:
-        """Move `module` to the device, for inference alone."""
+        """Move `module` to the device, for inference only."""
         return module.to(self.device).eval().requires_grad_(False)
 
     def check_quantization(self, scheme: Quantization) -> None:
-        """Raises ValueError if this device has no such arithmetic, or torchao is not installed."""
+        """Raise ValueError if the device does not support `scheme` or torchao is not installed."""
         if scheme not in self.quantizations:
             raise ValueError(f"must be one of {', '.join(self.quantizations)} on {self.name}, not {scheme!r}")
         if find_spec("torchao") is None:
             raise ValueError("needs torchao, which the extra `quantize` installs")
 
     def quantize(self, module: nn.Module, scheme: Quantization) -> None:
-        """Quantize every linear layer in `module`, in place, by torchao.
+        """Quantize every linear layer in `module` with torchao, in place.
 
         Raises:
             ValueError: see `check_quantization`.
         """
         self.check_quantization(scheme)
-        from torchao import quantization  # takes seconds to import, which only those who use it should wait for
+        from torchao import quantization  # here, because its import takes seconds
 
         configs = {
             "int8_weight_only": quantization.Int8WeightOnlyConfig,
@@ -62,5 +62,5 @@ class Backend(ABC):
         quantization.quantize_(module, configs[scheme]())
 
     def compile(self, module: nn.Module) -> None:
-        """Compile `module` on its next call, in place and for all shapes at once."""
+        """Set up `module`, in place, to be compiled on its next call, for all shapes at once."""
         module.compile(fullgraph=True, dynamic=True)

@@ -16,4 +16,4 @@ class CPUBackend(Backend):
     quantizations: ClassVar[tuple[Quantization, ...]] = ("int8_weight_only", "int8_dynamic")
 
     def synchronise(self) -> None:
-        """Do nothing: every operation has run when it returns."""
+        """Do nothing, because every operation is done when it returns."""

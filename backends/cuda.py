@@ -1,4 +1,4 @@
-"""GPUs that PyTorch calls `cuda`: NVIDIA's, and AMD's under ROCm."""
+"""GPUs that PyTorch calls `cuda`: those of NVIDIA, and those of AMD under ROCm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from backends.base import Backend, Quantization
 
 
 class CUDABackend(Backend):
-    """Runs in bfloat16 on the process's current device, which Ray chooses by what a replica asks for."""
+    """Runs in bfloat16 on the process's current device, which Ray assigns to the replica."""
 
     name: ClassVar[str] = "cuda"
     device: ClassVar[str] = "cuda"
@@ -16,6 +16,6 @@ class CUDABackend(Backend):
     quantizations: ClassVar[tuple[Quantization, ...]] = ("int8_weight_only", "int8_dynamic", "fp8_dynamic")
 
     def synchronise(self) -> None:
-        import torch  # which a check of a configuration does without
+        import torch  # here, because checks of a configuration do without it
 
         torch.cuda.synchronize()

@@ -1,1 +1,1 @@
-"""Pools of devices: how many a load needs, and what they cost."""
+"""Pools of devices: how many devices a load needs, and what they cost."""

@@ -27,7 +27,7 @@ from cluster.costs import Device, StepCost
 
 Positive = Annotated[float, Field(gt=0.0)]
 
-_TURN = 0.004  # seconds; about what Linux gives a process before the next one has its turn
+_TURN = 0.004  # seconds; about the time slice that Linux gives a process
 
 
 class _Strict(BaseModel):
@@ -38,9 +38,9 @@ class Stage(StepCost):
     """One stage of the plan on one type of device.
 
     Attributes:
-        device: name of its type.
-        steps: that an image stays.
-        replicas: devices that run it, or None to be planned.
+        device: name of the device's type.
+        steps: number of steps that an image takes here.
+        replicas: number of replicas, or None if it is to be planned.
     """
 
     device: str
@@ -49,18 +49,20 @@ class Stage(StepCost):
 
     @property
     def count(self) -> int:
-        """Replicas, one where none are planned yet."""
+        """Number of replicas, 1 if none are planned yet."""
         return self.replicas or 1
 
 
 class Scenario(_Strict):
-    """A load, and the pools that are to bear it.
+    """A load, and the pools that serve it.
 
     Attributes:
-        rate: images a second that arrive.
-        megapixels: of an image.
+        devices: types of device by name.
+        stages: stages by name, in order.
+        rate: images that arrive per second.
+        megapixels: size of an image.
         deadline: seconds within which 95 % of the images must be done, for planning.
-        hop: seconds from one stage to the next.
+        hop: seconds that an image takes to reach a stage.
     """
 
     devices: dict[str, Device]
@@ -72,7 +74,7 @@ class Scenario(_Strict):
 
     @property
     def price(self) -> float:
-        """Dollars an hour of all devices."""
+        """Dollars per hour of all devices."""
         replicas = dict.fromkeys(self.devices, 0)
         for stage in self.stages.values():
             replicas[stage.device] += stage.count
@@ -88,13 +90,13 @@ class Scenario(_Strict):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulation saw.
+    """The results of a simulation.
 
     Attributes:
-        throughput: images a second, from the first arrival to the last departure.
+        throughput: images per second, from the start to the last departure.
         mean, p50, p95, p99: seconds from arrival to departure.
-        busy: stage -> share of the time that its replicas worked.
-        dollars_per_megapixel: at this throughput.
+        busy: share of the time that each stage's replicas worked, by stage.
+        dollars_per_megapixel: price of a megapixel at this throughput.
     """
 
     throughput: float
@@ -113,21 +115,26 @@ class _Image:
 
 
 class _Devices:
-    """What does the work of one replica, or of all that share the devices of a type."""
+    """The devices of one replica, or those that all replicas of a type share."""
 
     def __init__(
         self, environment: simpy.Environment, count: int = 1, contention: float = 1.0, turn: float = math.inf
     ) -> None:
-        """Args:
-        turn: seconds of work after which the next one has the device.
+        """Provide devices.
+
+        Args:
+            environment: the simulation's clock.
+            count: number of devices.
+            contention: see `Device`.
+            turn: seconds of work after which a device goes to the next replica that waits.
         """
         self._environment = environment
         self._slots = simpy.Resource(environment, count)
-        self._slowing = (contention - 1.0) / max(1, count - 1)  # by each busy neighbour
+        self._slowing = (contention - 1.0) / max(1, count - 1)  # per busy neighbour
         self._turn = turn
 
     def work(self, seconds: float) -> Generator[simpy.Event, None, float]:
-        """Take turns until work of `seconds`, as of a device without busy neighbours, is done; how long it had one."""
+        """Take turns until work of `seconds` (without busy neighbours) is done; return the seconds on a device."""
         held = 0.0
         while seconds > 0:
             share = min(seconds, self._turn)
@@ -141,7 +148,7 @@ class _Devices:
 
 
 class _Replica:
-    """One process and the images that are in it, oldest first."""
+    """One process, and the images in it, oldest first."""
 
     def __init__(self, environment: simpy.Environment, stage: Stage, devices: _Devices | None) -> None:
         self._environment = environment
@@ -173,13 +180,13 @@ class _Replica:
 
 
 def poisson_arrivals(rate: float, count: int, seed: int = 0) -> list[float]:
-    """Times of `count` events of a Poisson process of `rate` a second, from its start at 0."""
+    """Generate the times of `count` events of a Poisson process with `rate` events per second, from time 0 on."""
     rng = Random(seed)
     return list(accumulate(rng.expovariate(rate) for _ in range(count)))
 
 
 class _System:
-    """All replicas of a scenario, on a clock of their own; a stage without `replicas` has one."""
+    """All replicas of a scenario, with their own clock; a stage without `replicas` has one."""
 
     def __init__(self, scenario: Scenario) -> None:
         self._scenario = scenario
@@ -195,8 +202,8 @@ class _System:
             for name, stage in scenario.stages.items()
         }
 
-    def draw(self) -> Generator[simpy.Event, None, None]:
-        """One image's way through the stages, from now on."""
+    def generate(self) -> Generator[simpy.Event, None, None]:
+        """Pass one image through the stages, from now on."""
         image = _Image()
         arrived = self.environment.now
         for pool in self._pools.values():
@@ -206,7 +213,7 @@ class _System:
         self._latencies.append(self.environment.now - arrived)
 
     def run(self, *sources: Generator[simpy.Event, None, None]) -> Outcome:
-        """Until all that `sources` let in has left."""
+        """Run until every image that `sources` start is done."""
         for source in sources:
             self.environment.process(source)
         self.environment.run()
@@ -225,29 +232,29 @@ class _System:
 
 
 def simulate(scenario: Scenario, images: int = 2000, seed: int = 0) -> Outcome:
-    """Let `images` images arrive at random (`poisson_arrivals`) and wait for the last."""
+    """Simulate `images` random arrivals (`poisson_arrivals`) until the last image is done."""
     return replay(scenario, poisson_arrivals(scenario.rate, images, seed))
 
 
 def replay(scenario: Scenario, arrivals: Sequence[float]) -> Outcome:
-    """Let an image arrive at each of these times, in seconds, and wait for the last."""
+    """Simulate an arrival at each of these times, in seconds, until the last image is done."""
     system = _System(scenario)
 
     def arrive() -> Generator[simpy.Event, None, None]:
         for arrival in arrivals:
             yield system.environment.timeout(max(0.0, arrival - system.environment.now))
-            system.environment.process(system.draw())
+            system.environment.process(system.generate())
 
     return system.run(arrive())
 
 
 def circulate(scenario: Scenario, concurrency: int, images: int = 200) -> Outcome:
-    """Let `concurrency` clients each ask for its next image when it has one, about `images` in all."""
+    """Simulate `concurrency` clients that each request one image after another, about `images` in total."""
     system = _System(scenario)
 
     def client() -> Generator[simpy.Event, None, None]:
         for _ in range(math.ceil(images / concurrency)):
-            yield system.environment.process(system.draw())
+            yield system.environment.process(system.generate())
 
     return system.run(*(client() for _ in range(concurrency)))
 
@@ -255,11 +262,11 @@ def circulate(scenario: Scenario, concurrency: int, images: int = 200) -> Outcom
 def plan_replicas(scenario: Scenario, most: int = 1000) -> Scenario:
     """Give every stage the fewest replicas with which 95 % of the images meet the deadline.
 
-    From as many as the load keeps below full, one is added at a time to the stage where it shortens that latency most
-    for its price.
+    Planning starts from the fewest replicas that can sustain the load, and repeatedly adds one to the stage where it
+    shortens the 95th percentile of latency most for its price.
 
     Raises:
-        ValueError: `most` replicas in all do not suffice, or none could, since an idle system is too slow.
+        ValueError: `most` replicas in total do not suffice, or no number would, since even an idle system is too slow.
     """
     alone = sum(stage.steps * stage.seconds(1) + scenario.hop for stage in scenario.stages.values())
     if alone > scenario.deadline:
@@ -291,12 +298,13 @@ def _replicas(scenario: Scenario) -> dict[str, int | None]:
 
 
 def read_scenarios(path: Path) -> dict[str, Scenario]:
-    """Scenarios by name; raises pydantic.ValidationError, which names the key that is wrong."""
+    """Read scenarios by name; raises pydantic.ValidationError, which names the key that is wrong."""
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     return {name: Scenario(devices=content["devices"], **values) for name, values in content["scenarios"].items()}
 
 
 def main() -> None:
+    """Plan and simulate the scenarios of a file, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", type=Path)
     arguments = parser.parse_args()

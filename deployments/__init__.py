@@ -1,11 +1,11 @@
-"""Ray Serve deployments, thin over `stages`."""
+"""Ray Serve deployments, a thin layer over `stages`."""
 
 import logging
 import os
 import warnings
 
-# What the model's libraries say on being imported or while they load concerns no user of the server; each is read when
-# its library is imported. What is wrong with a file is an error of ours (`deployments.check`, `stages.loading`).
+# Libraries' messages on import and on loading do not concern users of the server. Each variable is read when its
+# library is imported. Errors in files are reported by this project (`deployments.check`, `stages.loading`).
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

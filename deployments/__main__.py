@@ -22,7 +22,7 @@ _ENVIRONMENT = {
 
 
 def main() -> int:
-    """Run the command; the status to exit with."""
+    """Run the command; return the status to exit with."""
     parser = argparse.ArgumentParser(prog="python -m deployments", description=__doc__)
     parser.add_argument("config", type=Path, nargs="?", default=Path("serve_config.yaml"), help="in Serve's own schema")
     parser.add_argument("--check", action="store_true", help="check the config and what it names, and start nothing")

@@ -1,6 +1,6 @@
-"""The application that `serve run serve_config.yaml` builds."""
+"""Builder of the application for `serve run serve_config.yaml`."""
 
-# Annotations must be evaluated here: Serve looks at `build`'s to parse the config's `args`.
+# No postponed annotations: Serve reads those of `build` to parse the config's `args`.
 from ray import serve
 from ray.serve import Application
 
@@ -10,14 +10,14 @@ from deployments.settings import Settings
 
 
 def build(settings: Settings) -> Application:
-    """Ingress, and what `settings.placement` names: by default TextEncoder, Base, Bridge, Distilled and VAEDecoder.
+    """Build the ingress and the deployments of `settings.placement`.
 
-    Those are one class under several names, so that each can have its own pool, replicas and autoscaling in
-    `serve_config.yaml`.
+    By default these are TextEncoder, Base, Bridge, Distilled and VAEDecoder: one class under several names, so that
+    each can have its own pool, replicas and autoscaling in `serve_config.yaml`.
     """
     model = settings.read_model()
     replicas = {
-        # What a constructor raises, it raises again: the start ends with it instead.
+        # A constructor that raises would raise again, so do not retry.
         name: serve.deployment(StageReplica, name=name, max_constructor_retry_count=1).bind(model, placement)
         for name, placement in settings.placement.items()
     }

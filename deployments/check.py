@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before anything is started."""
+"""Checks of a config that need nothing to be started."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ IMPORT_PATH = "deployments.app:build"
 
 
 class StartError(Exception):
-    """Why the server cannot start: one sentence that names the key or the file."""
+    """An error that keeps the server from starting; the message is one sentence that names the key or the file."""
 
 
 def check(path: Path) -> ServeDeploySchema:
     """Read Serve's config at `path` and check it, the port, the application's arguments and the model's files.
 
     Raises:
-        StartError: something is wrong.
+        StartError: the first error.
     """
     with _refusing():
         content = read_mapping(path)
@@ -48,12 +48,12 @@ def check_application(application: ServeApplicationSchema, where: str, http_time
     """Check the application's arguments, its deployments and its model's files.
 
     Args:
-        application: to check.
-        where: what its keys are in, for messages.
-        http_timeout_s: time after which Serve's proxy gives a request up, if any.
+        application: the application, as Serve's config has it.
+        where: file and key of the application, for messages.
+        http_timeout_s: seconds after which Serve's proxy gives up on a request, or None.
 
     Raises:
-        StartError: something is wrong.
+        StartError: the first error.
     """
     if not (application.route_prefix or "").startswith("/") or "{" in (application.route_prefix or ""):
         raise StartError(
@@ -61,7 +61,7 @@ def check_application(application: ServeApplicationSchema, where: str, http_time
         )
     if isinstance(model := application.args.get("model"), str):
         with _refusing(named_by=f"{where}.args.model: "):
-            config = ModelConfig.read(Path(model))  # alone, so that the sentence begins with its file
+            config = ModelConfig.read(Path(model))  # separately, so that the message begins with its file
         with _refusing(f"{model}: "):
             config.check_plans()
     with _refusing():
@@ -81,7 +81,7 @@ def check_application(application: ServeApplicationSchema, where: str, http_time
         raise StartError(f"{where}.deployments: {twice[0]} is there twice")
     for deployment in application.deployments:
         _check_deployment(deployment, f"{where}.deployments.{deployment.name}")
-    # torch and diffusers come with this, which take seconds: what is wrong above is told before.
+    # This imports torch and diffusers, which takes seconds, so the errors above are reported first.
     from stages.check import check_files
 
     with _refusing(f"{settings.model}: "):
@@ -116,7 +116,7 @@ def _check_deployment(deployment: DeploymentSchema, where: str) -> None:
 
 
 def _check_keys(path: Path, content: object, understood: object, *keys: str) -> None:
-    """Refuse keys of `content` that Serve's schema dropped from what it `understood`, which it does silently."""
+    """Refuse keys of `content` that are not in `understood`: Serve's schema drops unknown keys silently."""
     if isinstance(content, dict) and isinstance(understood, dict):
         for key, value in content.items():
             if key not in understood:
@@ -128,7 +128,7 @@ def _check_keys(path: Path, content: object, understood: object, *keys: str) -> 
 
 
 def _check_http(config: ServeDeploySchema, path: Path) -> None:
-    """Check that Serve will listen, and that nothing does so there; Ray looks for a dashboard's port by itself."""
+    """Check that Serve will listen, and that its port is free; for its dashboard, Ray finds a free port by itself."""
     if config.proxy_location == ProxyLocation.Disabled:
         raise StartError(f"{path}: proxy_location: must be HeadOnly or EveryNode, or nobody answers")
     host, port = config.http_options.host, config.http_options.port
@@ -147,11 +147,11 @@ def _check_http(config: ServeDeploySchema, path: Path) -> None:
 
 @contextmanager
 def _refusing(where: str = "", *, named_by: str = "") -> Iterator[None]:
-    """Turn what is wrong with a file of configuration, or with one that it names, into StartError.
+    """Turn errors in a configuration file, or in one that it names, into StartError.
 
     Args:
-        where: file in which the key is that the error names.
-        named_by: key that names a file, which may not be there.
+        where: file of the key that the error names.
+        named_by: key that names a file which may be missing.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What replicas say on the console of `python -m deployments`: a line an image, and what is wrong."""
+"""Output of replicas to the console of `python -m deployments`: a line per image, and warnings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ images = logging.getLogger("ray.serve.images")
 
 
 def attach() -> None:
-    """Send `images`, and warnings of this replica, to the console, where Serve's own logs go to files alone."""
+    """Send `images` and this replica's warnings to the console if Serve's own logs go to files alone."""
     if os.environ.get("RAY_SERVE_LOG_TO_STDERR") != "0":
         return
     for logger, level in ((logging.getLogger("ray.serve"), logging.WARNING), (images, logging.INFO)):

@@ -1,4 +1,4 @@
-"""A server's life on a Ray cluster: start, ready, drain, end."""
+"""The life cycle of a server on a Ray cluster: start, readiness, drain, end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Server:
-    """A config on Ray's cluster at `RAY_ADDRESS`, or else on one of its own."""
+    """Serves a config on the Ray cluster at `RAY_ADDRESS`, or else on a cluster of its own."""
 
     def __init__(self, path: Path, config: ServeDeploySchema) -> None:
         self._path = path
@@ -36,7 +36,7 @@ class Server:
         self._stops = 0
 
     def run(self) -> None:
-        """Serve until a signal comes; raises StartError if the server does not get ready."""
+        """Serve until a signal arrives; raises StartError if the server does not get ready."""
         self._listen()
         try:
             dashboard = self._start()
@@ -58,12 +58,12 @@ class Server:
                 print("stopped before all requests were answered", flush=True)
         finally:
             if ray.is_initialized():
-                if os.environ.get("RAY_ADDRESS"):  # a cluster of its own ends as a whole
+                if os.environ.get("RAY_ADDRESS"):  # otherwise the cluster ends with this process
                     serve.shutdown()
                 ray.shutdown()
 
     def _listen(self) -> None:
-        """Handle signals; Ray sets a handler of its own when it starts."""
+        """Handle signals; called again after Ray's start, which sets a handler of its own."""
         for name in _SIGNALS:
             signal.signal(name, self._stop)
 
@@ -71,7 +71,7 @@ class Server:
         self._stops += 1
 
     def _start(self) -> str:
-        """Start Ray and deploy the config; the dashboard's address."""
+        """Start Ray and deploy the config; return the dashboard's address."""
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
@@ -84,15 +84,15 @@ class Server:
         if not os.environ.get("RAY_ADDRESS"):
             self._check_resources()
         readiness.begin()
-        with redirect_stdout(io.StringIO()) as said:
+        with redirect_stdout(io.StringIO()) as output:
             try:
                 serve_cli.main(args=["run", "--non-blocking", str(self._path)], standalone_mode=False)
-            except SystemExit as error:  # it has printed a traceback
-                raise StartError(f"serve run {self._path}: {said.getvalue().strip().splitlines()[-1]}") from error
+            except SystemExit as error:  # after printing a traceback
+                raise StartError(f"serve run {self._path}: {output.getvalue().strip().splitlines()[-1]}") from error
         return context.dashboard_url
 
     def _check_resources(self) -> None:
-        """Compare what all replicas ask for with what this machine has, which Ray would wait for without end."""
+        """Check that this machine has the resources of all replicas; Ray would wait for them forever."""
         asked: Counter[str] = Counter()
         for application in self._config.applications:
             for deployment in application.deployments:
@@ -106,7 +106,7 @@ class Server:
                 )
 
     def _wait_until_ready(self) -> bool:
-        """Wait for the server; False if a signal came first. Raises StartError."""
+        """Wait until the server is ready; return False if a signal arrives first. Raises StartError."""
         while not self._stops:
             if _answers(f"{self._address()}/readyz"):
                 return True
@@ -130,7 +130,7 @@ class Server:
         return (prefix or "").rstrip("/")
 
     def _grace(self) -> float:
-        """Longest `graceful_shutdown_timeout_s` of the ingress of any application."""
+        """Return the longest `graceful_shutdown_timeout_s` of any application's ingress."""
         found = [
             deployment.graceful_shutdown_timeout_s
             for application in self._config.applications
@@ -149,6 +149,6 @@ def _answers(url: str) -> bool:
 
 
 def _reason(message: str) -> str:
-    """The last line of the traceback in one of Serve's messages."""
+    """Return the last line of the traceback in one of Serve's messages."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[-1] if lines else "the deployment failed"

@@ -1,6 +1,6 @@
-"""What travels between deployments: JSON with a version, and bytes beside it.
+"""Messages between deployments: JSON with a version, and bytes beside it.
 
-Pools run different environments, so that no class of this project or of a library is pickled on the way.
+Pools run different environments, so no class of this project or of a library is pickled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VERSION = 1
 
 
 class MessageError(ValueError):
-    """A message of another version, or of another shape."""
+    """A message of another version, or with other fields."""
 
 
 class _Message(BaseModel):
@@ -38,15 +38,15 @@ class ImageRequest(_Message):
 
 
 class Route(_Message):
-    """What is to be done for one image.
+    """The work to do for one image.
 
     Attributes:
-        image: what to draw.
-        plan: by which stages.
-        preset: name of the model's plan that `plan` is or comes from; None for a request's own.
-        format: of the file.
-        quality: 1 to 100, of formats that lose something.
-        partial_images: how often to send what the image will look like, see `deployments.hops.plan_hops`.
+        image: the image to generate.
+        plan: the plan to run.
+        preset: name of the model's plan that `plan` is or derives from; None for a request's own.
+        format: format of the file.
+        quality: 1 to 100, for lossy formats.
+        partial_images: number of partial images to send, see `deployments.hops.plan_hops`.
         deadline: seconds since the epoch, after which to give up.
     """
 
@@ -60,13 +60,13 @@ class Route(_Message):
 
 
 class Hop(_Message):
-    """Consecutive stages that one call runs; the first hop begins with encoding.
+    """One call to a deployment, which runs consecutive stages; the first hop begins with encoding.
 
     Attributes:
-        deployment: that runs them.
-        stages: how many of the plan's, each part counted.
+        deployment: name of the deployment.
+        stages: number of the plan's stages that it runs, each part counted.
         nfe: network evaluations that they take if no cache hits.
-        previews: after which of its steps, counted from 1, to send the image that the step predicts.
+        previews: steps of the hop, counted from 1, after which to send the image that the step predicts.
         decodes: whether the call ends with the image.
     """
 
@@ -78,7 +78,7 @@ class Hop(_Message):
 
 
 class Call(_Message):
-    """What a replica is asked to do; an image's packet, if it has one yet, comes beside it."""
+    """A request to a replica; the image's packet, if it has one yet, is sent beside it."""
 
     version: int = VERSION
     route: Route
@@ -94,21 +94,21 @@ class Call(_Message):
 
 
 class PacketReply(_Message):
-    """The image's packet, which comes beside this, after the hop; or, as a preview, within it."""
+    """The reply with an image's packet beside it: the packet after the hop, or a preview during the hop."""
 
     version: int = VERSION
     kind: Literal["packet", "preview"] = "packet"
 
 
 class ImageReply(_Message):
-    """The image, whose file comes beside this.
+    """The reply with an image's file beside it.
 
     Attributes:
-        index: which of the request's images.
-        seed: that makes it again.
-        text_tokens: of the request's prompts.
-        image_tokens: of the latent.
-        spans: one for each stage.
+        index: which of the request's images it is.
+        seed: seed that reproduces the image.
+        text_tokens: tokens of the request's prompts.
+        image_tokens: tokens of the latent.
+        spans: the work on the image, one span for each stage.
     """
 
     version: int = VERSION
@@ -121,12 +121,12 @@ class ImageReply(_Message):
 
 
 class RefusalReply(_Message):
-    """Why there is no image.
+    """The reply of a hop that cannot produce its image, with the reason.
 
     Attributes:
         code: `prompt_too_long` or `not_finite`.
-        message: for the client.
-        param: field of the request that is to blame, if one is.
+        message: reason, for the client.
+        param: field of the request that is at fault, if any.
     """
 
     version: int = VERSION
@@ -139,7 +139,7 @@ class RefusalReply(_Message):
 Reply = Annotated[PacketReply | ImageReply | RefusalReply, Field(discriminator="kind")]
 _REPLY: TypeAdapter[PacketReply | ImageReply | RefusalReply] = TypeAdapter(Reply)
 
-# On the wire: a reply's JSON, and a packet, a file or nothing.
+# A reply on the wire: its JSON, and a packet, a file or nothing.
 Wire = tuple[str, bytes]
 
 

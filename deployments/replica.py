@@ -1,4 +1,4 @@
-"""What a deployment's replicas do: consecutive stages of an image, on one device."""
+"""The replicas of a deployment, which run consecutive stages of an image on one device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.packet import LatentPacket
 
 
 class StageReplica:
-    """Holds what its stages need of the model; encoding, denoising and decoding of different images overlap."""
+    """Holds the components that its stages need; encoding, denoising and decoding of different images overlap."""
 
     def __init__(self, model: ModelConfig, placement: Placement) -> None:
         console.attach()
@@ -26,29 +26,29 @@ class StageReplica:
         self._decoder = DecodeWorker(model, backend) if DECODE in placement.stages else None
 
     def check_health(self) -> None:
-        """Raise what is wrong; Serve asks, and replaces a replica that raises."""
+        """Raise if the replica cannot work; Serve calls this, and replaces a replica that raises."""
         if self._transformer:
             self._transformer.check_health()
 
     async def run(self, call: str, packet: bytes) -> Wire:
-        """Take an image along a hop; a caller that cancels stops the work before its next step.
+        """Run a hop of an image; a caller that cancels stops the work before its next step.
 
         Args:
             call: JSON of a `Call`.
-            packet: as the hop before left it; empty at the start, which encodes the prompt.
+            packet: the packet after the previous hop; empty for the first hop, which encodes the prompt.
 
         Returns:
-            A reply's JSON, with the packet, or with the image's file where the hop ends with it.
+            A reply's JSON, and the packet or, if the hop decodes, the image's file.
 
         Raises:
-            RuntimeError: names what was raised; an error's own class may be unknown where the caller is.
+            RuntimeError: work failed; the message names the error, whose own class the caller may not know.
         """
-        return await self._answer(Call.from_json(call), packet, show=lambda preview: None)
+        return await self._reply(Call.from_json(call), packet, show=lambda preview: None)
 
     async def run_with_previews(self, call: str, packet: bytes) -> AsyncGenerator[Wire]:
-        """Do as `run`, with the hop's previews before what that returns, each as soon as its step is done."""
+        """Yield the hop's previews, each as soon as its step is done, then what `run` would return."""
         previews: asyncio.Queue[LatentPacket | None] = asyncio.Queue()
-        result = asyncio.create_task(self._answer(Call.from_json(call), packet, previews.put_nowait))
+        result = asyncio.create_task(self._reply(Call.from_json(call), packet, previews.put_nowait))
         result.add_done_callback(lambda _: previews.put_nowait(None))
         try:
             while preview := await previews.get():
@@ -57,8 +57,8 @@ class StageReplica:
         finally:
             result.cancel()
 
-    async def _answer(self, call: Call, packet: bytes, show: Callable[[LatentPacket], None]) -> Wire:
-        """Run a call; what is one image's own fault is a reply, since Serve would log a traceback of one raised."""
+    async def _reply(self, call: Call, packet: bytes, show: Callable[[LatentPacket], None]) -> Wire:
+        """Run a call; errors of a single image become replies, since Serve would log a traceback of an exception."""
         try:
             return await self._run(call, packet, show)
         except PromptTooLong as error:

@@ -1,4 +1,4 @@
-"""Sends images through the deployments of their plans' stages."""
+"""Routing of images through the deployments of their plans' stages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An image's file, and how it came about."""
+    """An image's file, and the reply that came with it."""
 
     reply: ImageReply
     data: bytes
@@ -35,7 +35,7 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class Partial:
-    """An image as a stage predicted it; `order` counts an image's partial ones from 0."""
+    """A partial image, as a step predicted it; `order` counts the partial images of an image from 0."""
 
     order: int
     image: DecodedImage
@@ -51,17 +51,17 @@ def _ignore(preview: bytes) -> None:
 
 
 class Router:
-    """Sends images through their plans' stages, many at once, each as soon as the one before it is done.
+    """Sends many images at once through their plans' stages.
 
-    Packets pass through as bytes, so that what one replica made outlives it; the router looks into none.
+    Packets pass through the router as bytes, which it does not read, so a packet outlives the replica that made it.
     """
 
     def __init__(self, replicas: Mapping[str, DeploymentHandle], pools: Pools) -> None:
         """Route to deployments.
 
         Args:
-            replicas: of each deployment.
-            pools: which of them does what.
+            replicas: handle of each deployment, by its name.
+            pools: choose the deployments of each image.
         """
         self._replicas = replicas
         self._pools = pools
@@ -71,21 +71,21 @@ class Router:
         )
 
     async def generate(self, route: Route) -> AsyncGenerator[Partial | DecodedImage]:
-        """Yield the partial images that were asked for, then the image.
+        """Yield the requested partial images, then the image.
 
-        Closing or cancelling it cancels the stage at work.
+        Closing or cancelling the generator cancels the hop in progress.
 
         Raises:
             APIError: see `APIError.from_failure`.
         """
         partials: asyncio.Queue[Partial | None] = asyncio.Queue()
-        travel = asyncio.create_task(self._travel(route, partials.put_nowait))
-        travel.add_done_callback(lambda _: partials.put_nowait(None))
+        task = asyncio.create_task(self._run_hops(route, partials.put_nowait))
+        task.add_done_callback(lambda _: partials.put_nowait(None))
         outcome = "failed"
         try:
             while partial := await partials.get():
                 yield partial
-            image = await travel
+            image = await task
             outcome = "done"
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
@@ -98,7 +98,7 @@ class Router:
                 outcome = "not_finite"
             raise failure from error
         finally:
-            travel.cancel()
+            task.cancel()
             self._images.inc(tags={"plan": route.preset or "inline", "outcome": outcome})
         self._record(route, image.reply)
         yield image
@@ -112,19 +112,21 @@ class Router:
             f"{image.spans[-1].end - image.spans[0].start:.2f} s"
         )
 
-    async def _travel(self, route: Route, show: Callable[[Partial], None]) -> DecodedImage:
-        """Take an image along its hops, each call awaited here: so a failure shows where it happened (ray issue 61594).
+    async def _run_hops(self, route: Route, show: Callable[[Partial], None]) -> DecodedImage:
+        """Take an image through its hops.
+
+        Each call is awaited here, so that a failure shows where it happened (ray issue 61594).
 
         Args:
-            route: of the image.
-            show: takes the partial images in their order; they are decoded beside the stages that follow.
+            route: the image's route.
+            show: called with the partial images in order; they are decoded while later stages run.
         """
         deployments = self._pools.assign(route.plan, _megapixels(route))
         hops = plan_hops(route.plan, deployments, route.partial_images)
-        orders, turn = itertools.count(), asyncio.Lock()
+        orders, in_order = itertools.count(), asyncio.Lock()
 
         async def decode(preview: bytes) -> None:
-            async with turn:
+            async with in_order:
                 image = await self._decode(route, Hop(deployment=deployments[DECODE], decodes=True), preview)
                 show(Partial(next(orders), image))
 
@@ -137,7 +139,7 @@ class Router:
     async def _decode(
         self, route: Route, hop: Hop, packet: bytes, show: Callable[[bytes], object] = _ignore
     ) -> DecodedImage:
-        """Call for a hop that ends with the image."""
+        """Call a deployment for a hop that decodes."""
         reply, data = await self._call(route, hop, packet, show)
         if not isinstance(reply, ImageReply):
             raise RuntimeError(f"{hop.deployment} ended with a {reply.kind} in place of the image")
@@ -146,31 +148,32 @@ class Router:
     async def _call(
         self, route: Route, hop: Hop, packet: bytes, show: Callable[[bytes], object] = _ignore
     ) -> tuple[PacketReply | ImageReply, bytes]:
-        """Call a replica; cancelled, it cancels the replica's work.
+        """Call a replica; cancelling this cancels the replica's work.
 
         Args:
-            route, hop: what to do.
-            packet: as the hop before left it.
-            show: takes the packets of the hop's previews.
+            route: the image's route.
+            hop: the hop to run.
+            packet: the packet after the previous hop.
+            show: called with the packets of the hop's previews.
 
         Raises:
-            APIError: there will be no image.
+            APIError: the replica refused the image.
         """
         with self._pools.at_work(hop.deployment, _megapixels(route) * (hop.nfe or 1)):
-            header, data = await self._ask(Call(route=route, hop=hop).to_json(), hop, packet, show)
+            header, data = await self._send(Call(route=route, hop=hop).to_json(), hop, packet, show)
         reply = read_reply(header)
         if isinstance(reply, RefusalReply):
             raise APIError.from_refusal(reply)
         return reply, data
 
-    async def _ask(self, call: str, hop: Hop, packet: bytes, show: Callable[[bytes], object]) -> Wire:
+    async def _send(self, call: str, hop: Hop, packet: bytes, show: Callable[[bytes], object]) -> Wire:
         replica = self._replicas[hop.deployment]
         if not hop.previews:
             response = replica.run.remote(call, packet)
             try:
                 return await response
             finally:
-                response.cancel()  # of no effect on one that is done
+                response.cancel()  # no effect if it is done
         results = replica.options(stream=True).run_with_previews.remote(call, packet)
         try:
             async for header, data in results:

@@ -1,4 +1,4 @@
-"""What `serve_config.yaml` passes to the application; a wrong key or value fails at start and is named."""
+"""Arguments that `serve_config.yaml` passes to the application; errors in them name the key, at start."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ BackendName = Annotated[str, AfterValidator(_known_backend)]
 
 
 class Placement(BaseModel):
-    """What a deployment's replicas run, and on what.
+    """The stages that a deployment's replicas run, and how.
 
     Attributes:
-        stages: those of the plan share one set of weights, with a LoRA of each image's own.
-        backend: what replicas run on.
-        fuse: adapter to fuse into the weights, which makes it cost nothing more; for one stage of the plan.
+        stages: stages to run; those that denoise share one set of weights, and each image selects its LoRA.
+        backend: name of the backend that replicas run on.
+        fuse: adapter to fuse into the weights, where it costs nothing extra; for a deployment of one denoising stage.
         compile: whether to compile the transformer's blocks before the replica reports ready.
-        max_batch_tokens: most image tokens in one forward pass; a guided image counts twice.
+        max_batch_tokens: most image tokens in a forward pass; a guided image counts twice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +46,7 @@ class Placement(BaseModel):
 
     @property
     def denoises(self) -> bool:
-        """Whether it holds the transformer."""
+        """Whether replicas hold the transformer."""
         return not {ENCODE, DECODE}.issuperset(self.stages)
 
     @field_validator("stages")
@@ -68,12 +68,12 @@ class Settings(BaseModel):
     """Arguments of the application.
 
     Attributes:
-        model: path of the model's config, from the working directory.
-        default_plan: the model's plan for requests that name none.
-        placement: deployments and what they run, by name; a stage may stand in several, which then share its images.
+        model: path of the model's config, relative to the working directory.
+        default_plan: name of the model's plan for requests that name none.
+        placement: deployments by name; together they run each stage, and deployments of the same stage share its images.
         max_images: largest `n` of a request.
-        max_body_bytes: longest body of a request.
-        request_timeout_s: longest time that a request may take, queues included.
+        max_body_bytes: largest body of a request, in bytes.
+        request_timeout_s: longest time that a request may take, in seconds, queues included.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -122,5 +122,5 @@ class Settings(BaseModel):
             raise ValueError(f"quantize.{component} of {self.model} {error}") from error
 
     def read_model(self) -> ModelConfig:
-        """The model's config; raises FileNotFoundError or `stages.yaml_file.ConfigError`."""
+        """Read the model's config; raises FileNotFoundError or `stages.yaml_file.ConfigError`."""
         return ModelConfig.read(self.model)

@@ -1,4 +1,4 @@
-"""The parts of a model in a replica, each with the thread that uses its device."""
+"""The components of a model in a replica, each with the thread that uses its device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Grid = tuple[int, int]
 
 
 class EncodeWorker:
-    """The text encoder, where an image's packet begins."""
+    """The text encoder, which makes an image's first packet."""
 
     def __init__(self, model: ModelConfig, backend: Backend) -> None:
         self._encoder = Encoder(model, backend)
@@ -53,7 +53,7 @@ class EncodeWorker:
 
 
 class DenoiseWorker:
-    """The transformer, for one stage or for several; one thread takes all packets that are here at a time."""
+    """The transformer, for one stage or several; one thread batches all packets that are here."""
 
     def __init__(self, model: ModelConfig, backend: Backend, placement: Placement) -> None:
         denoiser = Denoiser.load(model, backend, placement.fuse)
@@ -64,7 +64,7 @@ class DenoiseWorker:
         self._device.start()
 
     def check_health(self) -> None:
-        """Raise RuntimeError if the device's thread has died."""
+        """Raise RuntimeError if the thread that uses the device has died."""
         if not self._device.is_alive():
             raise RuntimeError("the thread that uses the device has died")
 
@@ -74,9 +74,9 @@ class DenoiseWorker:
         A caller that cancels stops the work before its next step.
 
         Args:
-            packet: to take on.
-            call: whose deadline decides who goes first.
-            show: takes the packets of the hop's previews, in the event loop's thread.
+            packet: the packet to denoise.
+            call: the plan, the hop and the deadline; earlier deadlines go first.
+            show: called in the event loop's thread with the packets of the hop's previews.
         """
         loop = asyncio.get_running_loop()
         submitted = self._batcher.submit(
@@ -101,7 +101,7 @@ class DenoiseWorker:
 
 
 class DecodeWorker:
-    """The autoencoder's decoder, where an image leaves as a file; another thread writes files.
+    """The autoencoder's decoder, which turns packets into files; a second thread encodes the files.
 
     Latents that arrive while a batch is on the device make up the next one.
     """
@@ -129,7 +129,7 @@ class DecodeWorker:
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)
     async def _to_pixels(self, latents: list[tuple[torch.Tensor, Grid]]) -> list[Image.Image | NotFinite]:
-        """Decode latents with their grids, those of one grid together."""
+        """Decode latents, each with its grid, in one batch per grid."""
         groups: dict[Grid, list[int]] = {}
         for index, (_, grid) in enumerate(latents):
             groups.setdefault(grid, []).append(index)

@@ -1,1 +1,1 @@
-"""What clients meet: the OpenAI Images API, probes, and errors in its shape; without torch."""
+"""The HTTP interface: the OpenAI Images API, probes, and errors in the API's format; loads no torch."""

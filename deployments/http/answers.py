@@ -1,4 +1,4 @@
-"""Answers of the OpenAI Images API, with what a diffusion engine adds: seed, evaluations and timings of each image."""
+"""Responses of the OpenAI Images API, extended by the seed, evaluations and timings of each image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.spans import Span
 
 
 def images_response(job: Job, images: Sequence[DecodedImage]) -> dict[str, Any]:
-    """Answer to a request that does not stream."""
+    """Build the response to a request that does not stream."""
     width, height = parse_size(job.size)
     data = [image_data(image) for image in images]
     return _warnings(job) | {
@@ -32,7 +32,7 @@ def images_response(job: Job, images: Sequence[DecodedImage]) -> dict[str, Any]:
 
 
 def stream_event(job: Job, image: DecodedImage, partial: int | None) -> dict[str, Any]:
-    """An event of a request that streams: partial image number `partial`, or the last one."""
+    """Build an event of a streaming response: partial image number `partial`, or the final image if it is None."""
     event = {
         "type": "image_generation.completed" if partial is None else "image_generation.partial_image",
         "created_at": int(time.time()),
@@ -48,14 +48,14 @@ def stream_event(job: Job, image: DecodedImage, partial: int | None) -> dict[str
 
 
 def usage(images: Sequence[DecodedImage]) -> dict[str, Any]:
-    """Tokens as the model takes them: of text in the prompts, which the images share, and of latents in the images."""
-    text, drawn = images[0].reply.text_tokens, sum(image.reply.image_tokens for image in images)
+    """Count the model's tokens: text tokens of the prompts, which the images share, and latent tokens of the images."""
+    text, latent = images[0].reply.text_tokens, sum(image.reply.image_tokens for image in images)
     return {
         "input_tokens": text,
         "input_tokens_details": {"text_tokens": text, "image_tokens": 0},
-        "output_tokens": drawn,
-        "output_tokens_details": {"text_tokens": 0, "image_tokens": drawn},
-        "total_tokens": text + drawn,
+        "output_tokens": latent,
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": latent},
+        "total_tokens": text + latent,
     }
 
 
@@ -64,7 +64,7 @@ def _warnings(job: Job) -> dict[str, Any]:
 
 
 def image_data(image: DecodedImage) -> dict[str, Any]:
-    """An entry of a response's `data`."""
+    """Build an entry of a response's `data`."""
     return {
         "b64_json": base64.b64encode(image.data).decode(),
         "seed": image.reply.seed,
@@ -74,7 +74,7 @@ def image_data(image: DecodedImage) -> dict[str, Any]:
 
 
 def timing(span: Span) -> dict[str, Any]:
-    """A stage's work, with times in seconds since the epoch."""
+    """Describe a stage's work, with times in seconds since the epoch."""
     return {
         "stage": span.stage,
         "start": span.start,

@@ -1,4 +1,4 @@
-"""Bodies of requests, read no further than they may go."""
+"""Reading of request bodies, up to a limit."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from deployments.http.errors import APIError
 
 
 async def read_json(request: Request, limit: int) -> bytes:
-    """Read a body that says it is JSON.
+    """Read a body whose content type is JSON.
 
     Args:
-        limit: most bytes, also of a body that does not announce its length.
+        request: the request.
+        limit: most bytes, also for a body of undeclared length.
 
     Raises:
         APIError: the body is of another type (415), longer (413), or not all of it came (400).

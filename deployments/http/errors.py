@@ -1,4 +1,4 @@
-"""Answers that are not images, in the shape of the OpenAI API."""
+"""Error responses, in the format of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.plan import PlanError
 
 logger = logging.getLogger("ray.serve")
 
-# Fields that are unions: after them, pydantic's locations name the member that was tried, which no client wrote.
+# Fields that are unions. After them, pydantic's locations name the union's member, which is not in the request.
 _UNIONS = {"plan", "cache", "shift"}
 _CODES = {
     "missing": "missing_required_parameter",
@@ -22,24 +22,24 @@ _CODES = {
     "json_invalid": "invalid_json",
 }
 REPLICA_DIED = "the replica that had the request died; try again"
-_LONGEST = 1000  # characters of a message or a parameter, which may repeat what the client wrote
+_LONGEST = 1000  # characters of a message or a parameter, both of which may quote the request
 
 
 def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """Body of an answer that is not an image."""
+    """Build the body of an error response."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"message": message[:_LONGEST], "type": kind, "param": param and param[:_LONGEST], "code": code}
     return {"error": error}
 
 
 class APIError(Exception):
-    """An answer that is not an image.
+    """An error response.
 
     Attributes:
-        status: of HTTP.
-        code: for programs.
-        body: in the API's shape.
-        headers: of the answer.
+        status: HTTP status.
+        code: machine-readable reason.
+        body: body in the API's format.
+        headers: headers of the response.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class APIError(Exception):
 
     @classmethod
     def from_validation(cls, errors: Sequence[Any]) -> APIError:
-        """The error of the first field that pydantic complains about, under that field's name."""
+        """Make the error of the first field that pydantic rejects, under that field's name."""
         found = [(_field(error), _message(error)) for error in errors]
         param = found[0][0]
         message = " or ".join(message for field, message in found if field == param)
@@ -65,7 +65,7 @@ class APIError(Exception):
 
     @classmethod
     def from_refusal(cls, reply: RefusalReply) -> APIError:
-        """The error of an image that a stage could not make."""
+        """Make the error of an image that a hop refused."""
         if reply.code == "not_finite":
             logger.error(reply.message)
             return cls(500, reply.code, reply.message)
@@ -73,8 +73,8 @@ class APIError(Exception):
 
     @classmethod
     def from_failure(cls, error: BaseException) -> APIError:
-        """What a client is told of a failure; the log has the rest of those that are the server's."""
-        while isinstance(error, RayTaskError | ExceptionGroup):  # each hop between deployments wraps it once more
+        """Make the error that a client sees of an exception; the server's own failures are logged in full."""
+        while isinstance(error, RayTaskError | ExceptionGroup):  # each hop wraps it once more
             error = error.cause if isinstance(error, RayTaskError) else error.exceptions[0]
         if isinstance(error, APIError):
             return error
@@ -90,7 +90,7 @@ class APIError(Exception):
 
 
 def _field(error: Any) -> str | None:
-    """The field that one of pydantic's errors is about as a client writes it, `plan.stages.0.shift`; None for none."""
+    """Return the field of a pydantic error as clients write it (e.g. `plan.stages.0.shift`), or None if it has none."""
     location = error["loc"]
     parts = [str(part) for before, part in zip((None, *location), location, strict=False) if before not in _UNIONS]
     if plan_error := _plan_error(error):
@@ -104,6 +104,6 @@ def _message(error: Any) -> str:
 
 
 def _plan_error(error: Any) -> PlanError | None:
-    """What pydantic caught, where a plan's own check raised it."""
+    """Return the PlanError that pydantic caught, if a plan's own check raised one."""
     cause = error.get("ctx", {}).get("error")
     return cause if isinstance(cause, PlanError) else None

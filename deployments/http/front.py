@@ -1,8 +1,8 @@
-"""What stands in Serve's HTTP proxy, in front of the application: probes, and refusals in the API's shape.
+"""Middleware in Serve's HTTP proxy, in front of the application: probes, and errors in the API's format.
 
-A probe that the application answered would wait in the queue of images; and what the proxy says by itself (its queue
-is full, a replica died, time is up) is plain text, or nothing, of which no handler of the application hears. Serve
-puts what `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.http.front:middlewares` names around its proxies.
+If the application answered probes, they would wait in the queue of images. And the proxy's own errors (its queue is
+full, a replica died, a timeout) are plain text or empty, and do not reach the application's handlers. Serve wraps its
+proxies in what `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.http.front:middlewares` names.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ START = b"x-request-start"  # header that says when the proxy had the request, i
 
 
 def middlewares() -> list[Middleware]:
-    """Middlewares for Serve's HTTP proxies."""
+    """Return the middlewares for Serve's HTTP proxies."""
     return [Middleware(Front)]
 
 
 class Front:
-    """Answers probes at once, refuses what cannot be served now, and gives every error the API's shape."""
+    """Answers probes at once, refuses requests while nothing can be served, and gives errors the API's format."""
 
     def __init__(self, app: ASGIApp, *, refuses: bool = True) -> None:
-        """Watch the cluster from now on.
+        """Start watching the cluster.
 
         Args:
-            app: what is behind.
-            refuses: whether to refuse requests, which one front on their way should.
+            app: the wrapped application.
+            refuses: whether to refuse requests while nothing can be served; one front per request should.
         """
         self._app = app
         self._refuses = refuses
@@ -70,7 +70,7 @@ class Front:
         return JSONResponse({"status": "ready", "replicas": readiness.replicas})
 
     def _refusal(self) -> JSONResponse | None:
-        """Answer to a request that would only wait; one for a stage that restarts may wait until its deadline."""
+        """Return the refusal of a request that could not be served; a request may wait for a stage that restarts."""
         readiness = self._watch.readiness
         was_ready = self._watch.was_ready or readiness.reason is None  # the watch may not have looked since
         if not self._refuses or (was_ready and readiness.replicas.get("Ingress")):
@@ -117,7 +117,7 @@ def _is_json(start: Message) -> bool:
 
 
 def _proxy_error(start: Message) -> JSONResponse:
-    """The API's form of an answer of the proxy's own."""
+    """Turn an error of the proxy's own into the API's format."""
     match start["status"]:
         case 503 | 429:
             return _error(503, "overloaded", "all queues are full; try again later")

@@ -1,6 +1,6 @@
-"""HTTP in, images out."""
+"""The ingress: HTTP requests in, images out."""
 
-# Annotations must be evaluated here: FastAPI reads those of the methods, which Serve has moved by then.
+# No postponed annotations: FastAPI reads those of methods that Serve has moved by then.
 import asyncio
 import json
 import logging
@@ -31,7 +31,7 @@ from deployments.settings import Settings
 logger = logging.getLogger("ray.serve")
 
 
-# With the description's page and its script from this server: users' networks may lead nowhere else.
+# The documentation page and its script come from this server, since users may have no other network access.
 app = FastAPIOffline(
     redoc_url=None,
     redirect_slashes=False,
@@ -42,7 +42,7 @@ describe_routes = app.openapi
 
 
 def describe() -> dict[str, Any]:
-    """Describe the API, with the body that `Ingress.generate` reads by itself."""
+    """Describe the API, including the body that `Ingress.generate` parses without FastAPI."""
     document = describe_routes()
     schema = ImagesRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     document.setdefault("components", {}).setdefault("schemas", {}).update(schema.pop("$defs"))
@@ -52,7 +52,7 @@ def describe() -> dict[str, Any]:
 
 
 app.openapi = describe  # type: ignore[method-assign]
-app.add_middleware(Front, refuses=False)  # where Serve's proxy has none, probes get here
+app.add_middleware(Front, refuses=False)  # if Serve's proxy has no front, probes arrive here
 
 
 @app.exception_handler(APIError)
@@ -95,7 +95,7 @@ class Ingress:
             "aliases": model.aliases,
             "sizes": model.sizes,
         }
-        # In this process: a deployment of its own would be one more call, and what it does is to wait.
+        # In this process: the router only waits, so a deployment of its own would merely add a call.
         self._router = Router(replicas, Pools(settings.placement))
 
     @app.post("/v1/images/generations")
@@ -146,7 +146,7 @@ class Ingress:
         raise RuntimeError("the router ended without an image")
 
     async def _stream(self, job: Job, route: Route) -> AsyncIterator[str]:
-        """Server-sent events; an error that comes after the headers is an event too."""
+        """Yield server-sent events; an error after the headers is an event too."""
         try:
             async with aclosing(self._router.generate(route)) as events:
                 async for event in events:

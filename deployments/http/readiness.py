@@ -1,4 +1,4 @@
-"""Which replicas run, known within a fraction of a second of a death."""
+"""Tracking of the replicas that run, which notices a death within a fraction of a second."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ T = TypeVar("T")
 _LOOK_PERIOD_S = 0.2
 _STATUS_PERIOD_S = 5.0  # while nothing happens
 _STATUS_PERIOD_UNREADY_S = 0.5
-_DEADLINE_S = 2.0  # after which a cluster that does not answer makes the server unready
-_AT_REST = {"HEALTHY", "UPSCALING", "DOWNSCALING"}  # in which a deployment may have been scaled to no replicas
+_DEADLINE_S = 2.0  # after which a cluster that does not respond makes the server unready
+_AT_REST = {"HEALTHY", "UPSCALING", "DOWNSCALING"}  # statuses in which a deployment may be scaled to zero replicas
 _KV = b"images"
 _DRAINING = b"draining"
 _UNANSWERED = (TimeoutError, RayError, RayServeException)
@@ -33,12 +33,12 @@ _PROXY = "SERVE_PROXY_ACTOR-"
 
 @dataclass(frozen=True)
 class Deployments:
-    """What Serve's controller said of every deployment of every application.
+    """A report of Serve's controller on all deployments of all applications.
 
     Attributes:
-        running: replicas that run, by `application#deployment`.
-        resting: deployments that need no replica to be well.
-        started: names of the replicas' actors when the question was put.
+        running: number of running replicas, by `application#deployment`.
+        resting: deployments that are healthy without a replica.
+        started: names of the replicas' actors when the controller was asked.
     """
 
     running: Mapping[str, int] = field(default_factory=dict)
@@ -51,8 +51,8 @@ class Readiness:
     """Whether images can be made.
 
     Attributes:
-        replicas: that run, by deployment.
-        reason: why not, or None.
+        replicas: number of running replicas, by deployment.
+        reason: why images cannot be made, or None if they can.
     """
 
     replicas: Mapping[str, int]
@@ -60,14 +60,14 @@ class Readiness:
 
     @classmethod
     def of(cls, deployments: Deployments, alive: frozenset[str]) -> Readiness:
-        """Combine what the controller said with the actors that are alive.
+        """Combine the controller's report with the actors that are alive.
 
-        The controller finds a death at its next health check, seconds later; Ray's own directory of named actors, which
-        does not tell a replica that loads from one that runs, drops a dead one at once. A replica counts if both know
-        it, and if it was there when the controller was asked.
+        The controller finds a death at its next health check, seconds later. Ray's own directory of named actors drops
+        a dead replica at once, but does not distinguish replicas that load from those that run. A replica counts if
+        both list it, and if it existed when the controller was asked.
         """
-        there = [name.removeprefix(_REPLICA).rpartition("#")[0] for name in alive & deployments.started]
-        replicas = {key: min(running, there.count(key)) for key, running in deployments.running.items()}
+        known = [name.removeprefix(_REPLICA).rpartition("#")[0] for name in alive & deployments.started]
+        replicas = {key: min(running, known.count(key)) for key, running in deployments.running.items()}
         missing = sorted(
             key.partition("#")[2]
             for key, count in replicas.items()
@@ -80,10 +80,10 @@ class Readiness:
 
 
 class Watch:
-    """Follows the cluster from an event loop's background.
+    """Follows the cluster in background tasks of an event loop.
 
     Attributes:
-        was_ready: whether images could be made since this watch began.
+        was_ready: whether images could be made at some time since this watch began.
         draining: whether the server is about to stop; see `drain`.
     """
 
@@ -91,7 +91,7 @@ class Watch:
         """Start watching, in the running event loop.
 
         Args:
-            in_flight: how many requests are being answered here.
+            in_flight: returns the number of requests in progress here.
         """
         self.was_ready = False
         self.draining = False
@@ -106,7 +106,7 @@ class Watch:
 
     @property
     def readiness(self) -> Readiness:
-        """What is known now."""
+        """The current state."""
         if self.draining:
             return Readiness({}, "draining: the server is about to stop")
         if time.monotonic() - self._seen > _DEADLINE_S:
@@ -120,7 +120,7 @@ class Watch:
     async def _follow_actors(self) -> None:
         told = False  # that this watch is here
         while True:
-            with suppress(*_UNANSWERED):  # `readiness` tells how old the last answer is
+            with suppress(*_UNANSWERED):  # `readiness` notices when the last result is too old
                 alive, draining = await self._call(lambda: (_replicas(), _internal_kv_get(_DRAINING, namespace=_KV)))
                 self._seen = time.monotonic()
                 if alive != self._alive:
@@ -128,7 +128,7 @@ class Watch:
                     self._changed.set()
                 self.was_ready |= self.readiness.reason is None
                 if draining:
-                    self.draining = True  # from here on nothing is taken, so that the count only falls
+                    self.draining = True  # from here on nothing is accepted, so the count only falls
                 if draining or not told:
                     says = str(self._in_flight()).encode() if draining else b"here"
                     await self._call(partial(_internal_kv_put, self._name, says, namespace=_KV))
@@ -148,7 +148,7 @@ class Watch:
 
 
 def _replicas() -> frozenset[str]:
-    """Names of the replicas' actors that are alive, those that still load among them."""
+    """Return the names of the replicas' actors that are alive, including those that still load."""
     return frozenset(name for name in ray.util.list_named_actors() if name.startswith(_REPLICA))
 
 
@@ -174,13 +174,14 @@ def followed() -> bool:
 
 
 def drain(timeout_s: float, cut_short: Callable[[], bool]) -> bool:
-    """Make every proxy refuse requests, and wait until they have answered those that they have.
+    """Make every proxy refuse new requests, and wait until those in progress are done.
 
     Args:
-        cut_short: whether to wait no longer.
+        timeout_s: longest time to wait, in seconds.
+        cut_short: returns whether to stop waiting.
 
     Returns:
-        Whether all were answered in time.
+        Whether all requests were done in time.
     """
     _internal_kv_put(_DRAINING, b"1", namespace=_KV)
     deadline = time.monotonic() + timeout_s

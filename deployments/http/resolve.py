@@ -1,4 +1,4 @@
-"""What a request asks for, with every name and default resolved; knows nothing of HTTP or Ray."""
+"""Resolution of a request's names and defaults, independent of HTTP and Ray."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from stages.vocabulary import prompt_warnings
 
 @dataclass(frozen=True)
 class Offer:
-    """What requests may ask for.
+    """The limits of requests.
 
     Attributes:
-        blocks: of the model's transformer.
-        default_plan: the model's plan for requests that name none.
+        model: config of the model that is served.
+        blocks: number of blocks of the model's transformer.
+        default_plan: name of the model's plan for requests that name none.
         max_images: largest `n` of a request.
-        max_timeout_s: longest time that a request may take, which is also the one of requests that name none.
+        max_timeout_s: longest time that a request may take, and the time of requests that name none.
     """
 
     model: ModelConfig
@@ -35,17 +36,23 @@ class Offer:
 
 @dataclass(frozen=True)
 class Job:
-    """Images to make.
+    """Images to generate.
 
     Attributes:
-        plan: as the model can run it.
-        preset: name of the model's plan that `plan` is or comes from; None for a request's own.
-        seed: of the first image, each further one adds one.
-        negative_prompt: None where no stage needs one.
-        quality: 1 to 100, of formats that lose something.
-        user: who the client says that it asks for.
-        timeout_s: time after which to give up.
-        warnings: what the client is told beside its images.
+        prompt: the prompt.
+        negative_prompt: the negative prompt, or None if no stage needs one.
+        plan: the plan, as the model can run it.
+        preset: name of the model's plan that `plan` is or derives from; None for a request's own.
+        size: `WIDTHxHEIGHT`.
+        n: number of images.
+        seed: seed of the first image; each further image adds 1.
+        format: format of the files.
+        quality: 1 to 100, for lossy formats.
+        stream: whether to send events.
+        partial_images: number of partial images to send.
+        user: the end user, as the client names them.
+        timeout_s: seconds after which to give up.
+        warnings: warnings for the client, sent with its images.
     """
 
     prompt: str
@@ -64,9 +71,10 @@ class Job:
     warnings: list[str]
 
     def routes(self, request_id: str, deadline: float) -> list[Route]:
-        """One for each image.
+        """Return a route for each image.
 
         Args:
+            request_id: the request's id.
             deadline: seconds since the epoch, after which to give up.
         """
         return [
@@ -91,10 +99,10 @@ class Job:
 
 
 def resolve(body: ImagesRequest, offer: Offer) -> Job:
-    """Resolve a request's names and defaults; draws a seed where it has none.
+    """Resolve a request's names and defaults; a request without a seed gets a random one.
 
     Raises:
-        APIError: names the field and what it may be.
+        APIError: a field is invalid; the error names it and what it may be.
     """
     if body.model is not None and body.model not in (offer.model.name, *offer.model.aliases):
         raise unknown_model(body.model, offer)
@@ -139,7 +147,7 @@ def unknown_model(name: str, offer: Offer) -> APIError:
 
 
 def _plan(body: ImagesRequest, offer: Offer) -> tuple[Plan, str | None]:
-    """The plan as the model can run it, and the name of the model's plan that it comes from, if any."""
+    """Return the plan as the model can run it, and the name of the model's plan that it derives from, if any."""
     if isinstance(body.plan, Plan):
         preset = None
         try:

@@ -1,4 +1,4 @@
-"""Requests of the OpenAI Images API, with what a diffusion engine adds.
+"""Requests of the OpenAI Images API, with further fields for a diffusion engine.
 
 https://platform.openai.com/docs/api-reference/images/create
 """
@@ -14,9 +14,9 @@ from deployments.http.errors import APIError
 from stages.image import MAX_SEED, ImageFormat
 from stages.plan import Plan
 
-Text = Annotated[str, Field(max_length=256)]  # that identifies something
+Text = Annotated[str, Field(max_length=256)]  # names and identifiers
 
-# Tells a plan's name from its stages before validation, so that errors are about the one that was meant.
+# Distinguishes a plan's name from its stages before validation, so that errors concern the intended one.
 _PlanOrName = Annotated[
     Annotated[Text, Field(min_length=1), Tag("name")] | Annotated[Plan, Tag("inline")],
     Discriminator(lambda value: "name" if isinstance(value, str) else "inline"),
@@ -72,7 +72,7 @@ class ImagesRequest(BaseModel):
 
     @classmethod
     def read(cls, body: bytes) -> Self:
-        """Read a request's JSON; raises APIError, which names the field, or where the JSON is broken."""
+        """Parse a request's JSON; raises APIError, which names the invalid field, or the position of a syntax error."""
         try:
             return cls.model_validate_json(body, strict=True)
         except ValidationError as error:
