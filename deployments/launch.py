@@ -108,7 +108,7 @@ class Server:
     def _wait_until_ready(self) -> bool:
         """Wait until the server is ready; return False if a signal arrives first. Raises StartError."""
         while not self._stops:
-            if _answers(f"{self._address()}/readyz"):
+            if _responds(f"{self._address()}/readyz"):
                 return True
             for name, application in serve.status().applications.items():
                 failed = [status for status in application.deployments.values() if status.status == "DEPLOY_FAILED"]
@@ -140,7 +140,7 @@ class Server:
         return max(found, default=_GRACE_S)
 
 
-def _answers(url: str) -> bool:
+def _responds(url: str) -> bool:
     try:
         with urlopen(url, timeout=2):
             return True

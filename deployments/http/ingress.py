@@ -17,11 +17,11 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from deployments import console
-from deployments.http.answers import images_response, stream_event
 from deployments.http.body import read_json
 from deployments.http.errors import APIError
 from deployments.http.front import START, Front
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
+from deployments.http.responses import images_response, stream_event
 from deployments.http.schemas import ImagesRequest
 from deployments.messages import Route
 from deployments.pools import Pools
@@ -56,20 +56,20 @@ app.add_middleware(Front, refuses=False)  # if Serve's proxy has no front, probe
 
 
 @app.exception_handler(APIError)
-async def _answer(request: Request, error: APIError) -> JSONResponse:
+async def _respond(request: Request, error: APIError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
 
 @app.exception_handler(HTTPException)
-async def _answer_unrouted(request: Request, error: HTTPException) -> JSONResponse:
+async def _respond_unrouted(request: Request, error: HTTPException) -> JSONResponse:
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return await _answer(request, APIError(error.status_code, code, message, headers=error.headers))
+    return await _respond(request, APIError(error.status_code, code, message, headers=error.headers))
 
 
 @app.exception_handler(Exception)
-async def _answer_failure(request: Request, error: Exception) -> JSONResponse:
-    return await _answer(request, APIError.from_failure(error))
+async def _respond_failure(request: Request, error: Exception) -> JSONResponse:
+    return await _respond(request, APIError.from_failure(error))
 
 
 @serve.ingress(app)
