@@ -81,6 +81,7 @@ class Scenario(_Strict):
         return sum((device.count or replicas[name]) * device.price for name, device in self.devices.items())
 
     def with_replicas(self, replicas: dict[str, int]) -> Scenario:
+        """Return the scenario with these numbers of replicas, by stage."""
         stages = {
             name: stage.model_copy(update={"replicas": replicas[name]}) if name in replicas else stage
             for name, stage in self.stages.items()

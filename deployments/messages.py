@@ -85,6 +85,7 @@ class Call(_Message):
     hop: Hop
 
     def to_json(self) -> str:
+        """Serialise."""
         return self.model_dump_json()
 
     @classmethod

@@ -65,6 +65,7 @@ class RowAdapters:
 
     @property
     def names(self) -> list[str]:
+        """Names of the adapters."""
         return list(self._columns)
 
     @property

@@ -61,10 +61,12 @@ class ImageState:
 
     @property
     def sigma(self) -> float:
+        """Noise level of `latent`."""
         return float(self.sigmas[self.index])
 
     @property
     def done(self) -> bool:
+        """Whether no step is left."""
         return self.index == len(self.sigmas) - 1
 
     @property

@@ -93,6 +93,7 @@ class Lora:
 
     @property
     def rank(self) -> int:
+        """Rank of the product."""
         return len(self.down)
 
 

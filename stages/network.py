@@ -86,10 +86,12 @@ class Network:
 
     @property
     def adapters(self) -> list[str]:
+        """Names of the adapters."""
         return self._adapters.names
 
     @property
     def blocks(self) -> int:
+        """Number of the transformer's blocks."""
         return len(self.transformer.blocks)
 
     def compile(self, backend: Backend) -> None:

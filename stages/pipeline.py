@@ -46,6 +46,7 @@ class Result:
 
     @property
     def nfe(self) -> float:
+        """Network evaluations; blocks that a cache skipped are not counted."""
         return sum(span.nfe for span in self.spans)
 
 

@@ -169,6 +169,7 @@ class StageSpec(_Strict):
 
     @property
     def guided(self) -> bool:
+        """Whether classifier-free guidance is on."""
         return self.guidance_scale > 1.0
 
     def needs_negative(self, avoids: bool = True) -> bool:
