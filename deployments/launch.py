@@ -93,12 +93,12 @@ class Server:
 
     def _check_resources(self) -> None:
         """Check that this machine has the resources of all replicas; Ray would wait for them forever."""
-        asked: Counter[str] = Counter()
+        required: Counter[str] = Counter()
         for application in self._config.applications:
             for deployment in application.deployments:
-                asked.update(resources(deployment))
+                required.update(resources(deployment))
         has = ray.cluster_resources()
-        for name, amount in asked.items():
+        for name, amount in required.items():
             if amount > has.get(name, 0) + 1e-6:
                 raise StartError(
                     f"{self._path}: deployments.*.ray_actor_options ask for {amount:g} {name} together, "

@@ -100,7 +100,7 @@ class StepBatcher:
         return entry.future
 
     def run(self) -> None:
-        """Work until closed and empty; for the one thread that uses the device."""
+        """Run steps until closed and empty; for the one thread that uses the device."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._entries or self._closed)

@@ -26,7 +26,7 @@ class ImageState:
 
     Attributes:
         latent: (rows * columns, channels) in float32.
-        sigmas: (steps + 1,), falling.
+        sigmas: (steps + 1,), decreasing.
         grid: (rows, columns) of tokens.
         prompt_embeds: (length, width), without padding.
         negative_embeds: (length, width), or None without guidance.
@@ -34,7 +34,7 @@ class ImageState:
         attention_guidance: guidance in place of classifier-free guidance, or None.
         adapter, adapter_scale: name of a LoRA, or None for the base model alone, and its strength.
         skip_blocks: indices of blocks to skip.
-        cache, negative_cache: what the two evaluations of a step remember of the steps before, if anything.
+        cache, negative_cache: step caches of a step's two evaluations, or None.
         index: number of steps done.
         nfe: network evaluations so far; blocks that a cache skipped are not counted.
         denoised: the clean latent that the last step predicted; before the first step, the latent itself.

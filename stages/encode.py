@@ -46,7 +46,7 @@ class Encoder:
             NotFinite: the embeddings are not finite.
         """
         self.count(prompt, parameter)
-        with self._lock:  # images of one request ask for the same prompt at the same time
+        with self._lock:  # images of one request need the same prompt at the same time
             return self._encode_cached(prompt)
 
     def count(self, prompt: str, parameter: str = "prompt") -> int:

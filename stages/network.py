@@ -27,7 +27,7 @@ class ModelInput:
 
     Attributes:
         latent: (tokens, channels).
-        sigma: its noise level.
+        sigma: noise level of `latent`.
         embeds: (length, width), without padding.
         negative: negative prompt that guides attention within the evaluation, or None.
         adapter, adapter_scale: name of a LoRA, or None for the base model alone, and its strength.

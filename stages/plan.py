@@ -69,7 +69,7 @@ class TeaCacheSpec(_Strict):
     """TeaCache: reuses the blocks' contribution while the input of the first block changes little.
 
     Attributes:
-        threshold: largest change, summed over the steps since the last evaluation, at which they are skipped.
+        threshold: largest change, summed over the steps since the last evaluation, at which the blocks are skipped.
         coefficients: polynomial, highest power first, that maps the relative change of the blocks' input to that of
             their output; fitted for a model, or (1, 0) for the identity.
     """
@@ -104,7 +104,7 @@ class SeaCacheSpec(_Strict):
     """SeaCache: reuses the blocks' contribution while the latent's signal, without its noise, changes little.
 
     Attributes:
-        threshold: largest change, summed over the steps since the last evaluation, at which they are skipped.
+        threshold: largest change, summed over the steps since the last evaluation, at which the blocks are skipped.
         order: 1 to extrapolate the contribution from the last two, 0 to reuse the last.
         most_skipped: largest number of consecutive steps that are skipped.
     """
@@ -238,7 +238,7 @@ class Plan(_Strict):
 
     @property
     def guided(self) -> bool:
-        """Whether a guidance scale makes a difference to any stage."""
+        """Whether a guidance scale affects any stage."""
         return any(stage.guided for stage in self.stages)
 
     def needs_negative(self, avoids: bool = True) -> bool:
@@ -246,7 +246,7 @@ class Plan(_Strict):
         return any(stage.needs_negative(avoids) for stage in self.stages)
 
     def negative_prompt(self, asked: str | None, empty: str) -> str | None:
-        """The negative prompt to encode, or None if no stage needs one.
+        """Return the negative prompt to encode, or None if no stage needs one.
 
         Args:
             asked: the request's negative prompt, if it has one.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 
 _NAMED = 10  # words in a warning
-_LETTERS = 32  # of each
+_LETTERS = 32  # of a word in a warning
 
 
 def unknown_words(text: str, vocabulary: Collection[str]) -> list[str]:

@@ -122,19 +122,19 @@ class Ingress:
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
-        """The model that is served, with the sizes that it draws."""
+        """List the model that is served, with its sizes."""
         return {"object": "list", "data": [self._described]}
 
     @app.get("/v1/models/{name:path}")
     async def model(self, name: str) -> dict[str, Any]:
-        """One model of the list."""
+        """Describe one model of the list."""
         if name not in (self._described["id"], *self._offer.model.aliases):
             raise unknown_model(name, self._offer)
         return self._described
 
     @app.get("/v1/plans")
     async def plans(self) -> dict[str, Any]:
-        """The model's plans, which a request may name."""
+        """List the model's plans, which a request may name."""
         data = [{"nfe": plan.nfe, **plan.model_dump(mode="json")} for plan in self._offer.model.plans.values()]
         return {"object": "list", "data": data, "default": self._offer.default_plan}
 

@@ -24,11 +24,11 @@ _PlanOrName = Annotated[
 
 
 class ImagesRequest(BaseModel):
-    """Body of `POST /v1/images/generations`: every field that OpenAI's has, and this engine's own.
+    """Body of `POST /v1/images/generations`: all fields of OpenAI's API, and this engine's own.
 
-    What this engine has no choice of takes the values that ask for nothing special. The last five fields are its own:
-    `seed` is the first image's, each further one adds one; `plan` is a preset's name or a plan's stages; `timeout_s` is
-    the time after which the images are of no use, in seconds, queues included.
+    Fields without a choice here accept the values that request nothing special. The last five fields are this engine's
+    own. `seed` is the seed of the first image, and each further image adds 1; `plan` is a preset's name or a plan's
+    stages; `timeout_s` is the time in seconds, queues included, after which the images are of no use.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
