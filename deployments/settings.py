@@ -70,7 +70,7 @@ class Settings(BaseModel):
     Attributes:
         model: path of the model's config, relative to the working directory.
         default_plan: name of the model's plan for requests that name none.
-        placement: deployments by name; together they run each stage, and deployments of the same stage share its images.
+        placement: deployments by name; together they run each stage, and those of the same stage share its images.
         max_images: largest `n` of a request.
         max_body_bytes: largest body of a request, in bytes.
         request_timeout_s: longest time that a request may take, in seconds, queues included.
