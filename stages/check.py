@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from stages.config import ModelConfig
+from stages.encode import prompt_limit
 from stages.families import get_family
 from stages.loading import load_adapters, load_scheduler, load_tokenizer, wrap
 from stages.sources import BadFile, find_component, read_json
@@ -53,5 +54,5 @@ def check_files(config: ModelConfig) -> None:
                 check_finite("source", file, dtype)
         if component == "transformer":
             load_adapters(config, module)
-    load_tokenizer(config)
+    prompt_limit(config, family.text_encoder(modules["text_encoder"], load_tokenizer(config)))
     load_scheduler(config)

@@ -13,27 +13,35 @@ from backends import Backend
 from stages.config import ModelConfig
 from stages.errors import PromptTooLong
 from stages.families import get_family
+from stages.families.base import TextEncoder
 from stages.finite import check_finite
 from stages.latents import draw_noise
 from stages.loading import load_text_encoder
 from stages.packet import LatentPacket
 from stages.spans import Span
+from stages.yaml_file import ConfigError
 
 REMEMBERED = 256  # prompts whose embeddings an encoder caches
+
+
+def prompt_limit(config: ModelConfig, encoder: TextEncoder) -> int:
+    """Return the most tokens of a prompt; raises ConfigError if the config allows more than the encoder keeps."""
+    limit = config.max_prompt_tokens or encoder.longest
+    if limit > encoder.longest:
+        raise ConfigError(
+            f"max_prompt_tokens must be at most {encoder.longest} for this model's tokenizer, not {limit}"
+        )
+    return limit
 
 
 class Encoder:
     """The text encoder on a device, with a cache of the embeddings of the last `remembered` prompts."""
 
     def __init__(self, config: ModelConfig, backend: Backend, remembered: int = REMEMBERED) -> None:
-        """Load the text encoder; raises ValueError if it would truncate a prompt as long as the config allows."""
+        """Load the text encoder; raises ConfigError if it would truncate a prompt as long as the config allows."""
         self._config = config
         self._text = load_text_encoder(config, backend)
-        self._limit = config.max_prompt_tokens or self._text.longest
-        if self._limit > self._text.longest:
-            raise ValueError(
-                f"max_prompt_tokens must be at most {self._text.longest} for this model's tokenizer, not {self._limit}"
-            )
+        self._limit = prompt_limit(config, self._text)
         self._channels = get_family(config.family).latent_channels(config.read_transformer())
         self._lock = Lock()
         self._encode_cached = lru_cache(maxsize=remembered)(self._encode)

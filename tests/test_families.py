@@ -221,3 +221,9 @@ def test_the_server_draws_what_one_process_draws(ours: Pipeline, model: Path) ->
         body = {"prompt": "a ring", "plan": guided, "negative_prompt": "blue"}
         answer = httpx.post(f"{running.url}/v1/images/generations", json=body, timeout=120)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "plan.stages.0.attention_guidance")
+
+
+def test_a_limit_that_the_tokenizers_template_leaves_no_room_for_is_refused(model: Path) -> None:
+    config = ModelConfig.read(model).model_copy(update={"max_prompt_tokens": 512})
+    with pytest.raises(ConfigError, match="max_prompt_tokens must be at most 508 for this model's tokenizer, not 512"):
+        check_files(config)
