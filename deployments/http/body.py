@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ray.exceptions import TaskCancelledError
 from starlette.requests import ClientDisconnect, Request
 
 from deployments.http.errors import APIError
@@ -29,6 +30,6 @@ async def read_json(request: Request, limit: int) -> bytes:
             body += chunk
             if len(body) > limit:
                 raise APIError(413, "body_too_large", f"the body must be at most {limit} bytes")
-    except ClientDisconnect as error:
+    except (ClientDisconnect, TaskCancelledError) as error:  # the client went away, by whoever notices first
         raise APIError(400, "client_disconnected", "the body ended before its length") from error
     return bytes(body)
