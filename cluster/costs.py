@@ -58,15 +58,17 @@ class MeasuredCost:
 
     Attributes:
         in_flight: units that are there now.
+        expected: units that are there or will come.
         seconds: of a unit alone; 0 before the first one is done, so that a new deployment is tried.
     """
 
     in_flight: float = 0.0
+    expected: float = 0.0
     seconds: float = 0.0
 
     def expect(self, units: float) -> float:
         """Seconds until `units` more would be done."""
-        return (self.in_flight + units) * self.seconds
+        return (self.expected + units) * self.seconds
 
     def begin(self, units: float) -> float:
         """Add units to what is in flight; return all of it."""

@@ -26,17 +26,29 @@ class Pools:
                 self._running[stage].append(name)
         self._costs = {name: MeasuredCost() for name in placement}
 
-    def assign(self, plan: Plan, megapixels: float) -> dict[ServedStage, str]:
-        """Choose a deployment for every stage of an image; a stage stays where the one before it is, if it can."""
+    @contextmanager
+    def assign(self, plan: Plan, megapixels: float) -> Iterator[dict[ServedStage, str]]:
+        """Choose a deployment for every stage of an image, whose work they expect until the block ends.
+
+        An image stays in a deployment that also runs its next stage.
+        """
         assigned: dict[ServedStage, str] = {}
+        expected: dict[str, float] = defaultdict(float)
         here = ""
         for stage in (ENCODE, *dict.fromkeys(part.name for part in plan.stages), DECODE):
             candidates = self._running[stage]
+            work = megapixels * (sum(part.nfe for part in plan.stages if part.name == stage) or 1)
             if here not in candidates:
-                work = megapixels * (sum(part.nfe for part in plan.stages if part.name == stage) or 1)
-                here = min(candidates, key=lambda name: (self._costs[name].expect(work), self._costs[name].in_flight))
+                here = min(candidates, key=lambda name: (self._costs[name].expect(work), self._costs[name].expected))
             assigned[stage] = here
-        return assigned
+            expected[here] += work
+        for name, work in expected.items():
+            self._costs[name].expected += work
+        try:
+            yield assigned
+        finally:
+            for name, work in expected.items():
+                self._costs[name].expected -= work
 
     @contextmanager
     def at_work(self, deployment: str, work: float) -> Iterator[None]:

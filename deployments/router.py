@@ -121,20 +121,24 @@ class Router:
             route: the image's route.
             show: called with the partial images in order; they are decoded while later stages run.
         """
-        deployments = self._pools.assign(route.plan, _megapixels(route))
-        hops = plan_hops(route.plan, deployments, route.partial_images)
         orders, in_order = itertools.count(), asyncio.Lock()
+        with self._pools.assign(route.plan, _megapixels(route)) as deployments:
+            hops = plan_hops(route.plan, deployments, route.partial_images)
 
-        async def decode(preview: bytes) -> None:
-            async with in_order:
-                image = await self._decode(route, Hop(deployment=deployments[DECODE], decodes=True), preview)
-                show(Partial(next(orders), image))
+            async def decode(preview: bytes) -> None:
+                async with in_order:
+                    image = await self._decode(route, Hop(deployment=deployments[DECODE], decodes=True), preview)
+                    show(Partial(next(orders), image))
 
-        async with asyncio.timeout(route.deadline - time.time()), asyncio.TaskGroup() as decoding:
-            packet = b""
-            for hop in hops[:-1]:
-                _, packet = await self._call(route, hop, packet, lambda preview: decoding.create_task(decode(preview)))
-            return await self._decode(route, hops[-1], packet, lambda preview: decoding.create_task(decode(preview)))
+            async with asyncio.timeout(route.deadline - time.time()), asyncio.TaskGroup() as decoding:
+
+                def decode_beside(preview: bytes) -> None:
+                    decoding.create_task(decode(preview))
+
+                packet = b""
+                for hop in hops[:-1]:
+                    _, packet = await self._call(route, hop, packet, decode_beside)
+                return await self._decode(route, hops[-1], packet, decode_beside)
 
     async def _decode(
         self, route: Route, hop: Hop, packet: bytes, show: Callable[[bytes], object] = _ignore
