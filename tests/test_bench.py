@@ -279,6 +279,7 @@ def test_report_has_every_method_and_figure(rows: dict[str, Measured], tmp_path:
     assert [Measured(**row) for row in stored] == list(rows.values())
 
 
+@pytest.mark.slow
 def test_resumed_report_measures_what_it_lacks_and_all_costs_anew(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
