@@ -96,3 +96,20 @@ def test_critic_learns_the_samples_and_the_base_model_stays(
     with torch.no_grad():  # another test's critic agrees with the teacher
         for parameter, value in zip(critic, before, strict=True):
             parameter.copy_(value)
+
+
+def test_a_critic_gets_to_know_a_saved_lora_that_stays_as_it_is(samples: Samples) -> None:
+    pipeline = load_pipeline(CHECKPOINT, torch.device("cpu"))
+    pipeline.transformer.requires_grad_(False)
+    saved = CHECKPOINT / "loras" / "distilled"
+    student = add_lora(pipeline.transformer, "student", rank=32, start_from=str(saved))
+    critic = add_lora(pipeline.transformer, "critic", rank=4)
+    assert any(float(parameter.abs().max()) > 0 for parameter in student)
+    before = [[parameter.clone() for parameter in of] for of in (student, critic)]
+    loras = [Lora(name, of, torch.optim.SGD(of, lr=0.1)) for name, of in (("student", student), ("critic", critic))]
+    losses = matching(pipeline, (loras[0], loras[1]), guidance_scale=2.0).update_critic(
+        samples, torch.Generator().manual_seed(0)
+    )
+    assert set(losses) == {"critic"}
+    assert all(torch.equal(now, then) for now, then in zip(student, before[0], strict=True))
+    assert any(not torch.equal(now, then) for now, then in zip(critic, before[1], strict=True))
