@@ -30,6 +30,11 @@ class Backend(ABC):
     default_dtype: ClassVar[Literal["float32", "bfloat16"]]
     quantizations: ClassVar[tuple[Quantization, ...]] = ()
 
+    @property
+    @abstractmethod
+    def available(self) -> bool:
+        """Whether this machine has such a device."""
+
     @abstractmethod
     def synchronise(self) -> None:
         """Wait until all work queued on the device is done, so that a clock read afterwards is right."""

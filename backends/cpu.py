@@ -15,5 +15,9 @@ class CPUBackend(Backend):
     default_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"
     quantizations: ClassVar[tuple[Quantization, ...]] = ("int8_weight_only", "int8_dynamic")
 
+    @property
+    def available(self) -> bool:
+        return True
+
     def synchronise(self) -> None:
         """Do nothing, because every operation is done when it returns."""

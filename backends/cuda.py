@@ -15,6 +15,12 @@ class CUDABackend(Backend):
     default_dtype: ClassVar[Literal["float32", "bfloat16"]] = "bfloat16"
     quantizations: ClassVar[tuple[Quantization, ...]] = ("int8_weight_only", "int8_dynamic", "fp8_dynamic")
 
+    @property
+    def available(self) -> bool:
+        import torch  # here, because checks of a configuration do without it
+
+        return torch.cuda.is_available()
+
     def synchronise(self) -> None:
         import torch  # here, because checks of a configuration do without it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import warnings
 from collections import Counter
@@ -13,6 +14,7 @@ from pathlib import Path
 from ray.serve.config import AutoscalingConfig, ProxyLocation
 from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
+from backends import get_backend
 from deployments.settings import Settings
 from stages.config import ModelConfig
 from stages.yaml_file import ConfigError, read_mapping, validate
@@ -81,7 +83,13 @@ def check_application(application: ServeApplicationSchema, where: str, http_time
         raise StartError(f"{where}.deployments: {twice[0]} is there twice")
     for deployment in application.deployments:
         _check_deployment(deployment, f"{where}.deployments.{deployment.name}")
-    # This imports torch and diffusers, which takes seconds, so the errors above are reported first.
+    # From here on torch and diffusers are imported, which takes seconds, so the errors above are reported first.
+    if not os.environ.get("RAY_ADDRESS"):  # else other machines run the replicas
+        for name, placement in settings.placement.items():
+            if not get_backend(placement.backend).available:
+                raise StartError(
+                    f"{where}.args.placement.{name}.backend: this machine has no device for {placement.backend!r}"
+                )
     from stages.check import check_files
 
     with _refusing(f"{settings.model}: "):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -149,6 +150,7 @@ def _responds(url: str) -> bool:
 
 
 def _reason(message: str) -> str:
-    """Return the last line of the traceback in one of Serve's messages."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else "the deployment failed"
+    """Return the last line with an exception's name in one of Serve's messages, or else the last line."""
+    lines = [line.rstrip() for line in message.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[A-Za-z_][\w.]*: \S", line)]
+    return (named or [line.strip() for line in lines] or ["the deployment failed"])[-1]

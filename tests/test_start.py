@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 import yaml
 
 from bench.serving.servers import ROOT, Running, servers, started
@@ -194,15 +195,25 @@ def test_unreadable_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
             check(written(tmp_path, config))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has such a device")
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    config = shipped()
+    config["applications"][0]["args"]["placement"]["Bridge"]["backend"] = "cuda"
+    with pytest.raises(StartError, match=r"placement\.Bridge\.backend: this machine has no device for 'cuda'"):
+        check(written(tmp_path, config))
+
+
 @pytest.mark.slow
-def test_constructor_that_raises_ends_the_start_with_its_reason() -> None:
-    """A replica that asks Ray for no GPU sees none, whatever the machine has."""
+def test_constructor_that_raises_ends_the_start_with_its_reason(tmp_path: Path) -> None:
+    """Of what no check sees: that there is no compiler."""
     server = servers(MODEL)[1]
     config = copy.deepcopy(server.config)
     assert config
-    config["applications"][0]["args"]["placement"]["Device"]["backend"] = "cuda"
+    (application,) = config["applications"]
+    application["args"]["placement"]["Device"]["compile"] = True
+    application["runtime_env"]["env_vars"] |= {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     with (
-        pytest.raises(RuntimeError, match=r"cannot start: Device: .*CUDA"),
+        pytest.raises(RuntimeError, match=r"cannot start: Device: .*ompiler"),
         started(replace(server, config=config), MODEL),
     ):
         pass
