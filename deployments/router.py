@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
@@ -15,12 +14,10 @@ from ray.serve.metrics import Counter, Histogram
 from deployments import console
 from deployments.hops import plan_hops
 from deployments.http.errors import APIError
-from deployments.messages import Call, Hop, ImageReply, PacketReply, RefusalReply, Route, Wire, read_reply
+from deployments.messages import Call, Hop, ImageReply, PacketReply, RefusalReply, Route, read_reply
 from deployments.pools import Pools
 from deployments.settings import DECODE
 from stages.image import parse_size
-
-logger = logging.getLogger("ray.serve")
 
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
 
@@ -164,18 +161,20 @@ class Router:
             APIError: the replica refused the image.
         """
         with self._pools.at_work(hop.deployment, _megapixels(route) * (hop.nfe or 1)):
-            header, data = await self._send(Call(route=route, hop=hop).to_json(), hop, packet, show)
-        reply = read_reply(header)
+            reply, data = await self._send(Call(route=route, hop=hop).to_json(), hop, packet, show)
         if isinstance(reply, RefusalReply):
             raise APIError.from_refusal(reply)
         return reply, data
 
-    async def _send(self, call: str, hop: Hop, packet: bytes, show: Callable[[bytes], object]) -> Wire:
+    async def _send(
+        self, call: str, hop: Hop, packet: bytes, show: Callable[[bytes], object]
+    ) -> tuple[PacketReply | ImageReply | RefusalReply, bytes]:
         replica = self._replicas[hop.deployment]
         if not hop.previews:
             response = replica.run.remote(call, packet)
             try:
-                return await response
+                header, data = await response
+                return read_reply(header), data
             finally:
                 response.cancel()  # no effect if it is done
         results = replica.options(stream=True).run_with_previews.remote(call, packet)
@@ -183,7 +182,7 @@ class Router:
             async for header, data in results:
                 reply = read_reply(header)
                 if reply.kind != "preview":
-                    return header, data
+                    return reply, data
                 show(data)
             raise RuntimeError(f"{hop.deployment} ended without a reply")
         finally:

@@ -36,28 +36,10 @@ _REACH = 2.6  # from the centre of a view to its side, in deviations of the outl
 
 
 @dataclass(frozen=True)
-class ObjectReading:
-    """One object.
-
-    Attributes:
-        x, y: centre of its bounding box, as fractions of width and height.
-        radius: as a fraction of the shorter side.
-    """
-
-    shape: str
-    color: str
-    size: str
-    fill: str
-    x: float
-    y: float
-    radius: float
-
-
-@dataclass(frozen=True)
 class Reading:
     """What an image shows; objects are in the order of their topmost pixels."""
 
-    objects: tuple[ObjectReading, ...]
+    objects: tuple[SceneObject, ...]
     background: str
 
 
@@ -74,7 +56,7 @@ def read(image: Image.Image) -> Reading:
     return Reading(tuple(_read_object(pixels, part) for part in _parts(pixels, ground)), background)
 
 
-def largest(reading: Reading) -> ObjectReading | None:
+def largest(reading: Reading) -> SceneObject | None:
     """The object of the largest radius, if there is any."""
     return max(reading.objects, key=lambda thing: thing.radius, default=None)
 
@@ -94,7 +76,7 @@ def holds(reading: Reading, first: tuple[str, str], relation: str, second: tuple
     """
     across, down = RELATIONS[relation]
 
-    def related(one: ObjectReading, other: ObjectReading) -> bool:
+    def related(one: SceneObject, other: SceneObject) -> bool:
         dx, dy = one.x - other.x, one.y - other.y
         along, aside = (dx, dy) if across else (dy, dx)
         return along * (across + down) > 0 and abs(along) > abs(aside)
@@ -105,14 +87,14 @@ def holds(reading: Reading, first: tuple[str, str], relation: str, second: tuple
     )
 
 
-def _read_object(pixels: Floats, part: Mask) -> ObjectReading:
+def _read_object(pixels: Floats, part: Mask) -> SceneObject:
     """Read the object that covers `part` (H, W) of `pixels` (H, W, 3)."""
     shape, radius = _outlines().identify(part)
     color = _color(pixels[part])
     depth = ndimage.distance_transform_cdt(part, "chessboard")
     core = depth > min(_CORE_DEPTH, depth.max() - 1)
     rows, columns = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
-    return ObjectReading(
+    return SceneObject(
         shape=shape,
         color=color,
         size=_size(radius / _SIDE),

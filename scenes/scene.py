@@ -62,7 +62,12 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object; `x`, `y` are its centre as fractions of width and height, `radius` of the shorter side."""
+    """One object, as it was placed or as it is read off an image.
+
+    Attributes:
+        x, y: centre, of what is read that of its bounding box, as fractions of width and height.
+        radius: as a fraction of the shorter side.
+    """
 
     shape: str
     color: str

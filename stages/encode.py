@@ -53,9 +53,12 @@ class Encoder:
             PromptTooLong: the prompt is too long; the error names `parameter`.
             NotFinite: the embeddings are not finite.
         """
-        self.count(prompt, parameter)
+        return self._encode_and_count(prompt, parameter)[0]
+
+    def _encode_and_count(self, prompt: str, parameter: str) -> tuple[torch.Tensor, int]:
+        tokens = self.count(prompt, parameter)
         with self._lock:  # images of one request need the same prompt at the same time
-            return self._encode_cached(prompt)
+            return self._encode_cached(prompt), tokens
 
     def count(self, prompt: str, parameter: str = "prompt") -> int:
         """Count the tokens of `prompt` without its template; raises PromptTooLong, which names `parameter`."""
@@ -91,10 +94,11 @@ class Encoder:
             PromptTooLong: one of the prompts is too long.
         """
         start = time.time()
-        embeds = self.encode(prompt, "prompt")
-        negative = None if negative_prompt is None else self.encode(negative_prompt, "negative_prompt")
-        avoids = bool(negative_prompt and negative_prompt.strip())
-        text_tokens = self.count(prompt) + (self.count(negative_prompt) if negative_prompt and avoids else 0)
+        embeds, text_tokens = self._encode_and_count(prompt, "prompt")
+        negative, avoids = None, bool(negative_prompt and negative_prompt.strip())
+        if negative_prompt is not None:
+            negative, negative_tokens = self._encode_and_count(negative_prompt, "negative_prompt")
+            text_tokens += negative_tokens if avoids else 0
         packet = pure_noise(
             self._config, request_id, image_index, seed, size, self._channels, embeds, negative, text_tokens, avoids
         )

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from PIL import Image, ImageFilter
 
-from scenes.oracle import ObjectReading, Reading, holds, matches, read
+from scenes.oracle import Reading, holds, matches, read
 from scenes.renderer import render
 from scenes.scene import BACKGROUNDS, FILLS, RELATIONS, SHAPES, Scene, SceneObject, sample_scene
 
@@ -21,7 +21,7 @@ def _samples(seed: int, count: int, width: int = 128, height: int = 128) -> Iter
         yield scene, render(scene, rng, width, height)
 
 
-def _pairs(scene: Scene, reading: Reading) -> list[tuple[SceneObject, ObjectReading]]:
+def _pairs(scene: Scene, reading: Reading) -> list[tuple[SceneObject, SceneObject]]:
     """Each object with the reading nearest to it."""
     return [
         (thing, min(reading.objects, key=lambda found: hypot(found.x - thing.x, found.y - thing.y)))

@@ -102,8 +102,13 @@ class GuidedAttention(QwenDoubleStreamAttnProcessor2_0):
 
 
 def guide_attention(transformer: QwenImageTransformer2DModel) -> None:
-    """Let every block's attention guide batches with negative prompts; other batches are computed as before."""
+    """Let every block's attention guide batches with negative prompts; other batches are computed as before.
+
+    Blocks that do so already keep their processors: training wraps its transformer anew for each evaluation.
+    """
     for block in transformer.transformer_blocks:
+        if isinstance(block.attn.processor, GuidedAttention):
+            continue
         processor = GuidedAttention()
         processor._attention_backend = block.attn.processor._attention_backend  # as set_attention_backend chose it
         block.attn.set_processor(processor)
