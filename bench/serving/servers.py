@@ -90,7 +90,7 @@ class Running:
     """
 
     url: str
-    process: psutil.Popen
+    process: psutil.Process
     log: Path
 
     def processes(self) -> list[psutil.Process]:
@@ -144,7 +144,7 @@ def started(server: Server, model: Path) -> Iterator[Running]:
 def _end(running: Running) -> None:
     """Stop a server, and what of its own processes outlives it."""
     processes = running.processes()
-    if running.process.poll() is None:
+    with suppress(psutil.NoSuchProcess):
         running.process.terminate()
     _, survivors = psutil.wait_procs(processes, timeout=60)
     for survivor in survivors:
