@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,7 @@ from bench.serving.servers import Running, servers, started
 from stages.config import ModelConfig
 from stages.loading import load_scheduler, load_transformer
 from stages.network import Network
-from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
-from stages.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,24 +67,6 @@ def network(config: ModelConfig, backend: Backend) -> Network:
 @pytest.fixture(scope="session")
 def pipeline(config: ModelConfig, backend: Backend) -> Pipeline:
     return Pipeline(config, backend)
-
-
-@pytest.fixture(scope="session")
-def denoise_all(pipeline: Pipeline) -> Callable[..., list[LatentPacket]]:
-    """Call it for the packets of some seeds after the last stage of a plan."""
-
-    def run(
-        plan: Plan, prompt: str, negative_prompt: str | None = None, *, seeds: tuple[int, ...] = (0,), size: str
-    ) -> list[LatentPacket]:
-        packets = [
-            pipeline.encoder.begin("test", index, seed, size, prompt, negative_prompt)
-            for index, seed in enumerate(seeds)
-        ]
-        for _ in plan.stages:
-            packets = pipeline.denoiser.denoise(packets, plan)
-        return packets
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -151,7 +131,7 @@ def blocks_run() -> Iterator[list[int]]:
     passes: list[int] = []
     attentions = 0
 
-    def observe(module: torch.nn.Module, inputs: object, output: object) -> None:
+    def observe(module: torch.nn.Module, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         nonlocal attentions
         if isinstance(module, Attention):
             attentions += len(output[0])

@@ -6,13 +6,16 @@ import base64
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import openai.types
 import yaml
+from openai.types import ImageGenStreamEvent, ImagesResponse
 from PIL import Image
 
 from bench.serving.servers import Running
@@ -35,9 +38,16 @@ def log_lines(server: Running, deployment: str, *texts: str) -> list[str]:
     return [line for line in lines if all(text in line for text in texts)]
 
 
-def pixels(image: Any) -> np.ndarray:
+def images_of(answer: ImagesResponse) -> list[openai.types.Image]:
+    """Of an answer that has some."""
+    assert answer.data is not None
+    return answer.data
+
+
+def pixels(image: openai.types.Image | ImageGenStreamEvent | Mapping[str, Any]) -> np.ndarray:
     """(height, width, 3) of an image of an answer, the openai client's or plain JSON's."""
-    data = image["b64_json"] if isinstance(image, dict) else image.b64_json
+    data = image["b64_json"] if isinstance(image, Mapping) else image.b64_json
+    assert data is not None
     return np.asarray(Image.open(BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
 
 

@@ -165,7 +165,7 @@ def test_texts_that_identify_are_bounded(field: str, offer: Offer) -> None:
     assert name["param"] == "plan.name"
 
 
-CACHES = {
+CACHES: dict[str, dict[str, object]] = {
     "first_block": {"threshold": 0.1},
     "taylorseer": {"interval": 2},
     "teacache": {"threshold": 0.1},

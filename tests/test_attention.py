@@ -24,8 +24,8 @@ NEGATIVES = ["a furry shape", "white"]
 
 def negatives(scale: float, tau: float, alpha: float) -> NegativeBatch:
     """By one row."""
-    scale, tau, alpha = torch.tensor([scale, tau, alpha])[:, None, None, None]
-    return NegativeBatch(torch.ones(1, 1, dtype=torch.bool), scale, tau, alpha)
+    strengths = torch.tensor([scale, tau, alpha])[:, None, None, None]
+    return NegativeBatch(torch.ones(1, 1, dtype=torch.bool), *strengths)
 
 
 def test_answers_are_led_away_up_to_a_multiple_of_their_norm_and_part_of_the_way() -> None:

@@ -13,19 +13,38 @@ from plans import PLANS
 from stages.batching import StepBatcher
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
-from stages.plan import Plan
+from stages.plan import (
+    CacheSpec,
+    FirstBlockSpec,
+    MagCacheSpec,
+    Plan,
+    SeaCacheSpec,
+    StageSpec,
+    TaylorSeerSpec,
+    TeaCacheSpec,
+)
 
 TOLERANCE = 1e-5  # of the latent's largest value: float32 orders its sums by the shape of the batch
 SMALL, LARGE = "64x64", "128x128"  # 16 and 64 tokens
-STAGE = {"name": "base", "sigma_start": 1.0, "sigma_end": 0.0}
 
 
-def plan_of(steps: int, **changes: object) -> Plan:
-    return Plan(stages=[{**STAGE, "steps": steps, **changes}])
+def plan_of(
+    steps: int, *, guidance_scale: float = 1.0, adapter: str | None = None, cache: CacheSpec | None = None
+) -> Plan:
+    stage = StageSpec(
+        name="base",
+        sigma_start=1.0,
+        sigma_end=0.0,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        adapter=adapter,
+        cache=cache,
+    )
+    return Plan(stages=(stage,))
 
 
 GUIDED = plan_of(3, guidance_scale=4.0)
-CACHED = plan_of(5, guidance_scale=4.0, cache={"kind": "taylorseer", "interval": 2, "warmup": 2})
+CACHED = plan_of(5, guidance_scale=4.0, cache=TaylorSeerSpec(interval=2, warmup=2))
 
 
 def packet_of(pipeline: Pipeline, seed: int, size: str = SMALL, prompt: str = "a red ring") -> LatentPacket:
@@ -131,8 +150,9 @@ def test_a_cancelled_packet_takes_no_further_step(
 
 def test_a_packet_that_cannot_enter_fails_alone(pipeline: Pipeline, batcher: StepBatcher) -> None:
     (late,) = pipeline.denoiser.denoise([packet_of(pipeline, 0)], PLANS["hybrid"])
-    bad = batcher.submit(late, Plan(stages=[{**STAGE, "steps": 1, "sigma_end": 0.5}, {
-        "name": "bridge", "sigma_start": 0.5, "sigma_end": 0.0, "steps": 1}]))  # fmt: skip
+    base = StageSpec(name="base", sigma_start=1.0, sigma_end=0.5, steps=1)
+    bridge = StageSpec(name="bridge", sigma_start=0.5, sigma_end=0.0, steps=1)
+    bad = batcher.submit(late, Plan(stages=(base, bridge)))
     good = batcher.submit(packet_of(pipeline, 1), plan_of(1))
     steps(batcher)
     with pytest.raises(ValueError, match=r"packet at sigma 0\.965 cannot enter bridge at 0\.5"):
@@ -197,15 +217,16 @@ def test_a_packet_goes_through_several_stages_in_one_go(pipeline: Pipeline, batc
     "cache",
     [
         None,
-        {"kind": "first_block", "threshold": 0.5},
-        {"kind": "taylorseer", "interval": 2, "warmup": 2},
-        {"kind": "teacache", "threshold": 0.5},
-        {"kind": "magcache", "threshold": 0.5, "ratios": [1.0, 1.0]},
-        {"kind": "seacache", "threshold": 0.5},
+        FirstBlockSpec(threshold=0.5),
+        TaylorSeerSpec(interval=2, warmup=2),
+        TeaCacheSpec(threshold=0.5),
+        MagCacheSpec(threshold=0.5, ratios=(1.0, 1.0)),
+        SeaCacheSpec(threshold=0.5),
     ],
+    ids=lambda cache: cache and cache.kind,
 )
 def test_previews_of_steps_leave_the_image_and_its_caches_as_they_were(
-    pipeline: Pipeline, batcher: StepBatcher, cache: dict[str, object] | None
+    pipeline: Pipeline, batcher: StepBatcher, cache: CacheSpec | None
 ) -> None:
     plan, packet = plan_of(7, guidance_scale=4.0, cache=cache), packet_of(pipeline, 3)
     previews: list[LatentPacket] = []

@@ -133,7 +133,7 @@ def test_magnitude_ratios_are_those_of_diffusers(
     pipeline: Pipeline, diffusers_base: QwenImagePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = 6
-    plan = Plan(stages=[{"name": "base", "sigma_start": 1.0, "sigma_end": 0.0, "steps": steps}])
+    plan = Plan(stages=(StageSpec(name="base", sigma_start=1.0, sigma_end=0.0, steps=steps),))
     ratios = measure_ratios(pipeline, plan, [Prompted("a red circle", 3)])
     hook = MagCacheConfig(calibrate=True, num_inference_steps=steps)
     diffusers_base.transformer.enable_cache(hook)
@@ -149,7 +149,9 @@ def test_magnitude_ratios_are_those_of_diffusers(
         )
     finally:
         diffusers_base.transformer.disable_cache()
-    theirs = yaml.safe_load(re.search(r"^\[.*\]$", capsys.readouterr().out, re.MULTILINE)[0])
+    printed = re.search(r"^\[.*\]$", capsys.readouterr().out, re.MULTILINE)
+    assert printed
+    theirs = yaml.safe_load(printed[0])
     assert ratios == pytest.approx(theirs, rel=1e-4)
     assert max(ratios) > 1.02
 
@@ -238,15 +240,20 @@ def test_calibrated_scenario_takes_what_the_server_took(pipeline: Pipeline) -> N
     }  # fmt: skip
 
 
+def frechet(row: Measured) -> float:
+    assert row.frechet is not None
+    return row.frechet
+
+
 def test_renders_are_nearer_to_renders_than_images_are(rows: dict[str, Measured]) -> None:
     for name in ("distilled, 4 steps", "hybrid"):
-        assert rows["renders"].frechet < rows[name].frechet
+        assert frechet(rows["renders"]) < frechet(rows[name])
 
 
 @pytest.mark.slow
 def test_renders_are_nearer_to_renders_than_images_of_base_are(bench: QualityBench, rows: dict[str, Measured]) -> None:
     row = bench.measure("main", "base", PLANS["base"], everything=True)
-    assert rows["renders"].frechet < row.frechet
+    assert frechet(rows["renders"]) < frechet(row)
 
 
 @pytest.mark.slow
@@ -255,7 +262,7 @@ def test_attention_guidance_removes_fills_that_come_without_it(pipeline: Pipelin
     negative = Cases.read(DEV).negative
     fills = [case for case in negative if case.attribute == "fill"]
     hybrid = PLANS["hybrid"]
-    deaf = Plan(stages=[stage.model_copy(update={"attention_guidance": None}) for stage in hybrid.stages])
+    deaf = Plan(stages=tuple(stage.model_copy(update={"attention_guidance": None}) for stage in hybrid.stages))
 
     def left(plan: Plan) -> int:
         images = [result.image for result in pipeline.run_in_batches(plan, fills, 32)]
@@ -303,6 +310,7 @@ def test_resumed_report_measures_what_it_lacks_and_all_costs_anew(
     resume()
     rows = {row.name: row for row in read_rows(tmp_path / REPORT, drawn).values()}
     assert rows["distilled"].saturation == 2
+    assert rows["distilled"].denoise is not None
     assert rows["distilled"].denoise < 99
     assert rows["hybrid"].saturation < 1
     assert rows["hybrid"].nfe == 7

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import pytest
@@ -24,7 +25,9 @@ from scenes.cases import DEV, TEST
 from scenes.embedding import WEIGHTS
 from stages.config import ModelConfig
 
-Command = Callable[..., None]
+
+class Command(Protocol):
+    def __call__(self, *arguments: object) -> None: ...
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent, ImagesResponse, Model
 from PIL import Image
-from served import pixels
+from served import images_of, pixels
 
 CLIENTS = Path(__file__).parent / "clients"
 PROMPT = "a red star"
@@ -97,12 +97,13 @@ def test_previews_come_at_equal_shares_of_the_steps_and_leave_the_image(
     client: OpenAI, plan: str, work: dict[int, list[int]]
 ) -> None:
     extra = {"plan": plan, "seed": 5}
-    whole = pixels(client.images.generate(prompt=PROMPT, extra_body=extra).data[0])
+    (image,) = images_of(client.images.generate(prompt=PROMPT, extra_body=extra))
+    whole = pixels(image)
     for asked, evaluations in work.items():
         stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=asked, extra_body=extra)
         events = list(stream)
         assert [event.type.rpartition(".")[2] for event in events] == ["partial_image"] * asked + ["completed"]
-        assert [event.nfe for event in events] == evaluations
+        assert [event.model_dump()["nfe"] for event in events] == evaluations
         assert np.abs(pixels(events[-1]) - whole).max() <= 1
         assert all(np.abs(pixels(event) - whole).max() > 5 for event in events[:-1])
 
@@ -139,7 +140,7 @@ def test_litellm(url: str) -> None:
 
 
 # Bodies as these projects build them, with this server's model and sizes filled in as their users configure them.
-BODIES = {
+BODIES: dict[str, dict[str, str | int | None]] = {
     # LibreChat, api/app/clients/tools/structured/OpenAIImageTools.js: its defaults; what is undefined is left out.
     "LibreChat": {"model": "scenes", "prompt": PROMPT, "n": 1, "background": "auto", "output_format": "png",
                   "quality": "auto", "size": "auto"},
@@ -168,8 +169,7 @@ def test_bodies_that_other_projects_send(url: str, project: str) -> None:
     body = BODIES[project]
     answer = post(url, **body)
     assert answer.status_code == 200, answer.text
-    images = ImagesResponse.model_validate_json(answer.content, strict=True).data
-    assert images is not None
+    images = images_of(ImagesResponse.model_validate_json(answer.content, strict=True))
     assert len(images) == (body["n"] or 1)
     for image in images:
         assert image.b64_json is not None

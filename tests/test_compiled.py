@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from backends import Backend
+from backends import Backend, Quantization
 from deployments.settings import Settings
 from stages.caches import make_cache
 from stages.config import ModelConfig, Quantize
@@ -135,7 +135,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 @pytest.mark.parametrize(("scheme", "bound"), [("int8_weight_only", 0.04), ("int8_dynamic", 0.08)])
 def test_quantized_weights_with_adapters_come_near_the_plain_ones(
-    config: ModelConfig, backend: Backend, network: Network, pipeline: Pipeline, scheme: str, bound: float
+    config: ModelConfig, backend: Backend, network: Network, pipeline: Pipeline, scheme: Quantization, bound: float
 ) -> None:
     quantized = Denoiser.load(config.model_copy(update={"quantize": Quantize(transformer=scheme)}), backend)._network
     queries = make_queries(pipeline, (4, 6), [None, "distilled", "bridge"])

@@ -21,7 +21,7 @@ from stages.loading import load_adapters, load_transformer
 from stages.network import Network
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
-from stages.plan import AttentionGuidanceSpec, Plan, TaylorSeerSpec, TeaCacheSpec
+from stages.plan import AttentionGuidanceSpec, Plan, StageName, StageSpec, TaylorSeerSpec, TeaCacheSpec
 from stages.sigmas import stage_sigmas
 
 PROMPTS = ["a red circle", "two small green squares left of a large blue triangle on a white background", " "]
@@ -66,20 +66,39 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
 
 def plan_of(steps: int, *, sigma_end: float = 0.0, guidance_scale: float = 1.0) -> Plan:
     """The base model over the whole range, or down to `sigma_end` and in one further step to the end."""
-    stages = [
-        {
-            "name": "base",
-            "sigma_start": 1.0,
-            "sigma_end": sigma_end,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-        }
-    ]
-    if sigma_end > 0.0:
-        stages.append(
-            {"name": "distilled", "sigma_start": sigma_end, "sigma_end": 0.0, "steps": 1, "adapter": "distilled"}
-        )
-    return Plan(stages=stages)
+    base = StageSpec(name="base", sigma_start=1.0, sigma_end=sigma_end, steps=steps, guidance_scale=guidance_scale)
+    if sigma_end == 0.0:
+        return Plan(stages=(base,))
+    rest = StageSpec(name="distilled", sigma_start=sigma_end, sigma_end=0.0, steps=1, adapter="distilled")
+    return Plan(stages=(base, rest))
+
+
+def ends_with(
+    *,
+    guidance_scale: float = 1.0,
+    adapter: str | None = None,
+    reads_negative: bool = False,
+    attention_guidance: AttentionGuidanceSpec | None = None,
+) -> Plan:
+    """A step of the base model, and one of a bridge like this to the end."""
+    base = StageSpec(name="base", sigma_start=1.0, sigma_end=0.9, steps=1)
+    bridge = StageSpec(
+        name="bridge",
+        sigma_start=0.9,
+        sigma_end=0.0,
+        steps=1,
+        guidance_scale=guidance_scale,
+        adapter=adapter,
+        reads_negative=reads_negative,
+        attention_guidance=attention_guidance,
+    )
+    return Plan(stages=(base, bridge))
+
+
+def negative_embeds(packet: LatentPacket) -> torch.Tensor:
+    """(length, width), of a packet that has a negative prompt."""
+    assert packet.negative_embeds is not None
+    return packet.negative_embeds
 
 
 @pytest.fixture
@@ -185,7 +204,8 @@ def test_an_unguided_step_is_eulers_and_foresees_the_clean_latent(
     step(network, [row])
     assert difference(row.denoised, start - 0.7 * velocity) < 1e-6
     assert difference(row.latent, start - 0.5 * velocity) < 1e-6
-    assert (row.index, row.done, row.sigma) == (1, False, pytest.approx(0.2))
+    assert (row.index, row.done) == (1, False)
+    assert row.sigma == pytest.approx(0.2)
 
 
 def test_preview_of_a_step_is_the_clean_latent_that_it_foresees(
@@ -195,7 +215,7 @@ def test_preview_of_a_step_is_the_clean_latent_that_it_foresees(
     with torch.inference_mode():
         positive, negative = (
             predict_velocity(transformer, packet.latent[None], torch.tensor([1.0]), [embed], packet.grid)[0]
-            for embed in (packet.prompt_embeds, packet.negative_embeds)
+            for embed in (packet.prompt_embeds, negative_embeds(packet))
         )
     velocity = QwenImageTransformer.guide(positive, negative, 3.0)
     task = pipeline.denoiser.begin(packet, plan)
@@ -232,26 +252,12 @@ def test_packets_record_what_was_done_to_them(pipeline: Pipeline, packet: Latent
 
 
 def test_negative_prompt_stays_as_long_as_a_later_stage_is_guided(pipeline: Pipeline, packet: LatentPacket) -> None:
-    stages = [
-        {"name": "base", "sigma_start": 1.0, "sigma_end": 0.9, "steps": 1},
-        {"name": "bridge", "sigma_start": 0.9, "sigma_end": 0.0, "steps": 1, "guidance_scale": 2.0},
-    ]
-    plan = Plan(stages=stages)
+    plan = ends_with(guidance_scale=2.0)
     (between,) = pipeline.denoiser.denoise([packet], plan)
-    assert torch.equal(between.negative_embeds, packet.negative_embeds)
+    assert torch.equal(negative_embeds(between), negative_embeds(packet))
     (after,) = pipeline.denoiser.denoise([between], plan)
     assert after.negative_embeds is None
     assert after.spans[-1].nfe == 2
-
-
-def ends_with(**bridge: object) -> Plan:
-    """A step of the base model, and one of a bridge like this to the end."""
-    return Plan(
-        stages=[
-            {"name": "base", "sigma_start": 1.0, "sigma_end": 0.9, "steps": 1},
-            {"name": "bridge", "sigma_start": 0.9, "sigma_end": 0.0, "steps": 1, **bridge},
-        ]
-    )
 
 
 READS_NEGATIVE = ends_with(adapter="bridge", reads_negative=True)
@@ -265,8 +271,9 @@ def test_a_stage_that_reads_the_negative_prompt_evaluates_once_with_both(
     (after,) = pipeline.denoiser.denoise([between], READS_NEGATIVE)
     assert (after.spans[-1].nfe, after.negative_embeds) == (1, None)
 
-    text = join_negative(packet.prompt_embeds, packet.negative_embeds)
-    torch.testing.assert_close(text[len(packet.prompt_embeds) :], -packet.negative_embeds)
+    negative = negative_embeds(packet)
+    text = join_negative(packet.prompt_embeds, negative)
+    torch.testing.assert_close(text[len(packet.prompt_embeds) :], -negative)
     sigmas = torch.tensor([0.9, 0.0])
     row = ImageState(between.latent, sigmas, packet.grid, text, adapter="bridge")
     step(network, [row])
@@ -313,7 +320,7 @@ def test_attention_is_guided_away_from_negative_prompts_that_were_asked_for_alon
     ids=["guided", "reads", "avoids"],
 )
 def test_a_packet_without_the_negative_prompt_that_its_stage_needs_is_refused(
-    pipeline: Pipeline, packet: LatentPacket, plan: Plan, stage: str
+    pipeline: Pipeline, packet: LatentPacket, plan: Plan, stage: StageName
 ) -> None:
     position = [spec.name for spec in plan.stages].index(stage)
     lacking = replace(packet, negative_embeds=None, position=position, sigma=plan.stages[position].sigma_start)
@@ -358,9 +365,9 @@ def test_teacache_skips_while_what_enters_the_blocks_changes_little(
 ) -> None:
     """Against the method's definition, written out over the whole model."""
     steps, threshold, coefficients = 12, 0.2, (2.0, 0.5, 0.01)
-    cache = {"kind": "teacache", "threshold": threshold, "coefficients": coefficients}
-    stage = plan_of(steps).stages[0].model_copy(update={"cache": TeaCacheSpec(**cache)})
-    (done,) = pipeline.denoiser.denoise([packet], Plan(stages=[stage]))
+    cache = TeaCacheSpec(threshold=threshold, coefficients=coefficients)
+    stage = plan_of(steps).stages[0].model_copy(update={"cache": cache})
+    (done,) = pipeline.denoiser.denoise([packet], Plan(stages=(stage,)))
 
     seen: dict[str, torch.Tensor] = {}
     blocks = transformer.transformer_blocks
@@ -386,6 +393,7 @@ def test_teacache_skips_while_what_enters_the_blocks_changes_little(
             if before is None or change >= threshold or step_index == steps - 1:
                 change, added, evaluated = 0.0, seen["left"] - seen["entered"], evaluated + 1
             else:
+                assert added is not None
                 left = transformer.norm_out(seen["entered"] + added, seen["temb"])
                 velocity = transformer.proj_out(left)
             before = modulated
@@ -421,4 +429,4 @@ def test_a_plan_cannot_skip_what_is_not_there_or_all_there_is(pipeline: Pipeline
     for skip, complaint in (({2, 6}, "must be below 6, not 6"), (set(range(6)), "must leave one of 6 blocks")):
         stage = plan_of(2).stages[0].model_copy(update={"skip_blocks": frozenset(skip)})
         with pytest.raises(ValueError, match=rf"stages\.0\.skip_blocks {complaint}"):
-            pipeline.denoiser.denoise([packet], Plan(stages=[stage]))
+            pipeline.denoiser.denoise([packet], Plan(stages=(stage,)))

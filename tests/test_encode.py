@@ -11,6 +11,7 @@ from backends import Backend
 from stages.config import ModelConfig
 from stages.encode import Encoder
 from stages.errors import PromptTooLong
+from stages.families.qwen_image.text import QwenImageTextEncoder
 
 LONGEST = 1019  # what diffusers keeps of prompt and template, 1024, without the template's end
 
@@ -33,6 +34,7 @@ def seen(encoder: Encoder) -> Iterator[list[torch.Tensor]]:
 
 
 def test_the_templates_end_survives_the_longest_prompt(encoder: Encoder, seen: list[torch.Tensor]) -> None:
+    assert isinstance(encoder._text, QwenImageTextEncoder)
     pipeline = encoder._text._pipeline
     end = pipeline.tokenizer(pipeline.prompt_template_encode.partition("{}")[2]).input_ids
     assert len(end) == 5

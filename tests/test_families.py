@@ -22,7 +22,7 @@ from stages.check import check_files
 from stages.config import ModelConfig
 from stages.families import get_family
 from stages.pipeline import Pipeline, Prompted
-from stages.plan import Plan
+from stages.plan import FirstBlockSpec, Plan
 from stages.sources import BadFile
 from stages.yaml_file import ConfigError
 
@@ -107,8 +107,8 @@ def theirs(source: Path) -> ZImagePipeline:
     return reference
 
 
-def expected(theirs: ZImagePipeline, plan: str, prompt: str, negative: str, seed: int, size: str) -> np.ndarray:
-    """What a user of diffusers gets."""
+def expected(theirs: ZImagePipeline, plan: str, prompt: str, negative: str, seed: int, size: str) -> torch.Tensor:
+    """The latent (channels, height, width) that a user of diffusers gets."""
     (theirs.enable_lora if plan == "distilled" else theirs.disable_lora)()
     width, height = map(int, size.split("x"))
     image = theirs(
@@ -152,9 +152,7 @@ def test_caches_and_skipped_blocks_are_exact_where_nothing_is_saved(ours: Pipeli
     """A cache that never hits, and rows that each go their own way, walk through the same blocks."""
     plain = ours.config.plan("base")
     (stage,) = plain.stages
-    never = stage.model_copy(update={"cache": ours.config.plan("cached").stages[0].cache.model_copy(
-        update={"threshold": 1e-9}
-    )})  # fmt: skip
+    never = stage.model_copy(update={"cache": FirstBlockSpec(threshold=1e-9)})
     images = [Prompted(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
     whole = ours.denoise(ours.enter(plain, images), plain)
     cached_plan = Plan(stages=(never,))

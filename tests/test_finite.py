@@ -21,7 +21,16 @@ from stages.errors import NotFinite
 from stages.loading import load_autoencoder, load_text_encoder, load_transformer
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
-from stages.plan import Plan
+from stages.plan import (
+    CacheSpec,
+    FirstBlockSpec,
+    MagCacheSpec,
+    Plan,
+    SeaCacheSpec,
+    StageSpec,
+    TaylorSeerSpec,
+    TeaCacheSpec,
+)
 from stages.sources import BadFile
 
 LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_autoencoder}
@@ -34,18 +43,21 @@ def broken(packet: LatentPacket) -> LatentPacket:
     return replace(packet, latent=latent)
 
 
-@pytest.mark.parametrize("cache", [None, "first_block", "taylorseer", "teacache", "magcache", "seacache"])
-def test_a_row_that_is_not_finite_fails_alone_and_names_its_stage(pipeline: Pipeline, cache: str | None) -> None:
-    specs = {
-        "first_block": {"threshold": 0.1},
-        "taylorseer": {"interval": 2, "warmup": 1},
-        "teacache": {"threshold": 0.1, "coefficients": [1.0, 0.0]},
-        "magcache": {"threshold": 0.1, "ratios": [1.0] * 4},
-        "seacache": {"threshold": 0.1},
-    }
-    spec = None if cache is None else {"kind": cache, **specs[cache]}
-    stage = {"name": "base", "sigma_start": 1.0, "sigma_end": 0.0, "steps": 4, "guidance_scale": 3.0, "cache": spec}
-    plan = Plan(stages=[stage])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        None,
+        FirstBlockSpec(threshold=0.1),
+        TaylorSeerSpec(interval=2, warmup=1),
+        TeaCacheSpec(threshold=0.1, coefficients=(1.0, 0.0)),
+        MagCacheSpec(threshold=0.1, ratios=(1.0,) * 4),
+        SeaCacheSpec(threshold=0.1),
+    ],
+    ids=lambda cache: cache and cache.kind,
+)
+def test_a_row_that_is_not_finite_fails_alone_and_names_its_stage(pipeline: Pipeline, cache: CacheSpec | None) -> None:
+    stage = StageSpec(name="base", sigma_start=1.0, sigma_end=0.0, steps=4, guidance_scale=3.0, cache=cache)
+    plan = Plan(stages=(stage,))
     packets = [pipeline.encoder.begin("request", 0, seed, "64x64", "a red ring", "blue") for seed in range(2)]
     batcher = StepBatcher(pipeline.denoiser, max_tokens=128)
     bad, good = batcher.submit(broken(packets[0]), plan), batcher.submit(packets[1], plan)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -25,7 +24,7 @@ from torch.fx.experimental import _config as shapes_config
 from deployments.http import readiness
 
 
-def parameters(function: Callable[..., Any]) -> set[str]:
+def parameters(function: Callable[..., object]) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+from PIL import Image
 from plans import PLANS
 from reference import predict_velocity
 from safetensors.torch import save_file
@@ -61,6 +62,13 @@ def qwen_image() -> ModelConfig:
     return ModelConfig.read(ROOT / "configs" / "qwen_image.yaml")
 
 
+def students_file(config: ModelConfig) -> str:
+    """Its name among those of its source."""
+    name = config.adapters["distilled"].weight_name
+    assert name is not None
+    return name
+
+
 @pytest.fixture
 def full_transformer() -> QwenImageTransformer2DModel:
     with init_empty_weights():
@@ -88,7 +96,7 @@ def test_qwen_image_config_is_complete(qwen_image: ModelConfig, backend: Backend
     assert dtype_on(qwen_image, backend) == torch.bfloat16
     assert qwen_image.sizes[0] == "1328x1328"
     assert qwen_image.adapters["distilled"].source == "lightx2v/Qwen-Image-Lightning"
-    assert qwen_image.adapters["distilled"].weight_name.endswith(".safetensors")
+    assert students_file(qwen_image).endswith(".safetensors")
 
 
 def test_qwen_images_own_plans(qwen_image: ModelConfig) -> None:
@@ -103,7 +111,7 @@ def test_qwen_images_own_plans(qwen_image: ModelConfig) -> None:
     assert qwen_image.plans["cached"].stages == (base.model_copy(update={"cache": FirstBlockSpec(threshold=0.08)}),)
     adapters = {stage.adapter for plan in qwen_image.plans.values() for stage in plan.stages}
     assert adapters == {None, *qwen_image.adapters}
-    assert "4steps" in qwen_image.adapters["distilled"].weight_name
+    assert "4steps" in students_file(qwen_image)
 
 
 @pytest.mark.parametrize("tokens", [4096, 6889])
@@ -125,7 +133,7 @@ def test_full_transformer_has_twenty_billion_parameters(full_transformer: QwenIm
 def test_lightning_lora_loads_into_the_full_transformer(
     qwen_image: ModelConfig, full_transformer: QwenImageTransformer2DModel, tmp_path: Path
 ) -> None:
-    weight_name = qwen_image.adapters["distilled"].weight_name
+    weight_name = students_file(qwen_image)
     state = save_lightning_lora(full_transformer, tmp_path / weight_name, rank=2, alpha=1.0)
     assert len(state) == 60 * 12 * 3
     save_file({"other.lora_A.weight": torch.zeros(1)}, tmp_path / "another-8steps.safetensors")
@@ -167,12 +175,14 @@ def test_half_precision_is_used_from_prompt_to_image(config: ModelConfig, backen
     config = config.model_copy(update={"dtype": "bfloat16"})
     encoder, denoiser, decoder = Encoder(config, backend), Denoiser.load(config, backend), Decoder(config, backend)
     packet = encoder.begin("test", 0, 5, "64x64", "a red circle", " ")
+    assert packet.negative_embeds is not None
     assert packet.latent.dtype == packet.prompt_embeds.dtype == packet.negative_embeds.dtype == torch.bfloat16
     for _ in PLANS["hybrid"].stages:
         packet = LatentPacket.from_bytes(packet.to_bytes())
         (packet,) = denoiser.denoise([packet], PLANS["hybrid"])
         assert packet.latent.dtype == torch.bfloat16
     (image,) = decoder.decode(packet.latent[None], packet.grid)
+    assert isinstance(image, Image.Image)
     assert image.size == (64, 64)
 
     precise = Encoder(config.model_copy(update={"dtype": None}), backend)
@@ -194,8 +204,12 @@ def test_directories_of_a_config_are_found_from_anywhere(
     assert all(Path(adapter.source).is_dir() for adapter in config.adapters.values())
 
 
+class Write(Protocol):
+    def __call__(self, *lines: str) -> Path: ...
+
+
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Path]:
+def write(tmp_path: Path) -> Write:
     """Call it with lines of a model's config; those of a sound one stand where none of the same key is given."""
 
     def write(*lines: str) -> Path:
@@ -245,7 +259,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         ),
     ],
 )
-def test_a_wrong_key_of_a_config_is_named(write: Callable[..., Path], line: str, message: str) -> None:
+def test_a_wrong_key_of_a_config_is_named(write: Write, line: str, message: str) -> None:
     assert ModelConfig.read(write()).adapters == {}
     path = write(line)
     with pytest.raises(ConfigError) as caught:
@@ -254,7 +268,7 @@ def test_a_wrong_key_of_a_config_is_named(write: Callable[..., Path], line: str,
     assert "\n" not in str(caught.value)
 
 
-def test_a_key_that_is_there_twice_is_refused(write: Callable[..., Path]) -> None:
+def test_a_key_that_is_there_twice_is_refused(write: Write) -> None:
     path = write("adapters: {distilled: {source: here}, distilled: {source: there}}")
     with pytest.raises(ConfigError, match=r"model\.yaml, line 4, column 39: 'distilled' is there twice"):
         ModelConfig.read(path)
@@ -267,7 +281,7 @@ def test_a_file_that_holds_no_config_is_refused(tmp_path: Path, content: str) ->
         ModelConfig.read(tmp_path / "model.yaml")
 
 
-def test_plans_stand_in_the_config_or_in_a_file_beside_it(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_plans_stand_in_the_config_or_in_a_file_beside_it(write: Write, tmp_path: Path) -> None:
     stages = "short: [{name: base, sigma_start: 1, sigma_end: 0, steps: 4}]"
     (tmp_path / "plans.yaml").write_text(stages)
     in_file, inline = ModelConfig.read(write("plans: plans.yaml")), ModelConfig.read(write(f"plans: {{{stages}}}"))
@@ -280,7 +294,7 @@ def test_plans_stand_in_the_config_or_in_a_file_beside_it(write: Callable[..., P
         ModelConfig.read(write("plans: other.yaml"))
 
 
-def test_a_plan_that_skips_blocks_which_are_not_there_is_named(write: Callable[..., Path], config: ModelConfig) -> None:
+def test_a_plan_that_skips_blocks_which_are_not_there_is_named(write: Write, config: ModelConfig) -> None:
     stages = "{name: base, sigma_start: 1, sigma_end: 0, steps: 4, skip_blocks: [6]}"
     pruned = ModelConfig.read(write(f"source: {config.source}", f"plans: {{pruned: [{stages}]}}"))
     with pytest.raises(ConfigError, match=r"plans\.pruned\.stages\W0\W?\.skip_blocks must be below 6, not 6"):
@@ -305,7 +319,7 @@ def test_yaml_that_cannot_be_read_is_refused_in_a_sentence(tmp_path: Path, text:
     assert len(str(refused.value)) < 4000
 
 
-def test_one_mistake_is_one_complaint(write: Callable[..., Path]) -> None:
+def test_one_mistake_is_one_complaint(write: Write) -> None:
     for line, complaint in (
         ("adapters: {distilled: {sourze: x}}", "adapters.distilled"),
         ("sizes: [100x100]", "sizes: 100x100: width and height must be multiples of 16"),
@@ -318,13 +332,13 @@ def test_one_mistake_is_one_complaint(write: Callable[..., Path]) -> None:
         assert complaint in str(refused.value)
 
 
-def test_names_of_a_model_are_distinct(write: Callable[..., Path]) -> None:
+def test_names_of_a_model_are_distinct(write: Write) -> None:
     for aliases in ("[a, a]", "[tiny]"):
         with pytest.raises(ConfigError, match=r"aliases: .* is there twice"):
             ModelConfig.read(write("name: tiny", f"aliases: {aliases}"))
 
 
-def test_a_vocabulary_may_have_words_with_apostrophes(write: Callable[..., Path]) -> None:
-    assert ModelConfig.read(write("vocabulary: [don't, \u00e9toile]")).vocabulary == {"don't", "\u00e9toile"}
+def test_a_vocabulary_may_have_words_with_apostrophes(write: Write) -> None:
+    assert ModelConfig.read(write("vocabulary: [don't, \u00e9toile]")).vocabulary == frozenset({"don't", "\u00e9toile"})
     with pytest.raises(ConfigError, match="must be in lower case"):
         ModelConfig.read(write("vocabulary: [\u00c9toile]"))

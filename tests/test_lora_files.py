@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TypedDict
 
 import pytest
 import torch
@@ -46,6 +48,13 @@ ADAPTED = [
 ]
 
 
+class PeftConfig(TypedDict, total=False):
+    r: int
+    lora_alpha: float
+    alpha_pattern: dict[str, float]
+    use_rslora: bool
+
+
 @dataclass(frozen=True)
 class Spelling:
     """How a file says what a LoRA is.
@@ -60,7 +69,7 @@ class Spelling:
     key: Callable[[str, str], str]
     alpha: Callable[[str], str] | None = None
     magnitude: Callable[[str], str] | None = None
-    metadata: dict[str, object] | None = None
+    metadata: PeftConfig | None = None
 
 
 AB = {"down": "lora_A", "up": "lora_B"}
@@ -118,7 +127,7 @@ def tiny() -> QwenImageTransformer2DModel:
 
 def scale_of(spelling: Spelling, layer: str, rank: int) -> float:
     """Of the product up @ down."""
-    config = spelling.metadata or {}
+    config: PeftConfig = spelling.metadata or {}
     if spelling.alpha:
         return 3 / rank
     alpha = config.get("alpha_pattern", {}).get(layer, config.get("lora_alpha", rank))
@@ -167,9 +176,11 @@ def expected(
     from safetensors.torch import load_file
 
     directory = tmp_path_factory.mktemp("truths")
-    known: dict[tuple[str | None, float], QwenImageTransformer2DModel] = {(None, 1.0): tiny}
 
-    def changed(name: str, strength: float) -> QwenImageTransformer2DModel:
+    @cache
+    def changed(name: str | None, strength: float) -> QwenImageTransformer2DModel:
+        if name is None:
+            return tiny
         spelling = SPELLINGS[name]
         state = load_file(write(directory, name, tiny))
         transformer = deepcopy(tiny)
@@ -184,10 +195,8 @@ def expected(
 
     @torch.inference_mode()
     def velocity(query: ModelInput) -> torch.Tensor:
-        key = query.adapter, query.adapter_scale
-        if key not in known:
-            known[key] = changed(*key)
-        return predict_velocity(known[key], query.latent[None], torch.tensor([query.sigma]), [query.embeds], GRID)[0]
+        transformer = changed(query.adapter, query.adapter_scale)
+        return predict_velocity(transformer, query.latent[None], torch.tensor([query.sigma]), [query.embeds], GRID)[0]
 
     return velocity
 

@@ -84,7 +84,7 @@ def test_reads_every_attribute(shape: str, fill: str) -> None:
 @pytest.mark.parametrize("fill", FILLS)
 def test_centres_the_bounding_box(fill: str) -> None:
     (found,) = _read(_thing("square", "blue", 0.3, 0.6, "large", fill)).objects
-    assert (found.x, found.y) == (pytest.approx(0.3, abs=0.02), pytest.approx(0.6, abs=0.02))
+    assert (found.x, found.y) == pytest.approx((0.3, 0.6), abs=0.02)
 
 
 @pytest.mark.parametrize(

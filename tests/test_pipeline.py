@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import numpy as np
 import pytest
@@ -26,7 +27,16 @@ from stages.image import MAX_SEED
 from stages.latents import draw_noise
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
-from stages.plan import Plan
+from stages.plan import (
+    AttentionGuidanceSpec,
+    CacheSpec,
+    FirstBlockSpec,
+    MagCacheSpec,
+    Plan,
+    SeaCacheSpec,
+    StageSpec,
+    TaylorSeerSpec,
+)
 from stages.stage import Denoiser
 
 PROMPT = "a large red circle above a small blue square on a white background"
@@ -38,37 +48,61 @@ TOLERANCE = 1e-5
 # Sees a negative prompt by attention guidance alone.
 AVOIDS = Plan(
     name="avoids",
-    stages=[
-        {
-            "name": "distilled",
-            "sigma_start": 1.0,
-            "sigma_end": 0.0,
-            "steps": 4,
-            "adapter": "distilled",
-            "attention_guidance": {},
-        }
-    ],
+    stages=(
+        StageSpec(
+            name="distilled",
+            sigma_start=1.0,
+            sigma_end=0.0,
+            steps=4,
+            adapter="distilled",
+            attention_guidance=AttentionGuidanceSpec(),
+        ),
+    ),
 )
 
-DenoiseAll = Callable[..., list[LatentPacket]]
+
+class DenoiseAll(Protocol):
+    def __call__(
+        self, plan: Plan, prompt: str, negative_prompt: str | None = None, *, seeds: tuple[int, ...], size: str
+    ) -> list[LatentPacket]: ...
 
 
-def run_diffusers(
-    reference: QwenImagePipeline, plan: Plan, seeds: tuple[int, ...], size: str, output_type: str = "latent"
-) -> torch.Tensor | list[Image.Image]:
-    """The plan's only stage: latents (batch, tokens, channels), or images."""
+@pytest.fixture(scope="module")
+def denoise_all(pipeline: Pipeline) -> DenoiseAll:
+    """Call it for the packets of some seeds after the last stage of a plan."""
+
+    def run(
+        plan: Plan, prompt: str, negative_prompt: str | None = None, *, seeds: tuple[int, ...], size: str
+    ) -> list[LatentPacket]:
+        packets = [
+            pipeline.encoder.begin("test", index, seed, size, prompt, negative_prompt)
+            for index, seed in enumerate(seeds)
+        ]
+        for _ in plan.stages:
+            packets = pipeline.denoiser.denoise(packets, plan)
+        return packets
+
+    return run
+
+
+def asked(plan: Plan, seeds: tuple[int, ...], size: str) -> dict[str, object]:
+    """Arguments by which diffusers' pipeline runs the plan's only stage."""
     (stage,) = plan.stages
     width, height = map(int, size.split("x"))
-    return reference(
-        prompt=[PROMPT] * len(seeds),
-        negative_prompt=[NEGATIVE] * len(seeds) if stage.guided else None,
-        true_cfg_scale=stage.guidance_scale,
-        width=width,
-        height=height,
-        num_inference_steps=stage.steps,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type=output_type,
-    ).images
+    return {
+        "prompt": [PROMPT] * len(seeds),
+        "negative_prompt": [NEGATIVE] * len(seeds) if stage.guided else None,
+        "true_cfg_scale": stage.guidance_scale,
+        "width": width,
+        "height": height,
+        "num_inference_steps": stage.steps,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+    }
+
+
+def run_diffusers(reference: QwenImagePipeline, plan: Plan, seeds: tuple[int, ...], size: str) -> torch.Tensor:
+    """Latents (batch, tokens, channels) after the plan's only stage."""
+    return reference(**asked(plan, seeds, size), output_type="latent").images
 
 
 def latents_of(packets: list[LatentPacket]) -> torch.Tensor:
@@ -89,9 +123,11 @@ def pixel_difference(left: Image.Image, right: Image.Image) -> int:
     return int(np.abs(np.asarray(left, np.int16) - np.asarray(right, np.int16)).max())
 
 
-def base_plan(**changes: object) -> Plan:
-    stage = {"name": "base", "sigma_start": 1.0, "sigma_end": 0.0, "steps": 6, "guidance_scale": 4.0, **changes}
-    return Plan(stages=[stage])
+def base_plan(steps: int = 6, *, guidance_scale: float = 4.0, cache: CacheSpec | None = None) -> Plan:
+    stage = StageSpec(
+        name="base", sigma_start=1.0, sigma_end=0.0, steps=steps, guidance_scale=guidance_scale, cache=cache
+    )
+    return Plan(stages=(stage,))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +150,7 @@ def test_base_plan_equals_diffusers(
 def test_images_equal_those_of_diffusers(pipeline: Pipeline, diffusers_base: QwenImagePipeline) -> None:
     plan, seeds, size = base_plan(), (5, 6), "192x128"
     results = pipeline.run(plan, PROMPT, negative_prompt=NEGATIVE, seeds=seeds, size=size)
-    images = run_diffusers(diffusers_base, plan, seeds, size, output_type="pil")
+    images = diffusers_base(**asked(plan, seeds, size)).images
     assert [result.seed for result in results] == [5, 6]
     for result, image in zip(results, images, strict=True):
         assert result.image.size == (192, 128)
@@ -136,7 +172,7 @@ def test_distilled_plan_equals_diffusers_with_lightnings_scheduler(
 
 def test_adapter_scale_is_that_of_diffusers(denoise_all: DenoiseAll, diffusers_distilled: QwenImagePipeline) -> None:
     full = PLANS["distilled"]
-    half = Plan(stages=[full.stages[0].model_copy(update={"adapter_scale": 0.5})])
+    half = Plan(stages=(full.stages[0].model_copy(update={"adapter_scale": 0.5}),))
     latents = latents_of(denoise_all(half, PROMPT, seeds=(5,), size="64x64"))
     try:
         diffusers_distilled.set_adapters("distilled", 0.5)
@@ -157,12 +193,13 @@ def test_adapters_of_one_plan_leave_no_trace_in_the_next(denoise_all: DenoiseAll
 
 
 def test_a_stage_in_parts_is_the_whole_stage(denoise_all: DenoiseAll) -> None:
-    whole = {"name": "base", "sigma_start": 1.0, "sigma_end": 0.0, "steps": 6, "guidance_scale": 4.0, "shift": 2.0}
+    whole = StageSpec(name="base", sigma_start=1.0, sigma_end=0.0, steps=6, guidance_scale=4.0, shift=2.0)
     level = 0.8  # after two of the steps: 2 t / (1 + t) at t = 2 / 3
-    parts = [{**whole, "sigma_end": level, "steps": 2}, {**whole, "sigma_start": level, "steps": 4}]
+    first = whole.model_copy(update={"sigma_end": level, "steps": 2})
+    second = whole.model_copy(update={"sigma_start": level, "steps": 4})
     together, apart, unguided = (
         denoise_all(Plan(stages=stages), PROMPT, NEGATIVE, seeds=(5, 6), size="64x64")
-        for stages in ([whole], parts, [{**parts[0], "guidance_scale": 1.0}, parts[1]])
+        for stages in ((whole,), (first, second), (first.model_copy(update={"guidance_scale": 1.0}), second))
     )
     assert error(latents_of(apart), latents_of(together)) < TOLERANCE
     assert difference(latents_of(unguided), latents_of(together)) > 1e-2
@@ -193,10 +230,10 @@ def steps_announced(pipeline: QwenImagePipeline) -> Iterator[None]:
     del transformer.cache_context
 
 
-CACHES = {
-    "first_block": ({"kind": "first_block", "threshold": 0.3}, FirstBlockCacheConfig(threshold=0.3)),
+CACHES: dict[str, tuple[CacheSpec, object]] = {
+    "first_block": (FirstBlockSpec(threshold=0.3), FirstBlockCacheConfig(threshold=0.3)),
     "taylorseer": (
-        {"kind": "taylorseer", "interval": 4, "warmup": 2, "order": 2},
+        TaylorSeerSpec(interval=4, warmup=2, order=2),
         TaylorSeerCacheConfig(
             cache_interval=4,
             disable_cache_before_step=2,
@@ -206,11 +243,11 @@ CACHES = {
         ),
     ),
     "magcache": (
-        {"kind": "magcache", "threshold": 0.3, "ratios": MAGNITUDES, "most_skipped": 2},
+        MagCacheSpec(threshold=0.3, ratios=MAGNITUDES, most_skipped=2),
         MagCacheConfig(threshold=0.3, max_skip_steps=2, num_inference_steps=24, mag_ratios=list(MAGNITUDES)),
     ),
     "seacache": (
-        {"kind": "seacache", "threshold": 0.1},
+        SeaCacheSpec(threshold=0.1),
         SeaCacheConfig(threshold=0.1, raw_vision_callback=lambda module, args, kwargs: unpack(kwargs["hidden_states"])),
     ),
 }
@@ -324,7 +361,7 @@ def test_a_distilled_stage_with_attention_guidance_hears_negative_prompts(denois
     )
     assert error(avoiding, silent) > 1e-2
     stage = distilled.stages[0].model_copy(update={"shift": AVOIDS.stages[0].shift})
-    (alone,) = denoise_all(Plan(stages=[stage]), PROMPT, None, seeds=(5,), size="64x64")
+    (alone,) = denoise_all(Plan(stages=(stage,)), PROMPT, None, seeds=(5,), size="64x64")
     assert torch.equal(silent, alone.latent[None])
 
 
@@ -375,6 +412,6 @@ def test_run_refuses_what_the_model_lacks(pipeline: Pipeline) -> None:
         pipeline.run("fastest", PROMPT)
     with pytest.raises(ValueError, match=r"size must be one of .*, not '128x64'"):
         pipeline.run("distilled", PROMPT, size="128x64")
-    plan = Plan(stages=[PLANS["distilled"].stages[0].model_copy(update={"adapter": "turbo"})])
+    plan = Plan(stages=(PLANS["distilled"].stages[0].model_copy(update={"adapter": "turbo"}),))
     with pytest.raises(ValueError, match=r"stages\.0\.adapter must be one of \['bridge', 'distilled', 'finish'\]"):
         pipeline.run(plan, PROMPT)

@@ -40,6 +40,10 @@ def distilled(**changes: Any) -> dict[str, Any]:
     }
 
 
+def plan_of(*stages: dict[str, Any]) -> Plan:
+    return Plan.model_validate({"stages": stages})
+
+
 VALID = [
     [base()],
     [distilled()],
@@ -144,7 +148,7 @@ INVALID = {
 
 @pytest.mark.parametrize("stages", VALID)
 def test_valid_plans_are_accepted_and_keep_their_stages(stages: list[dict[str, Any]]) -> None:
-    plan = Plan(stages=stages)
+    plan = plan_of(*stages)
     assert [stage.name for stage in plan.stages] == [stage["name"] for stage in stages]
     assert [stage.steps for stage in plan.stages] == [stage["steps"] for stage in stages]
 
@@ -152,14 +156,14 @@ def test_valid_plans_are_accepted_and_keep_their_stages(stages: list[dict[str, A
 @pytest.mark.parametrize(("stages", "message"), INVALID.values(), ids=INVALID)
 def test_invalid_plans_are_refused_by_the_name_of_the_field(stages: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        Plan(stages=stages)
+        plan_of(*stages)
     assert re.search(message, str(caught.value)), str(caught.value)
     assert {error["loc"][:2] for error in caught.value.errors()} <= {(), ("stages",), ("stages", 0)}
 
 
 def test_unknown_key_of_the_plan_is_refused() -> None:
     with pytest.raises(ValidationError, match="seed"):
-        Plan(stages=[base()], seed=1)
+        Plan.model_validate({"stages": [base()], "seed": 1})
 
 
 def test_presets_and_their_network_evaluations() -> None:
@@ -180,7 +184,7 @@ def test_which_presets_are_guided() -> None:
 
 
 def test_a_stage_may_read_the_negative_prompt_instead_of_being_guided_by_it() -> None:
-    plan = Plan(stages=[base(sigma_end=0.9, guidance_scale=1.0), bridge(sigma_end=0.0, reads_negative=True)])
+    plan = plan_of(base(sigma_end=0.9, guidance_scale=1.0), bridge(sigma_end=0.0, reads_negative=True))
     assert (plan.guided, plan.needs_negative()) == (False, True)
     assert [stage.needs_negative() for stage in plan.stages] == [False, True]
     assert plan.needs_negative(avoids=False)  # it learned to read the empty one
@@ -190,14 +194,14 @@ def test_a_stage_may_read_the_negative_prompt_instead_of_being_guided_by_it() ->
 
 
 def test_the_stand_in_for_a_bridge_that_reads_the_negative_prompt_does_not() -> None:
-    plan = Plan(stages=[base(sigma_end=0.9), bridge(sigma_end=0.0, reads_negative=True)])
+    plan = plan_of(base(sigma_end=0.9), bridge(sigma_end=0.0, reads_negative=True))
     assert not plan.with_adapters({"distilled"}).stages[1].reads_negative
     assert plan.with_adapters({"bridge"}) == plan
 
 
 def test_a_stage_may_guide_attention_instead_of_velocities() -> None:
     avoiding = {"scale": 4.0, "tau": 2.0, "alpha": 0.5}
-    plan = Plan(stages=[base(sigma_end=0.9, guidance_scale=1.0), bridge(sigma_end=0.0, attention_guidance=avoiding)])
+    plan = plan_of(base(sigma_end=0.9, guidance_scale=1.0), bridge(sigma_end=0.0, attention_guidance=avoiding))
     assert (plan.guided, plan.needs_negative(), plan.needs_negative(avoids=False)) == (False, True, False)
     assert [stage.needs_negative() for stage in plan.stages] == [False, True]
     assert plan.nfe == 11
@@ -250,7 +254,7 @@ def test_without_a_trained_bridge_the_distilled_adapter_at_half_strength_stands_
 
 
 def test_the_stand_in_for_a_weakened_bridge_is_weakened_too() -> None:
-    plan = Plan(stages=[base(sigma_end=0.9), bridge(sigma_end=0.0, adapter_scale=0.6)])
+    plan = plan_of(base(sigma_end=0.9), bridge(sigma_end=0.0, adapter_scale=0.6))
     assert plan.with_adapters({"distilled"}).stages[1].adapter_scale == pytest.approx(0.3)
 
 
@@ -269,13 +273,13 @@ def test_a_missing_adapter_that_nothing_can_stand_in_for(preset: str, available:
 
 
 def test_the_stand_in_is_for_a_bridge_that_was_asked_for_by_its_name_and_is_not_there() -> None:
-    asked = Plan(stages=[base(sigma_end=0.9), bridge(sigma_end=0.0)])
+    asked = plan_of(base(sigma_end=0.9), bridge(sigma_end=0.0))
     assert asked.with_adapters({"distilled"}).stages[1].adapter == "distilled"
-    other = Plan(stages=[base(sigma_end=0.9), bridge(sigma_end=0.0, adapter="turbo")])
+    other = plan_of(base(sigma_end=0.9), bridge(sigma_end=0.0, adapter="turbo"))
     for available in ({"distilled"}, {"bridge", "distilled"}):
         with pytest.raises(ValueError, match=r"stages\W1\W?.adapter must be one of .*, not 'turbo'"):
             other.with_adapters(available)
-    misplaced = Plan(stages=[distilled(adapter="bridge")])
+    misplaced = plan_of(distilled(adapter="bridge"))
     with pytest.raises(ValueError, match="must be one of"):
         misplaced.with_adapters({"distilled"})
 

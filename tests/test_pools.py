@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,8 @@ from served import log_lines, pixels
 
 from bench.serving.servers import servers, started
 from cluster.costs import MeasuredCost
-from deployments import pools
 from deployments.pools import Pools
-from deployments.settings import Placement
+from deployments.settings import Placement, ServedStage
 from stages.pipeline import Pipeline
 
 HYBRID = PLANS["hybrid"]
@@ -36,7 +36,7 @@ TWO = {
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that `deployments.pools` sees, in a list of one."""
     now = [0.0]
-    monkeypatch.setattr(pools.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
@@ -60,7 +60,7 @@ def test_what_did_not_end_is_not_measured() -> None:
     assert (cost.in_flight, cost.seconds) == (0, 0)
 
 
-def assigned(routing: Pools) -> dict[str, str]:
+def assigned(routing: Pools) -> dict[ServedStage, str]:
     """Deployments of one more image, which is not begun."""
     with routing.assign(HYBRID, 1.0) as deployments:
         return dict(deployments)

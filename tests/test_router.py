@@ -10,9 +10,21 @@ from deployments.messages import Hop
 from deployments.settings import ServedStage
 from stages.plan import Plan
 
-SPREAD = {"encode": "Text", "base": "Base", "bridge": "Bridge", "distilled": "Distilled", "decode": "Pixels"}
+SPREAD: dict[ServedStage, str] = {
+    "encode": "Text",
+    "base": "Base",
+    "bridge": "Bridge",
+    "distilled": "Distilled",
+    "decode": "Pixels",
+}
 TOGETHER = dict.fromkeys(SPREAD, "All")
-PART = {"encode": "First", "base": "First", "bridge": "Rest", "distilled": "Rest", "decode": "Pixels"}
+PART: dict[ServedStage, str] = {
+    "encode": "First",
+    "base": "First",
+    "bridge": "Rest",
+    "distilled": "Rest",
+    "decode": "Pixels",
+}
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 from pydantic import ValidationError
-from served import deployment_statuses, log_lines, metrics, pixels
+from served import deployment_statuses, images_of, log_lines, metrics, pixels
 
 from bench.serving.servers import Running
 from bench.serving.trace import chrome_trace, most_busy
 from deployments.settings import Settings
+from stages.image import ImageFormat
 from stages.pipeline import Pipeline
 
 DEPLOYMENTS = {"Ingress", "TextEncoder", "Base", "Bridge", "Distilled", "VAEDecoder"}
@@ -40,13 +41,13 @@ def test_serve_run_starts_six_healthy_deployments(url: str) -> None:
 def test_openai_client_gets_four_images_for_four_seeds_and_one_image_twice_for_one_seed(client: OpenAI) -> None:
     prompt = "a yellow square left of a purple ring"
     response = client.images.generate(model="scenes", prompt=prompt, n=4, size="128x128", extra_body={"seed": 7})
-    images = [pixels(image) for image in response.data]
-    assert [image.seed for image in response.data] == [7, 8, 9, 10]
+    images = [pixels(image) for image in images_of(response)]
+    assert [image["seed"] for image in response.model_dump()["data"]] == [7, 8, 9, 10]
     assert all(image.shape == (128, 128, 3) for image in images)
     for index, image in enumerate(images):
         assert all(np.abs(image - other).mean() > 1 for other in images[index + 1 :])
     again = client.images.generate(prompt=prompt, size="128x128", extra_body={"seed": 9})
-    assert np.abs(pixels(again.data[0]) - images[2]).max() <= 1
+    assert np.abs(pixels(images_of(again)[0]) - images[2]).max() <= 1
 
 
 def test_reply_carries_seed_timings_nfe_and_megapixels(client: OpenAI) -> None:
@@ -68,21 +69,24 @@ def test_served_image_is_the_one_that_the_stages_make_in_one_process(client: Ope
         extra = {"seed": 3, "plan": plan, "negative_prompt": "blue"}
         served = client.images.generate(prompt="a striped heart", size="128x128", extra_body=extra)
         (local,) = pipeline.run(plan, "a striped heart", negative_prompt="blue", seeds=(3,), size="128x128")
-        assert np.abs(pixels(served.data[0]) - np.asarray(local.image).astype(int)).max() <= 1
+        assert np.abs(pixels(images_of(served)[0]) - np.asarray(local.image).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize(("output_format", "kind"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
-def test_output_formats(client: OpenAI, output_format: Any, kind: str) -> None:
+def test_output_formats(client: OpenAI, output_format: ImageFormat, kind: str) -> None:
     extra = {"plan": "distilled", "seed": 1}
     response = client.images.generate(prompt="a ring", output_format=output_format, extra_body=extra)
-    assert Image.open(BytesIO(base64.b64decode(response.data[0].b64_json))).format == kind
+    (image,) = images_of(response)
+    assert image.b64_json
+    assert Image.open(BytesIO(base64.b64decode(image.b64_json))).format == kind
 
 
 def test_stream_sends_partial_images_then_the_image(client: OpenAI) -> None:
     events = list(client.images.generate(prompt="a red star", stream=True, partial_images=2, extra_body={"seed": 5}))
     assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
-    assert [event.partial_image_index for event in events[:2]] == [0, 1]
-    whole = client.images.generate(prompt="a red star", extra_body={"seed": 5}).data[0]
+    partial = [event for event in events if event.type == "image_generation.partial_image"]
+    assert [event.partial_image_index for event in partial] == [0, 1]
+    (whole,) = images_of(client.images.generate(prompt="a red star", extra_body={"seed": 5}))
     assert np.abs(pixels(events[-1]) - pixels(whole)).max() <= 1
     assert np.abs(pixels(events[0]) - pixels(whole)).mean() > 0.5
 
@@ -93,12 +97,12 @@ def test_words_that_the_model_does_not_know_are_told(client: OpenAI) -> None:
         "prompt has words that the model does not know: photo, cat",
         "negative_prompt has words that the model does not know: dog",
     ]
-    assert client.images.generate(prompt="A photo of a cat", extra_body=extra).warnings == told
+    assert client.images.generate(prompt="A photo of a cat", extra_body=extra).model_dump()["warnings"] == told
     partial, done = client.images.generate(
         prompt="A photo of a cat", stream=True, partial_images=1, extra_body={**extra, "plan": "hybrid"}
     )
     assert "warnings" not in partial.model_dump()
-    assert done.warnings == told
+    assert done.model_dump()["warnings"] == told
     known = client.images.generate(prompt="A RED circle!", extra_body={"plan": "distilled", "negative_prompt": "blue"})
     assert "warnings" not in known.model_dump()
 
@@ -120,8 +124,8 @@ def test_inline_plan_and_guidance_scale(client: OpenAI) -> None:
         ]
     }
     response = client.images.generate(prompt="a ring", extra_body={"plan": plan, "guidance_scale": 1})
-    assert response.nfe == 4
-    assert client.images.generate(prompt="a ring", extra_body={"plan": plan}).nfe == 6
+    assert response.model_dump()["nfe"] == 4
+    assert client.images.generate(prompt="a ring", extra_body={"plan": plan}).model_dump()["nfe"] == 6
 
 
 def test_models_and_plans_are_listed(url: str, client: OpenAI) -> None:
@@ -154,7 +158,7 @@ def test_bad_input_is_a_400_that_names_the_field(url: str, extra: dict[str, Any]
 
 def test_openai_client_raises_its_own_errors(client: OpenAI) -> None:
     with pytest.raises(BadRequestError, match="size must be one of auto, 128x128"):
-        client.images.generate(prompt="a ring", size="100x100")  # type: ignore[arg-type]
+        client.images.generate(prompt="a ring", size="100x100")
     with pytest.raises(NotFoundError, match="model must be 'scenes'"):
         client.images.generate(prompt="a ring", model="dall-e-3")
 
@@ -187,7 +191,7 @@ def test_a_body_is_read_no_further_than_its_bound(url: str, announced: bool) -> 
     def chunks() -> Iterator[bytes]:
         yield from [b" " * 2**16] * 64
 
-    body: Any = b" " * 2**22 if announced else chunks()
+    body = b" " * 2**22 if announced else chunks()
     headers = {"Content-Type": "application/json"}
     answer = httpx.post(f"{url}/v1/images/generations", content=body, headers=headers, timeout=30)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
@@ -202,7 +206,7 @@ def test_the_api_is_described(url: str) -> None:
 
 
 def test_headers_that_cannot_be_read_are_a_400(url: str) -> None:
-    answer = httpx.get(f"{url}/v1/models", headers={"X-Request-ID": b"\xe9\xff"}, timeout=10)
+    answer = httpx.get(f"{url}/v1/models", headers={b"X-Request-ID": b"\xe9\xff"}, timeout=10)
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "headers must be in UTF-8")
 
 
@@ -306,7 +310,8 @@ def test_concurrent_requests_keep_several_stages_busy_at_once(url: str) -> None:
 
 def test_client_that_goes_away_stops_its_work(server: Running) -> None:
     """In the deployment that is at it, before its next step: see `test_batching`."""
-    body = {"prompt": "a ring", "plan": "base", "size": "256x256", "n": 4}
+    images = 4
+    body = {"prompt": "a ring", "plan": "base", "size": "256x256", "n": images}
     headers = {"X-Request-ID": "went-away"}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/images/generations", json=body, headers=headers, timeout=1)
@@ -314,7 +319,7 @@ def test_client_that_goes_away_stops_its_work(server: Running) -> None:
     while not (lines := log_lines(server, "Base", "went-away", "cancelled by the caller")):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert len(lines) <= body["n"]
+    assert len(lines) <= images
     assert not log_lines(server, "Base", "went-away", "evaluations")
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -210,7 +211,11 @@ RANGES = [(1.0, 0.0), (1.0, 0.9), (0.9, 0.75), (0.75, 0.0), (0.5, 0.01), (0.03, 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 @pytest.mark.parametrize(("sigma_start", "sigma_end"), RANGES)
 def test_every_schedule_falls_strictly_from_start_to_end(
-    scheduler: FlowMatchEulerDiscreteScheduler, sigma_start: float, sigma_end: float, steps: int, shift: str | float
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    sigma_start: float,
+    sigma_end: float,
+    steps: int,
+    shift: Literal["dynamic"] | float,
 ) -> None:
     stage = StageSpec(name="base", sigma_start=sigma_start, sigma_end=sigma_end, steps=steps, shift=shift)
     sigmas = stage_sigmas(stage, scheduler, 64)

@@ -15,12 +15,14 @@ ROOT = Path(__file__).parent.parent
 
 def scenario(rate: float, deadline: float = 100.0, hop: float = 0.0, **stages: Stage) -> Scenario:
     return Scenario(
-        devices={"gpu": {"price": 36.0}}, stages=stages, rate=rate, megapixels=2.0, deadline=deadline, hop=hop
+        devices={"gpu": Device(price=36.0)}, stages=stages, rate=rate, megapixels=2.0, deadline=deadline, hop=hop
     )
 
 
-def stage(per_image: float, **more: object) -> Stage:
-    return Stage(device="gpu", per_image=per_image, **more)
+def stage(
+    per_image: float, *, fixed: float = 0.0, max_batch: int = 1, steps: int = 1, replicas: int | None = None
+) -> Stage:
+    return Stage(device="gpu", per_image=per_image, fixed=fixed, max_batch=max_batch, steps=steps, replicas=replicas)
 
 
 def mean_wait(rate: float) -> float:
@@ -51,7 +53,7 @@ def test_stages_pipeline_so_that_the_slowest_alone_bounds_the_throughput() -> No
 @pytest.mark.parametrize(("clients", "latency"), [(1, 3.0), (3, 3.0), (6, 6.0)])
 def test_clients_that_wait_for_their_image_keep_as_many_in_the_system(clients: int, latency: float) -> None:
     """Little's law; three stages of a second hold three without a queue."""
-    outcome = circulate(scenario(1.0, **{name: stage(1.0) for name in ("base", "bridge", "distilled")}), clients, 600)
+    outcome = circulate(scenario(1.0, base=stage(1.0), bridge=stage(1.0), distilled=stage(1.0)), clients, 600)
     assert outcome.mean == pytest.approx(latency, rel=0.02)
     assert outcome.throughput == pytest.approx(clients / latency, rel=0.02)
 
@@ -64,9 +66,9 @@ def test_a_batch_shares_the_fixed_part_of_a_step() -> None:
 
 def test_replicas_take_turns_on_the_devices_that_there_are() -> None:
     """Three stages of a second each keep one device busy for three, and two for one and a half."""
-    stages = {name: stage(1.0) for name in ("base", "bridge", "distilled")}
+    own = scenario(50.0, base=stage(1.0), bridge=stage(1.0), distilled=stage(1.0))
     for count, images_a_second in ((1, 1 / 3), (2, 2 / 3)):
-        shared = scenario(50.0, **stages).model_copy(update={"devices": {"gpu": Device(price=36.0, count=count)}})
+        shared = own.model_copy(update={"devices": {"gpu": Device(price=36.0, count=count)}})
         assert simulate(shared, images=400).throughput == pytest.approx(images_a_second, rel=0.02)
         assert shared.price == 36.0 * count
 
@@ -106,7 +108,7 @@ def test_cost_is_the_price_of_all_replicas_over_the_megapixels_of_the_load() -> 
 
 def test_planned_replicas_meet_the_deadline_and_one_fewer_would_not() -> None:
     planned = plan_replicas(scenario(6.0, deadline=1.6, base=stage(0.5), distilled=stage(0.3)))
-    counts = {name: stage.replicas for name, stage in planned.stages.items()}
+    counts = {name: stage.count for name, stage in planned.stages.items()}
     assert counts["base"] >= 4  # 6 a second need 3 at full load
     assert counts["distilled"] >= 2
     assert simulate(planned).p95 <= 1.6

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_shipped_config_is_accepted(tmp_path: Path) -> None:
 
 
 def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
-    def refusal(change: Any) -> str:
+    def refusal(change: Callable[..., object]) -> str:
         config = shipped()
         change(config, config["applications"][0])
         with pytest.raises(StartError) as refused:

@@ -175,6 +175,7 @@ def test_a_stage_in_training_is_the_engines(stage: StageSpec) -> None:
     sigma = torch.tensor([0.9, 0.6])
     with active(pipeline.transformer, stage.adapter):
         velocities = of_stage(pipeline.transformer, stage, texts, (4, 4))(latents, sigma)
+    negative: torch.Tensor | None
     for row, velocity in enumerate(velocities):
         prompt, negative = (text.embeds[row][text.mask[row]] for text in (texts.prompt, texts.negative))
         if not stage.needs_negative(bool(texts.avoids[row])):
@@ -265,8 +266,8 @@ def test_tail_moves_the_bridge_by_what_the_finish_makes_of_its_end(tmp_path: Pat
     config["pairs"] |= {"count": 4, "batch_size": 4}
     (tmp_path / "tail.yaml").write_text(yaml.safe_dump({"tail": config}))
     loras = {name: CHECKPOINT / "loras" / name for name in ("finish", "bridge")}
-    command = [sys.executable, "-m", "training.tail", tmp_path / "tail.yaml", CHECKPOINT, *loras.values(), tmp_path]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
+    files = [tmp_path / "tail.yaml", CHECKPOINT, *loras.values(), tmp_path]
+    subprocess.run([sys.executable, "-m", "training.tail", *files], cwd=ROOT, check=True, timeout=240)
     for name, directory in loras.items():
         before, after = (load_file(of / "pytorch_lora_weights.safetensors") for of in (directory, tmp_path / name))
         moved = {key for key, value in after.items() if not value.equal(before[key])}

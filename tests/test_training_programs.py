@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ def _schedule(steps: int) -> dict[str, float]:
     return {"steps": steps, "batch_size": 2, "learning_rate": 1e-3, "save_every": steps}
 
 
-def _tiny() -> dict[str, dict]:
+def _tiny() -> dict[str, dict[str, Any]]:
     """`training/scenes.yaml` with a step or two of every kind."""
     config = yaml.safe_load((ROOT / "training" / "scenes.yaml").read_text())
     few = {"count": 2, "batch_size": 2}

@@ -13,6 +13,7 @@ from PIL import Image
 from backends import Backend
 from stages.config import ModelConfig
 from stages.decode import to_file
+from stages.image import ImageFormat
 from stages.loading import load_autoencoder
 
 
@@ -78,7 +79,7 @@ def test_png_is_lossless(image: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
-def test_quality_sets_the_size_of_lossy_files(image: Image.Image, format: str) -> None:
+def test_quality_sets_the_size_of_lossy_files(image: Image.Image, format: ImageFormat) -> None:
     good, poor = to_file(image, format, quality=95), to_file(image, format, quality=5)
     assert len(poor) < len(good)
     again = Image.open(BytesIO(good))

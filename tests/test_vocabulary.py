@@ -53,4 +53,4 @@ def test_warnings_are_bounded() -> None:
 def test_the_small_models_vocabulary_is_that_of_its_captions(config: ModelConfig) -> None:
     rng = Random(0)
     captions = " ".join(caption(sample_scene(rng), rng) for _ in range(5000))
-    assert config.vocabulary == set(unknown_words(captions, ()))
+    assert config.vocabulary == frozenset(unknown_words(captions, ()))
