@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock
 
 import torch
@@ -44,7 +44,7 @@ class Encoder:
         self._limit = prompt_limit(config, self._text)
         self._channels = get_family(config.family).latent_channels(config.read_transformer())
         self._lock = Lock()
-        self._encode_cached = lru_cache(maxsize=remembered)(self._encode)
+        self._embed = lru_cache(maxsize=remembered)(partial(_embed, self._text))  # a bound method would be a cycle
 
     def encode(self, prompt: str, parameter: str = "prompt") -> torch.Tensor:
         """Embed `prompt`: (length, width) on the CPU.
@@ -58,7 +58,7 @@ class Encoder:
     def _encode_and_count(self, prompt: str, parameter: str) -> tuple[torch.Tensor, int]:
         tokens = self.count(prompt, parameter)
         with self._lock:  # images of one request need the same prompt at the same time
-            return self._encode_cached(prompt), tokens
+            return self._embed(prompt), tokens
 
     def count(self, prompt: str, parameter: str = "prompt") -> int:
         """Count the tokens of `prompt` without its template; raises PromptTooLong, which names `parameter`."""
@@ -66,10 +66,6 @@ class Encoder:
         if tokens > self._limit:
             raise PromptTooLong(parameter, tokens, self._limit)
         return tokens
-
-    @torch.inference_mode()
-    def _encode(self, prompt: str) -> torch.Tensor:
-        return check_finite(self._text.encode(prompt).cpu(), "encode")
 
     def begin(
         self,
@@ -103,6 +99,11 @@ class Encoder:
             self._config, request_id, image_index, seed, size, self._channels, embeds, negative, text_tokens, avoids
         )
         return replace(packet, spans=(Span("encode", start, time.time()),))
+
+
+@torch.inference_mode()
+def _embed(encoder: TextEncoder, prompt: str) -> torch.Tensor:
+    return check_finite(encoder.encode(prompt).cpu(), "encode")
 
 
 def pure_noise(

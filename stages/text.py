@@ -53,14 +53,12 @@ class NegativeBatch:
         The positive outputs are extrapolated by `scale`, limited to `tau` times their L1 norm, and blended with the
         original at weight `alpha`.
         """
-        # Under autocast, attention outputs have another dtype than these tensors, which have the latents'.
-        scale, tau, alpha = (value.to(positive.dtype) for value in (self.scale, self.tau, self.alpha))
-        extrapolated = positive + scale * (positive - negative)
+        extrapolated = positive + self.scale * (positive - negative)
         before, after = (
             output.norm(p=1, dim=-1, keepdim=True, dtype=torch.float32) for output in (positive, extrapolated)
         )
-        shrink = (tau * before / after).clamp(max=1.0).to(positive.dtype)
-        return torch.lerp(positive, shrink * extrapolated, alpha)
+        shrink = (self.tau * before / after).clamp(max=1.0).to(positive.dtype)
+        return torch.lerp(positive, shrink * extrapolated, self.alpha)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from diffusers import QwenImagePipeline
 from training.lib.adapters import Lora, active, add_lora
 from training.lib.loop import load_pipeline
 from training.lib.matching import Matching, Samples
-from training.lib.sampling import conditional, guided
 from training.lib.text import embed_pairs
+from training.lib.velocity import conditional, guided
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "scenes"
 GRID = (4, 4)

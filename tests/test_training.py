@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -20,29 +22,33 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from PIL import Image, ImageChops
+from plans import PLANS
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from backends import get_backend
+from backends import Backend
 from scenes.captions import caption
 from scenes.examples import examples
 from scenes.renderer import render
 from scenes.scene import COLORS, FILLS, SHAPES, Scene, SceneObject, sample_scene
-from stages.config import ModelConfig
-from stages.denoise import ImageState, join_negative, step
+from stages.denoise import join_negative
+from stages.families.qwen_image import EMPTY_PROMPT
 from stages.families.qwen_image.autoencoder import convolve_images
-from stages.loading import load_adapters, load_transformer
-from stages.network import Network
-from stages.plan import StageSpec, read_plans
-from training.lib.adapters import active
+from stages.pipeline import Pipeline, Prompted
+from stages.plan import Plan
+from stages.sigmas import stage_sigmas
+from training.lib.adapters import active, lora_parameters
 from training.lib.contrast import contrast
 from training.lib.data import LABELS, NO_OBJECT, SceneBatches, SceneLatents, SizeShare, in_order, object_labels
 from training.lib.images import to_pixels
 from training.lib.loop import Schedule, load_pipeline, one_cycle, read_config, train
 from training.lib.optimize import StackedMuon
 from training.lib.prompts import Prompts
-from training.lib.sampling import of_stage
+from training.lib.sampling import model_config, sample_grid
+from training.lib.teacher import Trajectories, draw_trajectories, hand_over, teacher_stages
 from training.lib.text import embed, embed_pairs
+from training.lib.velocity import conditional, guided, integrate
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "scenes"
@@ -153,48 +159,142 @@ def test_joined_prompts_are_those_that_the_engine_joins() -> None:
     for row in range(2):
         prompt, negative = (text.embeds[row][text.mask[row]] for text in (texts.prompt, texts.negative))
         assert torch.equal(joined.embeds[row][joined.mask[row]], join_negative(prompt, negative))
-    assert texts.avoids.tolist() == [True, False]
+
+
+LORAS = {name: CHECKPOINT / "loras" / name for name in ("bridge", "distilled", "finish")}
+PROMPTS, NEGATIVES = ["a red star", "a small blue moon on the left"], ["a furry shape", " "]
+# Training leaves attention guidance to the engine.
+PLANS_IN_TRAINING = [
+    plan.model_copy(
+        update={"stages": tuple(stage.model_copy(update={"attention_guidance": None}) for stage in plan.stages)}
+    )
+    for plan in (PLANS["hybrid"], PLANS["distilled"])
+]
+
+
+@pytest.fixture(scope="module")
+def trained() -> QwenImagePipeline:
+    """As training loads it, with all LoRAs of the checkpoint."""
+    pipeline = load_pipeline(CHECKPOINT, torch.device("cpu"))
+    pipeline.transformer.requires_grad_(False)
+    for name, directory in LORAS.items():
+        pipeline.load_lora_weights(directory, adapter_name=name)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def engine(backend: Backend) -> Pipeline:
+    return Pipeline(model_config(CHECKPOINT, LORAS, "64x64"), backend)
+
+
+@pytest.mark.parametrize(
+    ("plan", "position"),
+    [(plan, position) for plan in PLANS_IN_TRAINING for position in range(len(plan.stages))],
+    ids=lambda value: value.name if isinstance(value, Plan) else str(value),
+)
+def test_steps_that_gradients_pass_are_the_engines(
+    engine: Pipeline, trained: QwenImagePipeline, plan: Plan, position: int
+) -> None:
+    """Prompts of several lengths, one with something to avoid, padded to a fixed length."""
+    stage, grid = plan.stages[position], (4, 4)
+    images = [
+        Prompted(prompt, seed, negative) for seed, (prompt, negative) in enumerate(zip(PROMPTS, NEGATIVES, strict=True))
+    ]
+    packets = [
+        replace(packet, sigma=stage.sigma_start, position=position) for packet in engine.enter(plan, images, "64x64")
+    ]
+    expected = torch.stack([packet.latent for packet in engine.denoise(packets, plan)])
+
+    texts = embed_pairs(trained, PROMPTS, NEGATIVES, length=24)
+    transformer = trained.transformer
+    if stage.guided:
+        velocity = guided(transformer, texts, grid, stage.guidance_scale)
+    else:
+        velocity = conditional(transformer, texts.read_by(stage), grid)
+    latents = torch.stack([packet.latent for packet in packets]).requires_grad_()
+    with active(transformer, stage.adapter):
+        reached = integrate(velocity, latents, stage_sigmas(stage, trained.scheduler, tokens=16))
+    torch.testing.assert_close(reached, expected, rtol=1e-3, atol=1e-4)
+    assert float((reached - latents).detach().abs().max()) > 0.1
+
+    learning = [] if stage.adapter is None else lora_parameters(transformer, stage.adapter)
+    gradients = torch.autograd.grad(reached.square().mean(), [latents, *learning], materialize_grads=True)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    # Nothing follows what the last block does to the text.
+    assert sum(bool(gradient.any()) for gradient in gradients) > 0.9 * len(gradients)
+
+
+def _drawn(engine: Pipeline, plan: Plan) -> Trajectories:
+    config = {"count": 3, "batch_size": 2, "seed": 5, "negative_share": 1.0}
+    return draw_trajectories(engine, plan, Prompts(PROMPTS, NEGATIVES[:1]), config)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "stage",
-    read_plans(ROOT / "configs" / "plans" / "scenes.yaml")["hybrid"].stages,
-    ids=lambda stage: f"{stage.name} {stage.sigma_start}",
-)
-def test_a_stage_in_training_is_the_engines(stage: StageSpec) -> None:
-    """Prompts of several lengths, one with something to avoid, padded to a fixed length."""
-    pipeline = load_pipeline(CHECKPOINT, torch.device("cpu"))
-    for name in ("finish", "bridge"):
-        pipeline.load_lora_weights(CHECKPOINT / "loras" / name, adapter_name=name)
-    config = ModelConfig.read(ROOT / "configs" / "scenes.yaml")
-    transformer = load_transformer(config, get_backend("cpu"))
-    network = Network(transformer, load_adapters(config, transformer.module))
-    texts = embed_pairs(pipeline, ["a red star", "a small blue moon on the left"], ["furry", " "], length=24)
-    latents = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
-    sigma = torch.tensor([0.9, 0.6])
-    with active(pipeline.transformer, stage.adapter):
-        velocities = of_stage(pipeline.transformer, stage, texts, (4, 4))(latents, sigma)
-    negative: torch.Tensor | None
-    for row, velocity in enumerate(velocities):
-        prompt, negative = (text.embeds[row][text.mask[row]] for text in (texts.prompt, texts.negative))
-        if not stage.needs_negative(bool(texts.avoids[row])):
-            negative = None
-        elif stage.reads_negative:
-            prompt, negative = join_negative(prompt, negative), None
-        image = ImageState(
-            latents[row],
-            torch.tensor([float(sigma[row]), 0.0]),
-            (4, 4),
-            prompt,
-            negative,
-            stage.guidance_scale,
-            stage.attention_guidance,
-            stage.adapter,
-            stage.adapter_scale,
-        )
-        step(network, [image])
-        torch.testing.assert_close(velocity, (latents[row] - image.latent) / sigma[row], rtol=1e-3, atol=1e-4)
+def test_trajectories_are_the_guided_models_from_noise_by_each_level(
+    engine: Pipeline, trained: QwenImagePipeline, tmp_path: Path
+) -> None:
+    levels = [1.0, 0.75, 0.5, 0.0]
+    stages = teacher_stages(levels, steps=8, guidance_scale=3.0)
+    assert [stage.steps for stage in stages] == [2, 2, 4]
+    _drawn(engine, Plan(stages=stages)).save(tmp_path)
+    taught = Trajectories.load(tmp_path)
+    assert taught.latents.shape == (4, 4, 16, 64)
+    assert taught.sigmas.tolist() == levels
+    assert taught.size == "64x64"
+    assert set(taught.negative_prompts) == set(NEGATIVES[:1])
+
+    latents = taught.latents[:, 0].float()
+    assert 0.9 < float(latents.std()) < 1.1
+    assert not torch.equal(latents[0], latents[1])
+    velocity = guided(trained.transformer, taught.texts(trained, length=24), taught.grid, 3.0)
+    with active(trained.transformer, None):
+        for level, stage in enumerate(stages, start=1):
+            latents = integrate(velocity, latents, stage_sigmas(stage, trained.scheduler, tokens=16))
+            torch.testing.assert_close(latents, taught.latents[:, level].float(), rtol=0, atol=0.05)  # in bfloat16
+
+
+def test_bridge_starts_where_a_user_gets_the_base_stages_latent(engine: Pipeline) -> None:
+    """With the attention guidance of the plan that is served, and for an image that avoids nothing as well."""
+    plan, stages = PLANS["hybrid"], 3
+    images = [Prompted("a red star", 1, "a furry shape"), Prompted("a moon", 2), Prompted("a blue ring", 3)]
+    packets = engine.enter(plan, images)
+    noise = torch.stack([packet.latent for packet in packets]).bfloat16()
+    for _ in range(stages):
+        packets = engine.denoise(packets, plan)
+    expected = torch.stack([packet.latent for packet in packets])
+
+    texts = [image.prompt for image in images], [image.negative_prompt or EMPTY_PROMPT for image in images]
+    taught = Trajectories(torch.tensor([1.0]), noise[:, None], *texts, (4, 4))
+    handed_over = hand_over(engine, plan, stages, taught, batch=2)
+    torch.testing.assert_close(handed_over.float(), expected, rtol=0, atol=0.05)  # in bfloat16
+
+
+def test_tails_teacher_goes_on_from_where_base_hands_over(engine: Pipeline) -> None:
+    before = PLANS["hybrid"].stages[:3]
+    plan = Plan(stages=(*before, *teacher_stages([0.75, 0.5, 0.0], 3, 4.0, "bridge")))
+    drawn = _drawn(engine, plan)
+    assert [drawn.level(sigma) for sigma in (0.75, 0.5, 0.0)] == [3, 4, 5]
+    handed_over = hand_over(engine, PLANS["hybrid"], 3, drawn)
+    torch.testing.assert_close(handed_over.float(), drawn.latents[:, 3].float(), rtol=0, atol=0.05)  # in bfloat16
+
+
+def test_samples_are_the_engines_and_leave_no_memory_taken(backend: Backend, tmp_path: Path) -> None:
+    def weights() -> int:
+        return sum(type(thing) is torch.nn.Parameter for thing in gc.get_objects())
+
+    path, config = tmp_path / "samples.png", model_config(CHECKPOINT, LORAS)
+    gc.disable()  # memory must not wait for the collector
+    try:
+        before = weights()
+        sample_grid(config, backend, PLANS["distilled"].stages, path)
+        assert weights() == before
+    finally:
+        gc.enable()
+    with Image.open(path) as sheet:
+        assert sheet.size == (4 * 130, 6 * 130)
+        second = sheet.crop((130, 0, 258, 128))
+    (result,) = Pipeline(config, backend).run(PLANS["distilled"], "a red star", seeds=[1])
+    assert max(most for _, most in ImageChops.difference(second, result.image).getextrema()) <= 2
 
 
 def test_stacked_muon_is_torchs() -> None:
@@ -265,9 +365,9 @@ def test_tail_moves_the_bridge_by_what_the_finish_makes_of_its_end(tmp_path: Pat
     }
     config["pairs"] |= {"count": 4, "batch_size": 4}
     (tmp_path / "tail.yaml").write_text(yaml.safe_dump({"tail": config}))
-    loras = {name: CHECKPOINT / "loras" / name for name in ("finish", "bridge")}
-    files = [tmp_path / "tail.yaml", CHECKPOINT, *loras.values(), tmp_path]
-    subprocess.run([sys.executable, "-m", "training.tail", *files], cwd=ROOT, check=True, timeout=240)
+    loras = {name: LORAS[name] for name in ("finish", "bridge")}
+    command = [sys.executable, "-m", "training.tail", tmp_path / "tail.yaml", CHECKPOINT, *loras.values(), tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
     for name, directory in loras.items():
         before, after = (load_file(of / "pytorch_lora_weights.safetensors") for of in (directory, tmp_path / name))
         moved = {key for key, value in after.items() if not value.equal(before[key])}

@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from diffusers.training_utils import EMAModel
 
+from backends import get_backend
 from stages.plan import StageSpec
 from training.lib.data import LABELS, NO_OBJECT, SceneBatches, SceneLatents, SizeShare, in_order
 from training.lib.loop import begin, load_pipeline, one_cycle, train
 from training.lib.noise import draw_sigmas
 from training.lib.optimize import make_optimizers
 from training.lib.recording import Recorded, hold_gradients
-from training.lib.sampling import evaluate, sample_grid
+from training.lib.sampling import model_config, sample_grid
 from training.lib.text import encode, tokenize
+from training.lib.velocity import evaluate
 
 # Not for Muon: they face outward, or (modulation) cost it more than they gain.
 OUTER_LAYERS = ("embed_tokens", "img_in", "txt_in", "proj_out", "norm_out", "time_text_embed", "_mod.", "head.")
@@ -53,6 +55,7 @@ class ObjectHead(torch.nn.Module):
 
 def main() -> None:
     arguments, config, schedule, accelerator = begin(__doc__, "base", "pipeline", "run")
+    backend = get_backend(accelerator.device.type)
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)
     seed, workers = config["scenes_seed"], config["workers"]
     sets = [SceneLatents(pipeline.vae, SizeShare(**size), arguments.run, seed, workers) for size in config["sizes"]]
@@ -107,14 +110,10 @@ def main() -> None:
     def sample(path: Path) -> None:
         ema.store(model.parameters())
         ema.copy_to(model.parameters())
-        sample_grid(
-            pipeline,
-            [StageSpec(name="base", steps=25, guidance_scale=3.0, sigma_start=1.0, sigma_end=0.0)],
-            path,
-            config["text_length"],
-        )
         pipeline.save_pretrained(arguments.run / "pipeline")
         ema.restore(model.parameters())
+        stage = StageSpec(name="base", steps=25, guidance_scale=3.0, sigma_start=1.0, sigma_end=0.0)
+        sample_grid(model_config(arguments.run / "pipeline"), backend, [stage], path)
 
     train(accelerator, arguments.run, schedule, step, sample)
 

@@ -20,48 +20,46 @@ from random import Random
 import torch
 import torch.nn.functional as F
 
+from backends import get_backend
+from stages.pipeline import Pipeline
 from stages.plan import read_plans
 from stages.sigmas import stage_sigmas
 from training.lib.adapters import active, save_lora
 from training.lib.loop import begin, load_pipeline, train
 from training.lib.matching import Samples, prepare
 from training.lib.recording import Recorded, Tensors
-from training.lib.sampling import conditional, integrate, run_stages, sample_grid
-from training.lib.teacher import Trajectories
-from training.lib.text import Text, Texts
+from training.lib.sampling import model_config, sample_grid
+from training.lib.teacher import Trajectories, hand_over
+from training.lib.text import Text
+from training.lib.velocity import conditional, integrate
 
 
 def main() -> None:
     arguments, config, schedule, accelerator = begin(__doc__, "bridge", "pipeline", "trajectories", "distilled", "run")
     device = accelerator.device
-    pipeline = load_pipeline(arguments.pipeline, device)
+    backend = get_backend(device.type)
     plan = read_plans(Path(config["plans"]))[config["plan"]]
-    pipeline.load_lora_weights(arguments.distilled, adapter_name=plan.stages[-1].adapter)  # for samples
+    *before, bridge, last = plan.stages
+    if last.adapter is None:
+        raise ValueError(f"{config['plans']}: the last stage of {config['plan']} must have an adapter")
+    loras = {"bridge": arguments.run / "lora", last.adapter: arguments.distilled}
     taught = Trajectories.load(arguments.trajectories)
+    target_level = taught.level(bridge.sigma_end)
+    targets = taught.latents[:, target_level].to(device)
+    model = model_config(arguments.pipeline, size=taught.size)
+    starts = hand_over(Pipeline(model, backend), plan, len(before), taught).to(device)
+
+    pipeline = load_pipeline(arguments.pipeline, device)
     texts = taught.texts(pipeline, config["text_length"])
+    sigmas = stage_sigmas(bridge, pipeline.scheduler, taught.latents.shape[2])
     matching, scheduler = prepare(accelerator, pipeline.transformer, "bridge", config, schedule)
     transformer, lora = matching.transformer, matching.lora
-    *before, bridge, _ = plan.stages
-    sigmas = stage_sigmas(bridge, pipeline.scheduler, taught.latents.shape[2])
-    target_level = taught.level(bridge.sigma_end)
-
-    @torch.no_grad()
-    def coarse(rows: slice) -> torch.Tensor:
-        """Where base leaves the trajectories' noises, in bfloat16."""
-        with accelerator.autocast():
-            noise = taught.latents[rows, 0].float().to(device)
-            return run_stages(pipeline, before, noise, texts[rows], taught.grid).bfloat16()
-
-    starts = torch.cat([coarse(slice(first, first + 64)) for first in range(0, len(taught.prompts), 64)])
-    targets = taught.latents[:, target_level].to(device)
-
-    def text_of(of: Texts) -> Text:
-        return of.joined() if bridge.reads_negative else of.prompt
+    del pipeline  # and with it the text encoder, whose memory the samples need
 
     def reach(start: torch.Tensor, target: torch.Tensor, *text: torch.Tensor) -> Tensors:
         """Gradients of the distance to the teacher's trajectory where the bridge ends."""
         with accelerator.autocast(), active(transformer, "bridge"):
-            reached = integrate(conditional(transformer, Text(*text), taught.grid), start, sigmas)[-1]
+            reached = integrate(conditional(transformer, Text(*text), taught.grid), start, sigmas)
         # In units of velocity, whatever the length of the bridge.
         loss = F.mse_loss(reached, target) / (bridge.sigma_start - bridge.sigma_end) ** 2
         lora.backward(accelerator, loss)
@@ -71,17 +69,17 @@ def main() -> None:
 
     def regress(rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Reach the teacher's trajectory where the bridge ends."""
-        text = text_of(texts[rows])
+        text = texts[rows].read_by(bridge)
         (loss,) = reached_once(starts[rows].float(), targets[rows].float(), text.embeds, text.mask)
         lora.step()
         return {"regression": loss}
 
     def match(rows: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Make what the bridge's last step foresees likely."""
-        text = text_of(texts[rows])
+        text = texts[rows].read_by(bridge)
         with torch.no_grad(), accelerator.autocast(), active(transformer, "bridge"):
             velocity = conditional(transformer, text, taught.grid)
-            latents = integrate(velocity, starts[rows].float(), sigmas[:-1])[-1]
+            latents = integrate(velocity, starts[rows].float(), sigmas[:-1])
         return matching.update(Samples(latents, float(sigmas[-2]), text, texts[rows], taught.grid), generator)
 
     def step(index: int) -> dict[str, torch.Tensor]:
@@ -95,7 +93,7 @@ def main() -> None:
     def sample(path: Path) -> None:
         unwrapped = accelerator.unwrap_model(transformer)
         save_lora(unwrapped, "bridge", arguments.run / "lora", torch.bfloat16)
-        sample_grid(pipeline, plan.stages, path, config["text_length"])
+        sample_grid(model_config(arguments.pipeline, loras), backend, plan.stages, path)
 
     train(accelerator, arguments.run, schedule, step, sample)
 

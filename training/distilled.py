@@ -19,6 +19,7 @@ from random import Random
 import torch
 import torch.nn.functional as F
 
+from backends import get_backend
 from stages.families.qwen_image import EMPTY_PROMPT, PIXELS_PER_TOKEN
 from stages.plan import StageSpec
 from stages.sigmas import stage_sigmas
@@ -27,14 +28,16 @@ from training.lib.loop import begin, load_pipeline, train
 from training.lib.matching import Samples, prepare
 from training.lib.prompts import Prompts
 from training.lib.recording import Recorded, Tensors
-from training.lib.sampling import evaluate, integrate, sample_grid
+from training.lib.sampling import model_config, sample_grid
 from training.lib.teacher import Trajectories
 from training.lib.text import Text, embed_pairs
+from training.lib.velocity import evaluate, integrate
 
 
 def main() -> None:
     arguments, config, schedule, accelerator = begin(__doc__, "distilled", "pipeline", "trajectories", "run")
     device = accelerator.device
+    backend = get_backend(device.type)
     pipeline = load_pipeline(arguments.pipeline, device)
     length = config["text_length"]
     taught = Trajectories.load(arguments.trajectories)
@@ -44,13 +47,14 @@ def main() -> None:
     # The student will see no negative prompts.
     plain = [row for row, negative_prompt in enumerate(taught.negative_prompts) if negative_prompt == EMPTY_PROMPT]
     matching, scheduler = prepare(accelerator, pipeline.transformer, "distilled", config, schedule)
-    transformer, lora = matching.transformer, matching.lora
+    transformer, lora, flow_scheduler = matching.transformer, matching.lora, pipeline.scheduler
+    del pipeline  # and with it the text encoder, whose memory the samples need
     plan = StageSpec(
         name="distilled", sigma_start=1.0, sigma_end=0.0, steps=4, shift=config["shift"], adapter="distilled"
     )
 
     def plan_sigmas(steps: int, tokens: int) -> torch.Tensor:
-        return stage_sigmas(plan.model_copy(update={"steps": steps}), pipeline.scheduler, tokens)
+        return stage_sigmas(plan.model_copy(update={"steps": steps}), flow_scheduler, tokens)
 
     levels = [
         [taught.level(sigma) for sigma in plan_sigmas(steps, taught.latents.shape[2]).tolist()]
@@ -104,7 +108,7 @@ def main() -> None:
             shape = (count, tokens, transformer.config.in_channels)
             noise = torch.randn(shape, generator=generator, device=device)
             text = (texts.prompt.embeds, texts.prompt.mask)
-            start = integrate(lambda x, sigma: gone[grid](x, sigma, *text)[0], noise, sigmas[: index + 1])[-1]
+            start = integrate(lambda x, sigma: gone[grid](x, sigma, *text)[0], noise, sigmas[: index + 1])
         return Samples(start, float(sigmas[index]), texts.prompt, texts, grid)
 
     def step(index: int) -> dict[str, torch.Tensor]:
@@ -122,7 +126,8 @@ def main() -> None:
     def sample(path: Path) -> None:
         unwrapped = accelerator.unwrap_model(transformer)
         save_lora(unwrapped, "distilled", arguments.run / "lora", torch.bfloat16)
-        sample_grid(pipeline, [plan], path, length)
+        served = model_config(arguments.pipeline, {"distilled": arguments.run / "lora"})
+        sample_grid(served, backend, [plan], path)
 
     train(accelerator, arguments.run, schedule, step, sample)
 

@@ -17,86 +17,84 @@ from random import Random
 import torch
 import torch.nn.functional as F
 
+from backends import get_backend
 from stages.families.qwen_image.autoencoder import QwenImageAutoencoder
-from stages.plan import read_plans
+from stages.pipeline import Pipeline
+from stages.plan import Plan, read_plans
 from stages.sigmas import stage_sigmas
 from training.lib.adapters import Lora, active, lora_parameters, save_lora
 from training.lib.contrast import contrast
 from training.lib.loop import begin, load_pipeline, one_cycle, train
 from training.lib.prompts import Prompts
-from training.lib.sampling import integrate, of_stage, run_stages, sample_grid
-from training.lib.teacher import Teacher, Trajectories, draw_trajectories, grid_of, teacher_sigmas
-from training.lib.text import Texts
+from training.lib.sampling import model_config, sample_grid
+from training.lib.teacher import Trajectories, draw_trajectories, size_of, teacher_stages
+from training.lib.velocity import conditional, integrate
 
 
 def main() -> None:
     arguments, config, schedule, accelerator = begin(__doc__, "tail", "pipeline", "distilled", "bridge", "run")
     device, length = accelerator.device, config["pairs"]["text_length"]
+    backend = get_backend(device.type)
+    weights = config["error_weights"]
+    plan = read_plans(Path(config["plans"]))[config["plan"]]
+    before = [stage for stage in plan.stages if stage.adapter not in weights]
+    tail = [stage.model_copy(update={"attention_guidance": None}) for stage in plan.stages if stage.adapter in weights]
+    levels = [tail[0].sigma_start, *(stage.sigma_end for stage in tail)]
+
+    loras = {"bridge": arguments.bridge, "finish": arguments.distilled}
+    kept = arguments.run / "pairs"
+    if not kept.exists():
+        model = model_config(arguments.pipeline, loras, size_of(config["pairs"]))
+        teacher = teacher_stages(levels, config["teacher_steps"], config["guidance_scale"], tail[0].name)
+        way = Plan(stages=(*before, *teacher))
+        draw_trajectories(Pipeline(model, backend), way, Prompts.read(config), config["pairs"]).save(kept)
+    taught = Trajectories.load(kept)
+    passed = [taught.level(sigma) for sigma in levels]
+
     pipeline = load_pipeline(arguments.pipeline, device)
     pipeline.transformer.requires_grad_(False)
     pipeline.vae.requires_grad_(False)
-    autoencoder = QwenImageAutoencoder(pipeline.vae)
-    pipeline.load_lora_weights(arguments.bridge, adapter_name="bridge")
-    pipeline.load_lora_weights(arguments.distilled, adapter_name="finish")
-    weights = config["error_weights"]
+    for name, directory in loras.items():
+        pipeline.load_lora_weights(directory, adapter_name=name)
     parameters = [parameter for name in weights for parameter in lora_parameters(pipeline.transformer, name)]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     transformer, optimizer, scheduler = accelerator.prepare(
         pipeline.transformer, optimizer, one_cycle(optimizer, schedule)
     )
-    loras = Lora("tail", parameters, optimizer)
-    plan = read_plans(Path(config["plans"]))[config["plan"]]
-    before = [stage for stage in plan.stages if stage.adapter not in weights]
-    tail = [stage.model_copy(update={"attention_guidance": None}) for stage in plan.stages if stage.adapter in weights]
-    grid = grid_of(config["pairs"])
-    tokens = grid[0] * grid[1]
-    levels = [tail[0].sigma_start, *(stage.sigma_end for stage in tail)]
-    sigmas, marks = teacher_sigmas(pipeline.scheduler, levels, config["teacher_steps"], tokens)
-
-    teacher = Teacher(pipeline.transformer, grid, config["guidance_scale"])
-
-    def walk(noise: torch.Tensor, texts: Texts) -> list[torch.Tensor]:
-        """Where the plan hands over, and where the teacher is at each end of a stage from there."""
-        handed_over = run_stages(pipeline, before, noise, texts, grid)
-        with active(pipeline.transformer, None):
-            trail = integrate(teacher.velocity(texts), handed_over, sigmas)
-        return [trail[mark] for mark in marks]
-
-    kept = arguments.run / "pairs"
-    if not kept.exists():
-        prompts = Prompts.read(config)
-        draw_trajectories(accelerator, pipeline, prompts, config["pairs"], torch.tensor(levels), walk).save(kept)
-    taught = Trajectories.load(kept)
+    trained = Lora("tail", parameters, optimizer)
+    autoencoder = QwenImageAutoencoder(pipeline.vae)
     every = taught.texts(pipeline, length)
+    sigmas = [stage_sigmas(stage, pipeline.scheduler, taught.latents.shape[2]) for stage in tail]
+    del pipeline  # and with it the text encoder, whose memory the samples need
     with torch.no_grad():
-        ends = taught.latents[:, -1].float().split(schedule.batch_size)
-        contrasts = torch.cat([contrast(autoencoder.decode(end, grid)[:, :, None]).cpu() for end in ends])
+        images = taught.latents[:, passed[-1]].float().split(schedule.batch_size)
+        contrasts = torch.cat([contrast(autoencoder.decode(image, taught.grid)[:, :, None]).cpu() for image in images])
 
     def step(index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{schedule.seed} {index}")
         rows = [rng.randrange(len(taught.prompts)) for _ in range(schedule.batch_size)]
         texts = every[torch.tensor(rows).to(device)]
-        reached, *ends = taught.latents[rows].float().to(device).unbind(1)
+        reached, *ends = taught.latents[rows][:, passed].float().to(device).unbind(1)
         error = torch.zeros((), device=device)
         with accelerator.autocast():
-            for stage, end in zip(tail, ends, strict=True):
-                velocity = of_stage(transformer, stage, texts, grid)
+            for stage, along, end in zip(tail, sigmas, ends, strict=True):
                 with active(transformer, stage.adapter):
-                    reached = integrate(velocity, reached, stage_sigmas(stage, pipeline.scheduler, tokens))[-1]
+                    reached = integrate(conditional(transformer, texts.read_by(stage), taught.grid), reached, along)
                 in_velocities = F.mse_loss(reached, end) / (stage.sigma_start - stage.sigma_end) ** 2
                 error = error + weights[stage.adapter] * in_velocities
         decoded = slice(config["decoded"])
-        drawn = contrast(autoencoder.decode(reached[decoded], grid)[:, :, None])
+        drawn = contrast(autoencoder.decode(reached[decoded], taught.grid)[:, :, None])
         blur = (drawn - contrasts[rows[decoded]].to(drawn)).abs().mean()
-        loras.backward(accelerator, error + config["contrast_weight"] * blur)
-        loras.step()
+        trained.backward(accelerator, error + config["contrast_weight"] * blur)
+        trained.step()
         scheduler.step()
         return {"error": error.detach(), "contrast": blur.detach()}
 
     def sample(path: Path) -> None:
-        for name in weights:
-            save_lora(accelerator.unwrap_model(transformer), name, arguments.run / name, torch.bfloat16)
-        sample_grid(pipeline, plan.stages, path, length)
+        saved = {name: arguments.run / name for name in weights}
+        for name, directory in saved.items():
+            save_lora(accelerator.unwrap_model(transformer), name, directory, torch.bfloat16)
+        sample_grid(model_config(arguments.pipeline, loras | saved), backend, plan.stages, path)
 
     train(accelerator, arguments.run, schedule, step, sample)
 

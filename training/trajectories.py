@@ -1,43 +1,35 @@
-"""Walk the guided base model from many noises and keep what it passes at the distilled plan's noise levels.
+"""Take many images through the guided base model, and keep where they are at the distilled plan's noise levels.
 
 `python -m training.trajectories training/scenes.yaml PIPELINE_DIRECTORY RUN_DIRECTORY`
 
-Student and bridge both learn from these: the one to make the same way in few steps, the other to bring the few
-large steps of a hybrid plan's base stage back onto it.
+Student and bridge both learn from these: the one to go the same way in few steps, the other to bring the few large
+steps of a hybrid plan's base stage back onto it.
 """
 
 from __future__ import annotations
 
-import torch
-
-from stages.plan import StageSpec
+from backends import get_backend
+from stages.loading import load_scheduler
+from stages.pipeline import Pipeline
+from stages.plan import Plan, StageSpec
 from stages.sigmas import stage_sigmas
-from training.lib.loop import load_pipeline, make_accelerator, parse_arguments, read_config
+from training.lib.loop import make_accelerator, parse_arguments, read_config
 from training.lib.prompts import Prompts
-from training.lib.sampling import integrate
-from training.lib.teacher import Teacher, draw_trajectories, grid_of, teacher_sigmas
-from training.lib.text import Texts
+from training.lib.sampling import model_config
+from training.lib.teacher import draw_trajectories, size_of, teacher_stages
 
 
-@torch.no_grad()
 def main() -> None:
+    """Draw the trajectories of a config's section `trajectories`."""
     arguments = parse_arguments(__doc__, "pipeline", "run")
     config = read_config(arguments.config, "trajectories")
-    accelerator = make_accelerator()
-    pipeline = load_pipeline(arguments.pipeline, accelerator.device)
-    grid = grid_of(config)
-    tokens = grid[0] * grid[1]
-    plan = StageSpec(name="distilled", sigma_start=1.0, sigma_end=0.0, **config["levels"])
-    levels = stage_sigmas(plan, pipeline.scheduler, tokens)
-    sigmas, marks = teacher_sigmas(pipeline.scheduler, levels.tolist(), config["steps"], tokens)
-    teacher = Teacher(pipeline.transformer, grid, config["guidance_scale"])
-
-    def walk(noise: torch.Tensor, texts: Texts) -> list[torch.Tensor]:
-        trail = integrate(teacher.velocity(texts), noise, sigmas)
-        return [trail[mark] for mark in marks]
-
-    prompts = Prompts.read(config)
-    draw_trajectories(accelerator, pipeline, prompts, config, levels, walk).save(arguments.run)
+    backend = get_backend(make_accelerator().device.type)
+    model = model_config(arguments.pipeline, size=size_of(config))
+    rows, columns = model.grid(size_of(config))
+    student = StageSpec(name="distilled", sigma_start=1.0, sigma_end=0.0, **config["levels"])
+    levels = stage_sigmas(student, load_scheduler(model), rows * columns).tolist()
+    plan = Plan(stages=teacher_stages(levels, config["steps"], config["guidance_scale"]))
+    draw_trajectories(Pipeline(model, backend), plan, Prompts.read(config), config).save(arguments.run)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from training.lib.adapters import Lora, active, add_lora
 from training.lib.loop import Schedule, one_cycle
 from training.lib.noise import draw_sigmas
 from training.lib.recording import Recorded
-from training.lib.sampling import evaluate, guided
 from training.lib.text import Text, Texts
+from training.lib.velocity import evaluate, guided, predict_clean
 
 _HIGHEST = 0.88  # there is little to see in more noise, around which a first step's levels would be
 
@@ -123,7 +123,8 @@ class Matching:
     ) -> tuple[torch.Tensor]:
         """The clean latents that the LoRA foresees."""
         with self.accelerator.autocast(), active(self.transformer, self.lora.name):
-            return (latents - start[:, None, None] * evaluate(self.transformer, latents, start, Text(*text), grid),)
+            velocity = evaluate(self.transformer, latents, start, Text(*text), grid)
+        return (predict_clean(latents, velocity, start),)
 
     def _match(
         self,
@@ -137,16 +138,16 @@ class Matching:
         """Gradients of the LoRA: DMD's (equation 1), normalised per sample by the distance to the teacher's answer."""
         own, prompt, negative = Text(*text[:2]), Text(*text[2:4]), Text(*text[4:])
         with self.accelerator.autocast(), active(self.transformer, self.lora.name):
-            foreseen = latents - start[:, None, None] * evaluate(self.transformer, latents, start, own, grid)
+            velocity = evaluate(self.transformer, latents, start, own, grid)
+        foreseen = predict_clean(latents, velocity, start)
         clean = foreseen.detach()
         noisy = torch.lerp(clean, noise, level[:, None, None])
         with torch.no_grad(), self.accelerator.autocast():
             with active(self.transformer, None):
-                pair = Texts(prompt, negative, torch.ones_like(level, dtype=torch.bool))
-                real = guided(self.transformer, pair, grid, self.guidance_scale)(noisy, level)
+                real = guided(self.transformer, Texts(prompt, negative), grid, self.guidance_scale)(noisy, level)
             with active(self.transformer, self.critic.name):
                 fake = evaluate(self.transformer, noisy, level, own, grid)
-        real_clean, fake_clean = (noisy - level[:, None, None] * velocity for velocity in (real, fake))
+        real_clean, fake_clean = (predict_clean(noisy, velocity, level) for velocity in (real, fake))
         scale = (clean - real_clean).abs().mean((1, 2), keepdim=True)
         loss = 0.5 * F.mse_loss(foreseen, clean - (fake_clean - real_clean) / scale)
         self.lora.backward(self.accelerator, loss)

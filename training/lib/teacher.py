@@ -1,37 +1,35 @@
-"""The guided base model as a teacher: how it walks, and what of its way is kept for others to learn."""
+"""The guided base model as a teacher: its steps, and where they take images."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Self
 
 import torch
-from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import QwenImagePipeline
 from safetensors.torch import load_file, save_file
 
-from stages.families.qwen_image import PIXELS_PER_TOKEN
-from stages.plan import StageSpec
-from stages.sigmas import stage_sigmas
+from stages.families.qwen_image import EMPTY_PROMPT, PIXELS_PER_TOKEN
+from stages.packet import LatentPacket
+from stages.pipeline import Pipeline, Prompted
+from stages.plan import Plan, StageName, StageSpec
 from training.lib.prompts import Prompts
-from training.lib.recording import Recorded
-from training.lib.sampling import Velocity, guided
-from training.lib.text import Text, Texts, embed_pairs
+from training.lib.text import Texts, embed_pairs
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Where the teacher was.
+    """Latents of many images on their way from noise.
 
     Attributes:
-        sigmas: (levels,), falling from 1 to 0.
-        latents: (count, levels, tokens, channels) in bfloat16.
-        prompts, negative_prompts: `count` of each.
+        sigmas: (levels,), noise levels falling from 1 to 0.
+        latents: (images, levels, tokens, channels) in bfloat16.
+        prompts, negative_prompts: one of each for every image; a negative prompt may be the empty one.
         grid: rows and columns of tokens.
     """
 
@@ -41,18 +39,25 @@ class Trajectories:
     negative_prompts: list[str]
     grid: tuple[int, int]
 
+    @property
+    def size(self) -> str:
+        """Size of the images, `WIDTHxHEIGHT` in pixels."""
+        rows, columns = self.grid
+        return f"{columns * PIXELS_PER_TOKEN}x{rows * PIXELS_PER_TOKEN}"
+
     def level(self, sigma: float) -> int:
-        """Index of a noise level; raises ValueError if the trajectories do not pass it."""
+        """Return the index of a noise level; raises ValueError if the trajectories do not pass it."""
         nearest = int((self.sigmas - sigma).abs().argmin())
         if abs(float(self.sigmas[nearest]) - sigma) > 1e-3:
             raise ValueError(f"no level at sigma {sigma:g}; there are {[round(s, 3) for s in self.sigmas.tolist()]}")
         return nearest
 
     def texts(self, pipeline: QwenImagePipeline, length: int) -> Texts:
-        """Embed the prompts of all."""
+        """Embed all prompts in `length` tokens each; raises ValueError if one is longer."""
         return embed_pairs(pipeline, self.prompts, self.negative_prompts, length)
 
     def save(self, directory: Path) -> None:
+        """Write the files that `load` reads; the directory is made if there is none."""
         directory.mkdir(parents=True, exist_ok=True)
         save_file({"sigmas": self.sigmas, "latents": self.latents}, directory / "trajectories.safetensors")
         texts = {"grid": self.grid, "prompts": self.prompts, "negative_prompts": self.negative_prompts}
@@ -60,6 +65,7 @@ class Trajectories:
 
     @classmethod
     def load(cls, directory: Path) -> Self:
+        """Read the files that `save` wrote."""
         texts = json.loads((directory / "prompts.json").read_text())
         tensors = load_file(directory / "trajectories.safetensors")
         return cls(
@@ -67,75 +73,97 @@ class Trajectories:
         )
 
 
-# (noise, texts) -> latents, (batch, tokens, channels) at each level.
-Walk = Callable[[torch.Tensor, Texts], Sequence[torch.Tensor]]
-
-
-@torch.no_grad()
-def draw_trajectories(
-    accelerator: Accelerator,
-    pipeline: QwenImagePipeline,
-    prompts: Prompts,
-    config: dict[str, Any],
-    sigmas: torch.Tensor,
-    walk: Walk,
-) -> Trajectories:
-    """Walk from many noises, for prompts of which some avoid something.
+def teacher_stages(
+    levels: Sequence[float], steps: int, guidance_scale: float, name: StageName = "base"
+) -> tuple[StageSpec, ...]:
+    """Return stages of the guided base model, one from each noise level to the next, for a plan.
 
     Args:
-        config: width, height, count, batch_size, seed, text_length and negative_share.
-        sigmas: (levels,) of what `walk` returns.
+        levels: noise levels to stop at, falling.
+        steps: Euler steps of all stages together, about: each has one at least.
+        guidance_scale: scale of classifier-free guidance.
+        name: name of the stages.
     """
-    grid, channels = grid_of(config), pipeline.transformer.config.in_channels
+    whole = levels[0] - levels[-1]
+    return tuple(
+        StageSpec(
+            name=name,
+            sigma_start=start,
+            sigma_end=end,
+            steps=max(1, round(steps * (start - end) / whole)),
+            guidance_scale=guidance_scale,
+        )
+        for start, end in itertools.pairwise(levels)
+    )
+
+
+def size_of(config: dict[str, Any]) -> str:
+    """Return a config's `width` and `height` as the engine has sizes."""
+    return f"{config['width']}x{config['height']}"
+
+
+def draw_trajectories(pipeline: Pipeline, plan: Plan, prompts: Prompts, config: dict[str, Any]) -> Trajectories:
+    """Take images through a plan and keep their latents at both ends of every stage.
+
+    Args:
+        pipeline: the engine, of one size.
+        plan: stages to go through.
+        prompts: source of prompts and negative prompts.
+        config: `count` of the images; `batch_size`; `seed` of prompts and noise; and `negative_share`, the share of
+            images that get a negative prompt.
+    """
     rng = Random(config["seed"])
-    generator = torch.Generator(accelerator.device).manual_seed(config["seed"])
-    texts: list[str] = []
-    negative_texts: list[str] = []
+    images: list[Prompted] = []
     latents: list[torch.Tensor] = []
-    while len(texts) < config["count"]:
-        batch = prompts.draw(rng, config["batch_size"])
-        avoided = [prompts.draw_negative(rng, prompt, config["negative_share"]) for prompt in batch]
-        shape = (len(batch), grid[0] * grid[1], channels)
-        noise = torch.randn(shape, generator=generator, device=accelerator.device)
-        with accelerator.autocast():
-            trail = walk(noise, embed_pairs(pipeline, batch, avoided, config["text_length"]))
-        latents.append(torch.stack(list(trail), dim=1).bfloat16().cpu())
-        texts += batch
-        negative_texts += avoided
-        print(f"{len(texts)} of {config['count']}", flush=True)
+    while len(images) < config["count"]:
+        batch = [
+            Prompted(prompt, rng.getrandbits(32), prompts.draw_negative(rng, prompt, config["negative_share"]))
+            for prompt in prompts.draw(rng, config["batch_size"])
+        ]
+        passed = [pipeline.enter(plan, batch)]
+        for _ in plan.stages:
+            passed.append(pipeline.denoise(passed[-1], plan))
+        latents.append(torch.stack([_stack(packets) for packets in passed], dim=1))
+        images += batch
+        print(f"{len(images)} of {config['count']}", flush=True)
+    sigmas = torch.tensor([1.0, *(stage.sigma_end for stage in plan.stages)])
+    texts = [image.prompt for image in images]
+    negative_texts = [image.negative_prompt or EMPTY_PROMPT for image in images]
+    grid = pipeline.config.grid(pipeline.config.sizes[0])
     return Trajectories(sigmas, torch.cat(latents), texts, negative_texts, grid)
 
 
-class Teacher:
-    """The guided base model, recorded: called for each step with texts of its own."""
+def hand_over(pipeline: Pipeline, plan: Plan, stages: int, taught: Trajectories, batch: int = 64) -> torch.Tensor:
+    """Take the noise of trajectories through the first stages of another plan.
 
-    def __init__(self, transformer: QwenImageTransformer2DModel, grid: tuple[int, int], guidance_scale: float) -> None:
-        def velocity(
-            latents: torch.Tensor, sigma: torch.Tensor, avoids: torch.Tensor, *text: torch.Tensor
-        ) -> tuple[torch.Tensor]:
-            texts = Texts(Text(*text[:2]), Text(*text[2:]), avoids)
-            return (guided(transformer, texts, grid, guidance_scale)(latents, sigma),)
+    Args:
+        pipeline: the engine, with the trajectories' size.
+        plan: plan whose first stages to go through.
+        stages: number of those stages.
+        taught: trajectories, which start from pure noise.
+        batch: images that share forward passes.
 
-        self._velocity = Recorded(velocity)
+    Returns:
+        Latents (images, tokens, channels) in bfloat16 on the CPU, where the last of those stages ends.
+    """
+    parts = []
+    for start in range(0, len(taught.prompts), batch):
+        rows = slice(start, start + batch)
+        images = [
+            Prompted(prompt, negative_prompt=negative)
+            for prompt, negative in zip(taught.prompts[rows], taught.negative_prompts[rows], strict=True)
+        ]
+        entered = pipeline.enter(plan, images, taught.size)
+        packets = [
+            replace(packet, latent=noise.to(packet.latent.dtype))
+            for packet, noise in zip(entered, taught.latents[rows, 0], strict=True)
+        ]
+        for _ in range(stages):
+            packets = pipeline.denoise(packets, plan)
+        parts.append(_stack(packets))
+    return torch.cat(parts)
 
-    def velocity(self, texts: Texts) -> Velocity:
-        parts = (texts.avoids, texts.prompt.embeds, texts.prompt.mask, texts.negative.embeds, texts.negative.mask)
-        return lambda latents, sigma: self._velocity(latents, sigma, *parts)[0]
 
-
-def grid_of(config: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns of tokens of a config's width and height."""
-    return config["height"] // PIXELS_PER_TOKEN, config["width"] // PIXELS_PER_TOKEN
-
-
-def teacher_sigmas(
-    scheduler: FlowMatchEulerDiscreteScheduler, levels: list[float], steps: int, tokens: int
-) -> tuple[torch.Tensor, list[int]]:
-    """A schedule of about `steps` in all that passes every level, and the index of each level in it."""
-    parts, marks = [torch.tensor([levels[0]])], [0]
-    for start, end in itertools.pairwise(levels):
-        share = max(1, round(steps * (start - end) / (levels[0] - levels[-1])))
-        stage = StageSpec(name="base", sigma_start=start, sigma_end=end, steps=share)
-        parts.append(stage_sigmas(stage, scheduler, tokens)[1:])
-        marks.append(marks[-1] + share)
-    return torch.cat(parts), marks
+def _stack(packets: Sequence[LatentPacket]) -> torch.Tensor:
+    """Stack packets' latents: (packets, tokens, channels) in bfloat16 on the CPU."""
+    return torch.stack([packet.latent for packet in packets]).bfloat16().cpu()

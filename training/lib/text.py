@@ -9,7 +9,7 @@ import torch
 from diffusers import QwenImagePipeline
 
 from stages import text
-from stages.families.qwen_image import EMPTY_PROMPT
+from stages.plan import StageSpec
 
 
 @dataclass(frozen=True)
@@ -19,40 +19,30 @@ class Text(text.Text):
     mask: torch.Tensor
     negative: None = field(default=None, init=False)
 
-    def __getitem__(self, rows: torch.Tensor | slice) -> Text:
+    def __getitem__(self, rows: torch.Tensor) -> Text:
         return Text(self.embeds[rows], self.mask[rows])
 
     def beside(self, other: Text) -> Text:
         """One batch of this one's rows and then the other's."""
         return Text(torch.cat([self.embeds, other.embeds]), torch.cat([self.mask, other.mask]))
 
-    def before(self, other: Text) -> Text:
-        """Each row followed by the other's."""
-        return Text(torch.cat([self.embeds, other.embeds], dim=1), torch.cat([self.mask, other.mask], dim=1))
-
-    def expand(self, count: int) -> Text:
-        """Repeat a single prompt for a batch of `count`."""
-        return Text(self.embeds.expand(count, -1, -1), self.mask.expand(count, -1))
-
 
 @dataclass(frozen=True)
 class Texts:
-    """What the images of a batch are drawn for.
-
-    Attributes:
-        prompt, negative: a prompt and a negative prompt each.
-        avoids: bool (batch,), whether the negative prompt is not the empty one.
-    """
+    """A prompt and a negative prompt for each image of a batch."""
 
     prompt: Text
     negative: Text
-    avoids: torch.Tensor
 
-    def __getitem__(self, rows: torch.Tensor | slice) -> Texts:
-        return Texts(self.prompt[rows], self.negative[rows], self.avoids[rows])
+    def __getitem__(self, rows: torch.Tensor) -> Texts:
+        return Texts(self.prompt[rows], self.negative[rows])
+
+    def read_by(self, stage: StageSpec) -> Text:
+        """Return what the adapter of `stage` reads: the prompt, or both prompts joined."""
+        return self.joined() if stage.reads_negative else self.prompt
 
     def joined(self) -> Text:
-        """What an adapter that reads the negative prompt sees, see `stages.denoise.join_negative`."""
+        """Join both prompts as `stages.denoise.join_negative` does, row by row."""
         length = self.prompt.mask.shape[1]
         own, avoided = (of.mask.sum(dim=1, keepdim=True) for of in (self.prompt, self.negative))
         both = torch.cat([self.prompt.embeds, -self.negative.embeds], dim=1)
@@ -99,5 +89,4 @@ def embed(pipeline: QwenImagePipeline, prompts: Sequence[str], length: int, batc
 
 def embed_pairs(pipeline: QwenImagePipeline, prompts: list[str], negatives: list[str], length: int) -> Texts:
     """Embed prompts and negative prompts."""
-    avoids = torch.tensor([negative != EMPTY_PROMPT for negative in negatives], device=pipeline.text_encoder.device)
-    return Texts(embed(pipeline, prompts, length), embed(pipeline, negatives, length), avoids)
+    return Texts(embed(pipeline, prompts, length), embed(pipeline, negatives, length))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import MethodType
 from typing import Any
 
 import torch
@@ -46,11 +45,14 @@ def moments(vae: AutoencoderKLQwenImage, device: torch.device) -> tuple[torch.Te
     return mean, std
 
 
-def _convolve_image(self: QwenImageCausalConv3d, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
-    image = x.squeeze(2).contiguous(memory_format=torch.channels_last)
-    weight = self.weight[:, :, -1].contiguous(memory_format=torch.channels_last)
-    padding = (self._padding[2], self._padding[0])
-    return F.conv2d(image, weight, self.bias, self.stride[1:], padding).unsqueeze(2)
+class _ImageConv(QwenImageCausalConv3d):
+    """A causal convolution of a single frame (batch, channels, 1, height, width)."""
+
+    def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
+        image = x.squeeze(2).contiguous(memory_format=torch.channels_last)
+        weight = self.weight[:, :, -1].contiguous(memory_format=torch.channels_last)
+        padding = (self._padding[2], self._padding[0])
+        return F.conv2d(image, weight, self.bias, self.stride[1:], padding).unsqueeze(2)
 
 
 def convolve_images(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
@@ -60,6 +62,6 @@ def convolve_images(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
     last temporal slice of each kernel meets data.
     """
     for module in vae.modules():
-        if isinstance(module, QwenImageCausalConv3d):
-            module.forward = MethodType(_convolve_image, module)
+        if type(module) is QwenImageCausalConv3d:
+            module.__class__ = _ImageConv
     return vae
