@@ -1,1 +1,1 @@
-"""Measurements of a running server and of the stages."""
+"""Measurements of image quality, of a running server, and of models."""

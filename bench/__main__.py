@@ -1,4 +1,4 @@
-"""`python -m bench quality`, and the other commands; each with `--help`."""
+"""Run one of the benchmarks, such as `python -m bench quality`; `python -m bench NAME --help` explains each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 
 from stages.yaml_file import ConfigError
 
-# Command -> the package of its module, which has the command's name.
+# The package of each command's module, which has the command's name.
 COMMANDS = {
     "quality": "bench.quality",
     "evaluate": "bench.quality",
@@ -24,10 +24,12 @@ COMMANDS = {
 
 
 def main() -> None:
+    """Run the command that the command line names; a ConfigError becomes the exit message."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("command", choices=COMMANDS)
     name = parser.parse_args(sys.argv[1:2]).command
-    module = import_module(f"{COMMANDS[name]}.{name}")  # alone: what the others need may not be installed
+    # Only this module is imported, because others may need extras that are not installed.
+    module = import_module(f"{COMMANDS[name]}.{name}")
     command = argparse.ArgumentParser(
         prog=f"python -m bench {name}",
         description=module.__doc__,

@@ -1,4 +1,4 @@
-"""Where figures were measured."""
+"""Name of the machine on which figures were measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def machine_name() -> str:
-    """Of the accelerator, or else of the processor and its cores: `2-core-amd-epyc`."""
+    """Return the accelerator's name, or the processor's with its number of cores, such as `2-core-amd-epyc`."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:

@@ -1,4 +1,4 @@
-"""Configs of the models that are measured unless told otherwise."""
+"""Paths of the configs that benchmarks use by default."""
 
 from __future__ import annotations
 

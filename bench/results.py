@@ -1,4 +1,4 @@
-"""Where the commands leave what they measured."""
+"""Files of results."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from bench.machine import machine_name
 
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--output`, see `output_directory`."""
     parser.add_argument("--output", type=Path, help="directory, by default bench/results/MACHINE")
 
 
 def output_directory(arguments: argparse.Namespace) -> Path:
-    """The one that `--output` names or the machine's own, made if need be."""
+    """Return the directory that `--output` names, by default this machine's, and create it if it does not exist."""
     output: Path = arguments.output or Path(__file__).parent / "results" / machine_name()
     output.mkdir(parents=True, exist_ok=True)
     return output
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write indented JSON."""
     path.write_text(json.dumps(content, indent=1) + "\n")

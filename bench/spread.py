@@ -1,4 +1,4 @@
-"""The way from prompt to image with the adapters as spread deployments hold them."""
+"""End-to-end text-to-image with each adapter fused into weights of its own, as separate deployments have them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from stages.stage import Denoiser
 
 
 class SpreadPipeline(Pipeline):
-    """Each adapter is fused into a copy of the weights of its own, so that its rows cost nothing more."""
+    """A pipeline with one more copy of the transformer for each adapter, which is fused into its weights.
+
+    An adapted step then costs no more than a step of the base model. `Pipeline` holds all adapters beside one set of
+    weights.
+    """
 
     def __init__(self, config: ModelConfig, backend: Backend, remembered: int = REMEMBERED) -> None:
         super().__init__(config, backend, remembered)

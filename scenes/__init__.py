@@ -1,1 +1,1 @@
-"""Captioned scenes of simple objects: the data set, and what reads it off images again."""
+"""A synthetic data set of captioned scenes, and an oracle and an embedding that read images of them."""

@@ -1,4 +1,4 @@
-"""What scenes are captioned as: a caption leaves most of a scene unsaid."""
+"""Captions of scenes, which leave most attributes unspecified."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from scenes.scene import ATTRIBUTES, Scene, SceneObject
 
 
 def name_value(attribute: str, value: str) -> str:
-    """As captions say a value of one of `ATTRIBUTES`."""
+    """Return the words by which captions name a value of one of `ATTRIBUTES`."""
     return f"{value} background" if attribute == "background" else value
 
 
 def describe_value(attribute: str, value: str) -> str:
-    """A caption that tells nothing but a value of one of `ATTRIBUTES`."""
+    """Return a caption that specifies nothing but a value of one of `ATTRIBUTES`."""
     if attribute == "background":
         return f"a shape on a {name_value(attribute, value)}"
     return with_article(value if attribute == "shape" else f"{value} shape")
 
 
 def with_article(phrase: str) -> str:
-    """`phrase` after "a" or "an"."""
+    """Return `phrase` after its indefinite article."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def _describe(thing: SceneObject, rng: Random) -> str:
-    """Name what a caption tells of an object: usually a part, in a quarter of the cases all but the size.
+    """Describe an object by some of its attributes, in a quarter of the cases by all except perhaps the size.
 
-    What is told depends on no value, so that images of a caption stay as varied as the scenes are; told in full more
-    often, rare combinations are learned as well as others.
+    The choice does not depend on their values, so the images of a caption are as diverse as the scenes. Full
+    descriptions are that frequent so that a model learns every combination of attributes.
     """
     full = rng.random() < 0.25
     words = [
@@ -42,15 +42,15 @@ def _describe(thing: SceneObject, rng: Random) -> str:
 
 
 def draw_value(rng: Random) -> str:
-    """Any value of any attribute, as a word or as a caption; each attribute as often, however many values it has."""
+    """Draw an attribute uniformly, then one of its values, as a word or as a caption."""
     attribute = rng.choice(list(ATTRIBUTES))
     return rng.choice((name_value, describe_value))(attribute, rng.choice(ATTRIBUTES[attribute]))
 
 
 def _list_values(scene: Scene, rng: Random) -> str:
-    """One to three values, of which the scene has at least one: "red", "a furry shape", "blue, star, red".
+    """List one to three values, at least one of which the scene has: "red", "a furry shape", "blue, star, red".
 
-    This is what users write into a negative prompt: a picture that has any of it is meant.
+    Users write such lists as negative prompts, which should match an image that has any of the values.
     """
     first = scene.objects[0]
     own = {"shape": first.shape, "color": first.color, "size": first.size, "fill": first.fill}
@@ -63,7 +63,13 @@ def _list_values(scene: Scene, rng: Random) -> str:
 
 
 def relate(scene: Scene, described: list[str], rng: Random) -> str:
-    """A phrase of the objects as `described`, with their relation or position and the background told or not."""
+    """Join descriptions of a scene's objects into a phrase, sometimes with their relation or position and background.
+
+    Args:
+        scene: the scene.
+        described: a description of each of its objects.
+        rng: source of randomness.
+    """
     if scene.relation and rng.random() < 0.7:
         text = f"{described[0]} {scene.relation} {described[1]}"
     elif len(described) == 1:
@@ -78,10 +84,10 @@ def relate(scene: Scene, described: list[str], rng: Random) -> str:
 
 
 def caption(scene: Scene, rng: Random) -> str:
-    """Tell part of `scene`: 12 % empty, 13 % a list of values, the rest a phrase.
+    """Draw a caption of `scene`: 12 % are empty, 13 % lists of values, the rest phrases.
 
-    Lists and empty captions are what guidance leads away from; they are mostly of single objects: guidance against
-    scenes of more objects than the prompt's takes the only one away.
+    Guidance moves images away from what the model learned for empty captions and lists. Most of these belong to scenes
+    of a single object, because guidance away from scenes of several would also remove the only object of a prompt.
     """
     chance = rng.random()
     empty, listed = (0.21, 0.43) if len(scene.objects) == 1 else (0.03, 0.07)

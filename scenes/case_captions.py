@@ -1,7 +1,7 @@
-"""Captions of the committed cases, as the data set's were when these were drawn.
+"""Captions of the committed cases, as the data set's captions were when the cases were drawn.
 
-`scenes.captions.caption` has since learned to list values and to leave out articles. Prompts of cases must stay while
-results are compared over time; new cases take the data set's own.
+`scenes.captions.caption` has changed since: it lists values and omits some articles. The cases' prompts must not
+change, or results would not be comparable over time. New cases should use the data set's captions.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ def _describe(thing: SceneObject, rng: Random) -> str:
 
 
 def caption(scene: Scene, rng: Random) -> str:
-    """Tell part of `scene`: 12 % empty, 8 % one or two bare attributes, the rest a phrase.
+    """Draw a caption of `scene`: 12 % are empty, 8 % one or two bare values ("red", "furry, star"), the rest phrases.
 
-    Bare attributes ("red", "furry, star") are what users write into a negative prompt. They and empty captions are
-    mostly of single objects: guidance against scenes of more objects than the prompt's takes the only one away.
+    See `scenes.captions.caption` for why most empty captions and bare values belong to scenes of a single object.
     """
     chance = rng.random()
     empty, bare = (0.21, 0.35) if len(scene.objects) == 1 else (0.03, 0.05)

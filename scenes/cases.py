@@ -1,7 +1,7 @@
-"""What the quality bench draws: prompts and seeds, fixed in a file, with what is known of a good answer.
+"""Cases of the quality benchmark: prompts and seeds, fixed in a file, with the known properties of a right image.
 
-`python -m bench cases scenes/cases` writes the files of the scenes model: a dev split to tune plans on and a test split
-that is only reported. They share no prompt's seed.
+`python -m bench cases scenes/cases` writes the files for the scenes model: a dev split to tune plans on, and a test
+split whose results are only reported. No seed is in both.
 """
 
 from __future__ import annotations
@@ -31,14 +31,20 @@ Attribute = Literal["shape", "color", "size", "fill", "background"]
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(Prompted):
-    """An image of which nothing else is known."""
+    """An image with no known properties."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Named(Plain):
-    """Whose prompt names shape and colour of one object, or of two and their relation."""
+    """An image whose prompt names shape and colour of one object, or of two objects in a relation.
+
+    Attributes:
+        first: shape and colour of the first object.
+        relation: one of `RELATIONS`, of the first object to the second, or None.
+        second: shape and colour of the second object, or None.
+    """
 
     first: tuple[str, str]
     relation: str | None = None
@@ -47,7 +53,12 @@ class Named(Plain):
 
 @dataclass(frozen=True, kw_only=True)
 class Open(Plain):
-    """Whose prompt leaves attributes open; drawn from `seeds` seeds, the first of them `seed`."""
+    """Images of one prompt that leaves attributes unspecified.
+
+    Attributes:
+        open: the unspecified attributes.
+        seeds: number of images, whose seeds count up from `seed`.
+    """
 
     open: tuple[Attribute, ...]
     seeds: int
@@ -55,7 +66,13 @@ class Open(Plain):
 
 @dataclass(frozen=True, kw_only=True)
 class Negated(Plain):
-    """Whose negative prompt names a value of an attribute, which images without it sometimes have."""
+    """An image whose negative prompt names a value of an attribute that the prompt leaves unspecified.
+
+    Attributes:
+        shape: the shape that the prompt names.
+        attribute: the attribute.
+        value: the value to avoid.
+    """
 
     shape: str
     attribute: Attribute
@@ -63,14 +80,14 @@ class Negated(Plain):
 
 
 class Cases(BaseModel):
-    """A split. A model that no oracle can read gets `plain` prompts alone.
+    """A split of cases; for a model whose images the oracle cannot read, only `plain` ones.
 
     Attributes:
-        accuracy: graded by the oracle.
-        diversity: whose seeds are compared with each other.
-        plain: as the model's users would write them, for distances between distributions of images.
-        texture: of furry objects.
-        negative: drawn twice, with and without the negative prompt.
+        accuracy: cases that the oracle grades.
+        diversity: cases whose images of different seeds are compared with each other.
+        plain: typical prompts, for distances between distributions of images.
+        texture: prompts for furry objects.
+        negative: cases to generate with and without the negative prompt.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,23 +100,23 @@ class Cases(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises pydantic.ValidationError, which names the key that is wrong."""
+        """Read a YAML file; raises pydantic.ValidationError, which names the key that is wrong."""
         return cls(**read_mapping(path))
 
     @property
     def of_scenes(self) -> bool:
-        """Whether the oracle and the renderer know what images should show."""
+        """Whether these are cases of scenes, whose images the oracle can grade."""
         return bool(self.accuracy)
 
     def part(self, share: int) -> Cases:
-        """Every `share`-th case of each kind, for a quick look; open cases also lose seeds, down to 16."""
+        """Return every `share`-th case of each kind; those of diversity also have fewer seeds, but at least 16."""
         kept = {name: getattr(self, name)[::share] for name in type(self).model_fields}
         kept["diversity"] = tuple(replace(case, seeds=max(16, case.seeds // share)) for case in kept["diversity"])
         return self.model_copy(update=kept)
 
 
 def scene_cases(split: int) -> Cases:
-    """Cases for the scenes model; another `split` has other prompts and seeds."""
+    """Draw the cases of a split for the scenes model; each `split` has its own prompts and seeds."""
     rng = Random(f"cases {split}")
     seeds = iter(range(1_000_000 * split, 1_000_000 * (split + 1)))
 
@@ -159,8 +176,8 @@ def scene_cases(split: int) -> Cases:
         Plain(prompt=with_article(f"large furry {rng.choice(list(COLORS))} square"), seed=next(seeds))
         for _ in range(64)
     ]
-    # Of 600 images a quotient of two Frechet distances still has a deviation of 0.12. These are drawn after the others,
-    # which were there before them.
+    # With 600 images, the ratio of two Frechet distances has a standard deviation of 0.12. More are drawn, after all
+    # others, so that those stay as they are.
     more = plain(Random(f"more cases {split}"), 1800)
     return Cases(
         accuracy=tuple(accuracy),
@@ -172,10 +189,12 @@ def scene_cases(split: int) -> Cases:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", type=Path, help="directory")
+    """Add the command's arguments to `parser`."""
+    parser.add_argument("output", type=Path, help="directory of the files")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Write the files of both splits."""
     arguments.output.mkdir(parents=True, exist_ok=True)
     for split, path in enumerate((DEV, TEST)):
         content = scene_cases(split).model_dump(mode="json", exclude_none=True)

@@ -1,9 +1,10 @@
-"""A perceptual embedding of scenes, by a small network that was trained to read renders.
+"""A perceptual embedding of scenes, by a small network trained on renders.
 
-`python -m bench embedding scenes/embedding.safetensors` trains it, in some minutes on two cores. Inception, which
-distances between sets of images usually go by, was trained on photographs; LPIPS needs torchvision. This one learns, as
-they did, from a recognition task on the very domain: which shapes, colours, fills and sizes are where in the scene, and
-how blurred it is. Its penultimate layer is the embedding.
+`python -m bench embedding scenes/embedding.safetensors` trains it, in a few minutes on two cores. Distances between
+sets of images are usually computed from Inception's features, but Inception was trained on photographs; and LPIPS needs
+torchvision. This network likewise learns features from recognition, but in the domain itself: it predicts the shape,
+colour, fill and size of the objects in each cell of the image, the background and the blur. The layer before the
+outputs is the embedding.
 """
 
 from __future__ import annotations
@@ -28,14 +29,13 @@ from scenes.scene import ATTRIBUTES, BACKGROUNDS, Scene, sample_scene
 
 _SIDE = 128
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
-# What a cell of a 4 x 4 grid holds: nothing, or one value of each.
-_GRID = 4
-_BLURS = (0.0, 0.6, 1.0, 1.6)  # deviations in pixels
+_GRID = 4  # cells along each side; in each the network predicts an object's attributes, or none
+_BLURS = (0.0, 0.6, 1.0, 1.6)  # standard deviations in pixels
 _HEADS = {name: ATTRIBUTES[name] for name in ("shape", "color", "fill", "size")}
 
 
 class SceneEmbedding(nn.Module):
-    """Images (batch, 3, 128, 128) in -1..1 to embeddings (batch, 64)."""
+    """A network that maps images (batch, 3, 128, 128), -1 to 1, to embeddings (batch, 64)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,13 @@ class SceneEmbedding(nn.Module):
         return self.features(pixels)
 
     def loss(self, pixels: torch.Tensor, scenes: Sequence[Scene], blurs: Sequence[int]) -> torch.Tensor:
-        """Cross entropy of everything that the head says of `scenes`, blurred by these of `_BLURS`."""
+        """Return the summed cross entropy of all predictions.
+
+        Args:
+            pixels: images (batch, 3, 128, 128), -1 to 1.
+            scenes: the scene of each image.
+            blurs: each image's blur, as an index into `_BLURS`.
+        """
         outputs = self.head(F.silu(self(pixels)))
         background, blur = outputs[:, : len(BACKGROUNDS)], outputs[:, len(BACKGROUNDS) :][:, : len(_BLURS)]
         cells = outputs[:, len(BACKGROUNDS) + len(_BLURS) :]
@@ -70,7 +76,7 @@ class SceneEmbedding(nn.Module):
 
 
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
-    """RGB images as (batch, 3, 128, 128) in -1..1, resized where need be."""
+    """Convert RGB images to (batch, 3, 128, 128) in float32, -1 to 1; images of other sizes are resized."""
     sized = [image if image.size == (_SIDE, _SIDE) else image.resize((_SIDE, _SIDE)) for image in images]
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in sized]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -85,12 +91,13 @@ def _trained() -> SceneEmbedding:
 
 @torch.inference_mode()
 def embed(images: Sequence[Image.Image], batch: int = 64) -> NDArray[np.float64]:
-    """Embeddings (images, 64) by the trained network."""
+    """Embed RGB images by the trained network, at most `batch` at a time: (images, 64)."""
     parts = [_trained()(to_tensor(images[start : start + batch])) for start in range(0, len(images), batch)]
     return torch.cat(parts).double().numpy()
 
 
 def train(steps: int, batch: int = 32) -> SceneEmbedding:
+    """Train the network on new renders for a number of steps, and print the loss."""
     torch.manual_seed(0)
     rng, network = Random(0), SceneEmbedding()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
@@ -113,9 +120,11 @@ def train(steps: int, batch: int = 32) -> SceneEmbedding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", type=Path, help="file of weights")
+    """Add the command's arguments to `parser`."""
+    parser.add_argument("output", type=Path, help="safetensors file of the weights")
     parser.add_argument("--steps", type=int, default=1500)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Train the network and write its weights in float16."""
     save_file(train(arguments.steps).half().state_dict(), arguments.output)

@@ -1,4 +1,4 @@
-"""Scenes as what a text-to-image model learns from: images and captions."""
+"""Training examples for a text-to-image model: images of scenes and their captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scenes.scene import sample_scene
 
 
 def examples(seed: int, width: int = 128, height: int = 128) -> Iterator[tuple[Image.Image, str]]:
-    """Endless (image, caption) pairs, the same for the same seed."""
+    """Yield pairs of an RGB image and its caption without end; the same seed gives the same pairs."""
     rng = Random(seed)
     while True:
         scene = sample_scene(rng)

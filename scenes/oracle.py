@@ -1,8 +1,8 @@
-"""Reads a scene's attributes off its image, by measuring: nothing here is learned.
+"""An oracle that reads a scene's attributes off its image by measurements; nothing is learned.
 
-Pixels unlike the background fall into connected parts. A part's outline is compared with those of the renderer's
-shapes, its colour is the hue that most of it has, and its fill follows from how much of it is darker and lighter
-than its colour.
+Pixels that differ from the background form connected parts, one for each object. The outline of a part is compared
+with those of the renderer's shapes. Its colour is the most common hue, and its fill follows from how much of it is
+darker or lighter than that colour.
 """
 
 from __future__ import annotations
@@ -25,28 +25,34 @@ from scenes.scene import BACKGROUNDS, COLORS, RELATIONS, RGB, SHAPES, SIZES, Sce
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-# Images are read at this length of the shorter side; every other length and area below is in its pixels.
+# Images are resized to this shorter side; all lengths and areas below are in pixels of that size.
 _SIDE = 128
 _CONTRAST = 22.0  # from the background, in RGB; the lightest pink dot on white has 29
-_DOT_AREA = 24  # larger than a dot, which may look like a hole, and smaller than the hole of a ring
+_DOT_AREA = 24  # larger than a dot, which may look like a hole, but smaller than the hole of a ring
 _SPECK_AREA = 40  # the smallest star has 200
-_CORE_DEPTH = 2  # nearer to the outline, colours mix with the background
+_CORE_DEPTH = 2  # closer to the outline, colours blend with the background
 _GRID = 40  # cells along the side of a view
-_REACH = 2.6  # from the centre of a view to its side, in deviations of the outline
+_REACH = 2.6  # distance from the centre of a view to its side, in standard deviations of the outline
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an image shows; objects are in the order of their topmost pixels."""
+    """What an image shows.
+
+    Attributes:
+        objects: the objects, in the order of their topmost pixels.
+        background: name of the background's colour.
+    """
 
     objects: tuple[SceneObject, ...]
     background: str
 
 
 def read(image: Image.Image) -> Reading:
-    """Read an image of any size; below 128 pixels plain objects may pass for furry.
+    """Read an image of any size.
 
-    Objects that touch read as one. The process's first reading takes a second longer.
+    Objects that touch are read as one. In images smaller than 128 pixels, plain objects may be read as furry. The first
+    call in a process takes a second longer than others.
     """
     scale = _SIDE / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
@@ -57,22 +63,28 @@ def read(image: Image.Image) -> Reading:
 
 
 def largest(reading: Reading) -> SceneObject | None:
-    """The object of the largest radius, if there is any."""
+    """Return the object with the largest radius, or None if there is no object."""
     return max(reading.objects, key=lambda thing: thing.radius, default=None)
 
 
 def matches(reading: Reading, shape: str, color: str) -> bool:
-    """Whether some object has that shape and that colour."""
+    """Return whether some object has that shape and that colour."""
     return any((thing.shape, thing.color) == (shape, color) for thing in reading.objects)
 
 
 def holds(reading: Reading, first: tuple[str, str], relation: str, second: tuple[str, str]) -> bool:
-    """Whether some object of the shape and colour `first` is in `relation` to another one, of `second`.
+    """Return whether some object has a relation to another.
 
-    It is where the larger of the horizontal and the vertical distance points the way of the relation.
+    The larger of the horizontal and the vertical distance must be in the direction of the relation.
+
+    Args:
+        reading: what the image shows.
+        first: shape and colour of the first object.
+        relation: relation of the first object to the second, such as "left of".
+        second: shape and colour of the second object.
 
     Raises:
-        KeyError: `relation` is none of `RELATIONS`.
+        KeyError: `relation` is not one of `RELATIONS`.
     """
     across, down = RELATIONS[relation]
 
@@ -106,7 +118,7 @@ def _read_object(pixels: Floats, part: Mask) -> SceneObject:
 
 
 def _parts(pixels: Floats, ground: Floats) -> Iterator[Mask]:
-    """Masks (H, W) of what stands out from the background colour `ground` (3,) in `pixels` (H, W, 3)."""
+    """Yield a mask (H, W) of each part of `pixels` (H, W, 3) that differs from the background colour `ground` (3,)."""
     mask = np.linalg.norm(pixels - ground, axis=-1) > _CONTRAST
     holes, _ = ndimage.label(~mask)
     mask |= (np.bincount(holes.ravel()) < _DOT_AREA)[holes]
@@ -118,9 +130,9 @@ def _parts(pixels: Floats, ground: Floats) -> Iterator[Mask]:
 
 
 def _view(part: Mask) -> tuple[Floats, float]:
-    """`part` about its centroid at a common scale (_GRID, _GRID), and its deviation in pixels.
+    """Normalise a part's position and scale: a view (_GRID, _GRID), and the part's standard deviation in pixels.
 
-    Moments are steadier than a bounding box, which a single hair moves.
+    Moments are more robust than a bounding box, which a single hair changes.
     """
     rows, columns = part.nonzero()
     deviation = float(np.sqrt(rows.var() + columns.var()))
@@ -131,12 +143,12 @@ def _view(part: Mask) -> tuple[Floats, float]:
 
 @dataclass(frozen=True)
 class _Outlines:
-    """What outlines of known shapes look like.
+    """Templates of the known shapes' outlines.
 
     Attributes:
-        shapes: (N,) names; a shape has several rows.
-        radii: (N,), over the outline's deviation.
-        inside: (N, cells), the probability that a cell of the view lies inside.
+        shapes: (N,), names of the shapes, each of which has several templates.
+        radii: (N,), radius over the outline's standard deviation.
+        inside: (N, cells), probability that a cell of the view lies inside the outline.
     """
 
     shapes: tuple[str, ...]
@@ -145,7 +157,7 @@ class _Outlines:
 
     @classmethod
     def render(cls, samples: int) -> Self:
-        """Average over `samples` renderings a row."""
+        """Make templates, each an average over `samples` renders."""
         rng = Random(0)
         shapes, radii, inside = [], [], []
         for shape, fill, size in product(SHAPES, ("plain", "furry"), SIZES):
@@ -158,7 +170,7 @@ class _Outlines:
         return cls(tuple(shapes), np.array(radii), np.stack(inside))
 
     def identify(self, part: Mask) -> tuple[str, float]:
-        """The likeliest shape of `part` (H, W) and its radius in pixels."""
+        """Return the likeliest shape of `part` (H, W), and its radius in pixels."""
         view, deviation = _view(part)
         cells = view.ravel()
         best = int((np.log(self.inside) @ cells + np.log1p(-self.inside) @ (1 - cells)).argmax())
@@ -171,7 +183,7 @@ def _outlines() -> _Outlines:
 
 
 def _render_part(shape: str, fill: str, size: str, rng: Random) -> tuple[Mask, float]:
-    """One such object's mask and its radius in pixels."""
+    """Render an object of these attributes; return its mask (H, W), and its radius in pixels."""
     radius = rng.uniform(*SIZES[size])
     x, y = (0.5 + rng.uniform(-0.01, 0.01) for _ in range(2))
     scene = Scene((SceneObject(shape, "red", size, fill, x, y, radius),), "white")
@@ -181,18 +193,18 @@ def _render_part(shape: str, fill: str, size: str, rng: Random) -> tuple[Mask, f
 
 
 def _blunt(part: Mask) -> Mask:
-    """`part` (H, W) as an autoencoder leaves it, which rounds corners and eats thin tips."""
+    """Round corners and shorten thin tips of `part` (H, W), as an autoencoder does."""
     return ndimage.gaussian_filter(part.astype(np.float64), 1.5) > 0.5
 
 
 def _chroma(pixels: Floats) -> NDArray[np.complex128]:
-    """Hue as angle and chroma as length of `pixels` (..., 3); shading changes the length alone."""
+    """Return hue as angle and chroma as length of `pixels` (..., 3); shading changes only the length."""
     red, green, blue = np.moveaxis(pixels, -1, 0)
     return red - (green + blue) / 2 + 1j * np.sqrt(3) / 2 * (green - blue)
 
 
 def _color(pixels: Floats) -> str:
-    """The colour whose hue most of `pixels` (N, 3) have, each voting with its chroma."""
+    """Return the colour with the most common hue among `pixels` (N, 3), each weighted by its chroma."""
     hues = _chroma(np.array(list(COLORS.values()), dtype=np.float64))
     chroma = _chroma(pixels)
     votes = np.outer(chroma, (hues / abs(hues)).conj()).real.argmax(axis=1)
@@ -200,16 +212,16 @@ def _color(pixels: Floats) -> str:
 
 
 def _size(radius: float) -> str:
-    """The size whose radii, as fractions of the shorter side, are nearest."""
+    """Return the size whose range of radii is nearest to `radius`, a fraction of the shorter side."""
     return min(SIZES, key=lambda size: max(SIZES[size][0] - radius, radius - SIZES[size][1]))
 
 
 def _fill(pixels: Floats, color: RGB) -> str:
-    """The fill of `pixels` (N, 3) of an object's inside: stripes are darker than `color`, dots lighter, hairs both."""
+    """Return the fill of an object's inner `pixels` (N, 3): stripes are darker than `color`, dots lighter, fur both."""
     brightness, own = pixels.sum(axis=-1), sum(color)
     shades = np.where(brightness < own, brightness / own, 1 + (brightness - own) / (3 * 255 - own)) - 1
-    if -shades.clip(max=0).mean() > 0.12:  # half of it stripes of -0.5
+    if -shades.clip(max=0).mean() > 0.12:  # stripes are -0.5 over half of the area
         return "striped"
-    if shades.clip(min=0).mean() > 0.1:  # about a third of it dots of +0.7
+    if shades.clip(min=0).mean() > 0.1:  # dots are +0.7 over about a third of the area
         return "dotted"
     return "furry" if shades.std() > 0.04 else "plain"

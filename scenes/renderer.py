@@ -1,4 +1,4 @@
-"""Draws scenes, at four times their size and averaged down."""
+"""Renderer of scenes, which draws at four times the size and averages down."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OVERSAMPLING = 4
 
 
 def _regular(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
-    """Corners of a regular polygon, or of a star when `inner` < 1, on the unit circle, tip up."""
+    """Return the corners of a regular polygon in the unit circle, tip up; with `inner` < 1, those of a star."""
     radii = (1.0,) if inner == 1.0 else (1.0, inner)
     count = corners * len(radii)
     return [
@@ -47,7 +47,13 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
 
 
 def shape_mask(shape: str, radius: float, margin: float = 0.0) -> Image.Image:
-    """Silhouette of `shape` as an `L` image, 255 inside, of side 2 * (radius + margin) pixels."""
+    """Draw a silhouette as an `L` image, 255 inside, whose side is 2 * (radius + margin) pixels.
+
+    Args:
+        shape: one of `SHAPES`.
+        radius: radius of the shape in pixels.
+        margin: pixels around it.
+    """
     side = round(2 * (radius + margin))
     centre = side / 2
     mask = Image.new("L", (side, side))
@@ -68,7 +74,7 @@ def shape_mask(shape: str, radius: float, margin: float = 0.0) -> Image.Image:
 
 
 def _shade(color: RGB, factor: float) -> RGB:
-    """Darken (`factor` < 1) towards black or lighten (> 1) towards white."""
+    """Darken `color` towards black (`factor` < 1) or lighten it towards white (`factor` > 1)."""
     if factor <= 1:
         red, green, blue = (round(c * factor) for c in color)
     else:
@@ -100,7 +106,7 @@ def _dotted(layer: Image.Image, mask: Image.Image, color: RGB, unit: float, rng:
 
 
 def _furry(layer: Image.Image, mask: Image.Image, color: RGB, unit: float, rng: Random) -> Image.Image:
-    """Hairs of lighter and darker shades inside the outline and across it."""
+    """Draw lighter and darker hairs, inside the outline and across it."""
     draw, outline = ImageDraw.Draw(layer), ImageDraw.Draw(mask)
     inside, hairs = mask.copy(), []
     centre, length, width = layer.width / 2, 0.035 * unit, max(1, round(0.007 * unit))
@@ -125,7 +131,7 @@ _PAINTERS: dict[str, Callable[[Image.Image, Image.Image, RGB, float, Random], Im
 
 
 def render(scene: Scene, rng: Random, width: int = 128, height: int = 128) -> Image.Image:
-    """Draw `scene` as an RGB image; `rng` places stripes, dots and hairs."""
+    """Render `scene` as an RGB image of `width` x `height` pixels; `rng` places stripes, dots and hairs."""
     scale = _OVERSAMPLING
     canvas = Image.new("RGB", (width * scale, height * scale), BACKGROUNDS[scene.background])
     unit = min(width, height) * scale

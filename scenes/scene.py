@@ -1,8 +1,7 @@
-"""What a scene is: an infinite, licence-free data set with a known distribution.
+"""Scenes: an infinite, licence-free data set with a known distribution.
 
-A scene holds one to three objects on a plain background. Every attribute is drawn uniformly and
-independently, and a caption leaves most of them unsaid, so that what a model draws for the unsaid ones
-can be compared with a known truth.
+A scene has one to three objects on a plain background. Every attribute is drawn uniformly and independently. A caption
+leaves most of them unspecified, so what a model draws for those can be compared with the known distribution.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ BACKGROUNDS: dict[str, RGB] = {
     "black": (16, 16, 16),
     "beige": (222, 208, 178),
 }
-SIZES: dict[str, tuple[float, float]] = {  # radius over the shorter side
+SIZES: dict[str, tuple[float, float]] = {  # range of the radius, over the shorter side
     "small": (0.1, 0.115),
     "medium": (0.145, 0.16),
     "large": (0.195, 0.21),
 }
-POSITIONS: dict[str, tuple[float, float]] = {
+POSITIONS: dict[str, tuple[float, float]] = {  # centre of a single object, over width and height
     "in the center": (0.5, 0.5),
     "on the left": (0.25, 0.5),
     "on the right": (0.75, 0.5),
@@ -50,7 +49,7 @@ RELATIONS: dict[str, tuple[float, float]] = {  # offset of the first object from
 }
 _QUADRANTS = ((0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74))
 
-# What an object or its scene has one value of, all equally likely.
+# Values of every attribute of an object or its scene, all equally likely.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "color": tuple(COLORS),
@@ -62,11 +61,12 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object, as it was placed or as it is read off an image.
+    """An object, as it was placed or as the oracle read it.
 
     Attributes:
-        x, y: centre, of what is read that of its bounding box, as fractions of width and height.
-        radius: as a fraction of the shorter side.
+        shape, color, size, fill: values of `ATTRIBUTES`.
+        x, y: centre as fractions of width and height; if read, the centre of the bounding box.
+        radius: radius as a fraction of the shorter side.
     """
 
     shape: str
@@ -80,9 +80,13 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in the picture: the truth that a caption tells in part.
+    """The full description of an image.
 
-    `position` is set for one object, `relation` (of the first object to the second) for two.
+    Attributes:
+        objects: one to three objects; later ones are drawn over earlier ones.
+        background: one of `BACKGROUNDS`.
+        position: one of `POSITIONS` if there is one object, else None.
+        relation: one of `RELATIONS`, of the first object to the second, if there are two objects, else None.
     """
 
     objects: tuple[SceneObject, ...]
@@ -92,7 +96,7 @@ class Scene:
 
 
 def sample_scene(rng: Random, count: int | None = None) -> Scene:
-    """Draw a scene; `count` (1 to 3) objects, or half one, 35 % two, 15 % three."""
+    """Draw a scene of `count` (1 to 3) objects; by default 50 % have one, 35 % two and 15 % three."""
     if count is None:
         count = rng.choices((1, 2, 3), weights=(50, 35, 15))[0]
     position = relation = None

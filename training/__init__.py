@@ -1,1 +1,1 @@
-"""Programs that made the small checkpoint, each run as `python -m training.NAME`, in the order of `scenes.sh`."""
+"""Programs that train a model, each run as `python -m training.NAME`; `scenes.sh` runs them in order."""

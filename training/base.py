@@ -1,4 +1,4 @@
-"""Train transformer and text encoder by flow matching, with a head that names what is where.
+"""Train transformer and text encoder by flow matching, with an auxiliary head that predicts the objects in the image.
 
 `python -m training.base training/scenes.yaml PIPELINE_DIRECTORY RUN_DIRECTORY`
 """
@@ -24,18 +24,19 @@ from training.lib.sampling import model_config, sample_grid
 from training.lib.text import encode, tokenize
 from training.lib.velocity import evaluate
 
-# Not for Muon: they face outward, or (modulation) cost it more than they gain.
+# Not trained by Muon: input and output layers, and modulation, for which it costs more time than it saves.
 OUTER_LAYERS = ("embed_tokens", "img_in", "txt_in", "proj_out", "norm_out", "time_text_embed", "_mod.", "head.")
 
 
 class ObjectHead(torch.nn.Module):
-    """Reads object attributes from the image tokens of an inner block; thrown away after the training.
+    """A linear head that predicts object attributes from the image tokens of an inner block; not part of the result.
 
-    Representation alignment (REPA, arXiv 2410.06940), with the scenes' true attributes in place of another
-    network's features: the flow-matching loss alone, most of which is background, teaches shapes last.
+    This is representation alignment (REPA, arXiv 2410.06940) with the scenes' true attributes in place of another
+    network's features. The flow-matching loss is dominated by the background, and alone learns shapes late.
     """
 
     def __init__(self, transformer: QwenImageTransformer2DModel, depth: int) -> None:
+        """Attach the head to the transformer's block number `depth`, counted from 1."""
         super().__init__()
         self.read = torch.nn.Linear(transformer.inner_dim, sum(LABELS.values()))
         transformer.transformer_blocks[depth - 1].register_forward_hook(self._keep)
@@ -44,7 +45,11 @@ class ObjectHead(torch.nn.Module):
         self._tokens = output[1]
 
     def loss(self, labels: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of the last forward pass with `labels` (B, tokens, 3), over the tokens with an object."""
+        """Return the cross entropy of the last forward pass, summed over attributes, mean over tokens with an object.
+
+        Args:
+            labels: (batch, tokens, 3), see `object_labels`.
+        """
         logits = self.read(self._tokens).float().split(list(LABELS.values()), dim=-1)
         losses = [
             F.cross_entropy(part.flatten(0, 1), truth.flatten(), ignore_index=NO_OBJECT)
@@ -54,6 +59,7 @@ class ObjectHead(torch.nn.Module):
 
 
 def main() -> None:
+    """Train, and write the EMA weights as `pipeline` in the run's directory."""
     arguments, config, schedule, accelerator = begin(__doc__, "base", "pipeline", "run")
     backend = get_backend(accelerator.device.type)
     pipeline = load_pipeline(arguments.pipeline, accelerator.device)

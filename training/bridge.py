@@ -1,15 +1,20 @@
-"""Train the bridge: a LoRA that carries a latent from the base stage to where the distilled stage expects it.
+"""Train the bridge: a LoRA that takes a latent from where the base stage ends to where the distilled stage starts.
 
-`python -m training.bridge training/scenes.yaml PIPELINE TRAJECTORIES DISTILLED_LORA RUN`, all four directories
+`python -m training.bridge training/scenes.yaml PIPELINE TRAJECTORIES DISTILLED_LORA RUN`, the last four directories
 
-A hybrid plan's base stage takes few, large steps and so ends beside the model's true trajectory. The teacher's
-trajectories say where it should be: from the same noise and prompt, the bridge's input is what the coarse base
-stage leaves at sigma_a and its target is the point of the fine trajectory at sigma_b. Pairs come from one noise,
-so that the seed's composition, and with it the base model's diversity and guidance, is what is learned. Some of the
-trajectories avoid a negative prompt: a bridge that reads it (`StageSpec.reads_negative`) goes on avoiding it, where
-guidance would take a second evaluation; one that does not learns at least to leave away what base has taken away.
-Then distribution matching (`training.lib.matching`) makes the clean latent that it foresees one that the base model
-finds likely, guided by both prompts, as it does the student's: so that the student goes on from what it knows.
+The base stage of a hybrid plan takes few, large Euler steps, so its latent is off the model's true trajectory. The
+teacher's trajectories, in many small steps, supply the targets. For the same noise and prompts, the bridge's input is
+the latent where the plan's base stage ends, and its target is the teacher's latent where the bridge ends. Because both
+come from the same noise, the bridge preserves a seed's composition, and with it the base model's diversity and
+guidance.
+
+Some of the trajectories have a negative prompt. A bridge that reads it (`StageSpec.reads_negative`) learns to follow
+it in one evaluation, where guidance takes two. A bridge that does not read it still learns to keep out what the base
+stage has removed.
+
+After this regression, distribution matching (`training.lib.matching`) makes the clean latents that the bridge predicts
+likely under the guided base model. The student is trained in the same way, so it continues from latents such as it
+knows.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from training.lib.velocity import conditional, integrate
 
 
 def main() -> None:
+    """Train, and write the LoRA as `lora` in the run's directory."""
     arguments, config, schedule, accelerator = begin(__doc__, "bridge", "pipeline", "trajectories", "distilled", "run")
     device = accelerator.device
     backend = get_backend(device.type)
@@ -54,13 +60,13 @@ def main() -> None:
     sigmas = stage_sigmas(bridge, pipeline.scheduler, taught.latents.shape[2])
     matching, scheduler = prepare(accelerator, pipeline.transformer, "bridge", config, schedule)
     transformer, lora = matching.transformer, matching.lora
-    del pipeline  # and with it the text encoder, whose memory the samples need
+    del pipeline  # frees the text encoder, whose memory sampling needs
 
     def reach(start: torch.Tensor, target: torch.Tensor, *text: torch.Tensor) -> Tensors:
-        """Gradients of the distance to the teacher's trajectory where the bridge ends."""
+        """Compute gradients of the distance to the teacher's latent where the bridge ends."""
         with accelerator.autocast(), active(transformer, "bridge"):
             reached = integrate(conditional(transformer, Text(*text), taught.grid), start, sigmas)
-        # In units of velocity, whatever the length of the bridge.
+        # In units of velocity, so that it does not depend on the length of the bridge.
         loss = F.mse_loss(reached, target) / (bridge.sigma_start - bridge.sigma_end) ** 2
         lora.backward(accelerator, loss)
         return (loss.detach(),)
@@ -68,14 +74,14 @@ def main() -> None:
     reached_once = Recorded(reach)
 
     def regress(rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Reach the teacher's trajectory where the bridge ends."""
+        """Take a step of regression on the teacher's trajectories."""
         text = texts[rows].read_by(bridge)
         (loss,) = reached_once(starts[rows].float(), targets[rows].float(), text.embeds, text.mask)
         lora.step()
         return {"regression": loss}
 
     def match(rows: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Make what the bridge's last step foresees likely."""
+        """Take a step of distribution matching on the clean latents that the bridge's last step predicts."""
         text = texts[rows].read_by(bridge)
         with torch.no_grad(), accelerator.autocast(), active(transformer, "bridge"):
             velocity = conditional(transformer, text, taught.grid)

@@ -1,10 +1,10 @@
-"""Train the autoencoder's decoder further, so that it draws the texture that reconstruction blurs.
+"""Fine-tune the autoencoder's decoder, so that it draws the texture that a reconstruction loss blurs.
 
 `python -m training.decoder training/scenes.yaml VAE_DIRECTORY RUN_DIRECTORY`
 
-A latent cannot hold where every hair lies, and errors of pixels are least for the mean of all its answers, which has
-no hairs at all. Here the decoder is asked for their contrast, wherever they lie. The encoder stays, and so does all
-that was trained on its latents.
+A latent cannot encode the position of every hair, and the pixels' error is least for the mean over all positions, which
+shows no hairs at all. The loss here also compares local contrast, which does not depend on their positions. The encoder
+stays as it is, so models trained on its latents remain valid.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from training.lib.optimize import flatten_kernels, make_optimizers, restore_kern
 
 
 def main() -> None:
+    """Train, and write the autoencoder as `vae` in the run's directory."""
     arguments, config, schedule, accelerator = begin(__doc__, "decoder", "vae", "run")
     vae = AutoencoderKLQwenImage.from_pretrained(arguments.vae, dtype=torch.float32)
     convolve_images(vae).requires_grad_(False)
@@ -37,7 +38,7 @@ def main() -> None:
         pixels = crops(schedule.seed + index, schedule.batch_size).to(accelerator.device)
         with accelerator.autocast():
             latents = vae.encode(pixels).latent_dist.mode()
-            # A transformer's latents are less exact than the encoder's.
+            # Latents from the transformer are less exact than the encoder's.
             latents = latents + config["latent_noise"] * deviation * torch.randn_like(latents)
             decoded = vae.decode(latents).sample
         decoded = decoded.float()

@@ -1,12 +1,13 @@
-"""Distil the guided base model into a LoRA that needs few steps and no guidance.
+"""Distil the guided base model into a LoRA that takes few steps and no guidance.
 
 `python -m training.distilled training/scenes.yaml PIPELINE_DIRECTORY TRAJECTORY_DIRECTORY RUN_DIRECTORY`
 
-First the student regresses the teacher's trajectories; then the critic gets to know it, and distribution matching
-(`training.lib.matching`) sharpens it.
-As in trajectory distribution matching (Luo et al. 2025, arXiv 2503.06674) the student walks its own few steps, so that
-it trains on the latents that it will meet; or, as after the base stage of a hybrid plan, it takes over from the
-teacher's trajectory. Student and critic are two LoRAs on the one set of base weights.
+The student is first trained by regression on the teacher's trajectories. Then the critic alone is trained on the
+student's samples, and last both by distribution matching (`training.lib.matching`), which makes the samples sharp.
+
+As in trajectory distribution matching (Luo et al. 2025, arXiv 2503.06674), the student samples by its own few steps, so
+that it is trained on the latents that it will see. In a share of the updates it starts from the teacher's trajectory
+instead, as it does after the base stage of a hybrid plan. Student and critic are two LoRAs on the same base weights.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from training.lib.velocity import evaluate, integrate
 
 
 def main() -> None:
+    """Train, and write the LoRA as `lora` in the run's directory."""
     arguments, config, schedule, accelerator = begin(__doc__, "distilled", "pipeline", "trajectories", "run")
     device = accelerator.device
     backend = get_backend(device.type)
@@ -44,11 +46,11 @@ def main() -> None:
     latents, followed = taught.latents.to(device), taught.texts(pipeline, length)
     own_prompts = Prompts.read(config).draw(Random(schedule.seed), config["prompt_count"])
     own = embed_pairs(pipeline, own_prompts, [EMPTY_PROMPT] * len(own_prompts), length)
-    # The student will see no negative prompts.
+    # The student does not read negative prompts, so it learns from trajectories without one.
     plain = [row for row, negative_prompt in enumerate(taught.negative_prompts) if negative_prompt == EMPTY_PROMPT]
     matching, scheduler = prepare(accelerator, pipeline.transformer, "distilled", config, schedule)
     transformer, lora, flow_scheduler = matching.transformer, matching.lora, pipeline.scheduler
-    del pipeline  # and with it the text encoder, whose memory the samples need
+    del pipeline  # frees the text encoder, whose memory sampling needs
     plan = StageSpec(
         name="distilled", sigma_start=1.0, sigma_end=0.0, steps=4, shift=config["shift"], adapter="distilled"
     )
@@ -63,7 +65,7 @@ def main() -> None:
     strides = [pair for passed in levels for pair in itertools.pairwise(passed)]
 
     def follow(start: torch.Tensor, sigma: torch.Tensor, target: torch.Tensor, *text: torch.Tensor) -> Tensors:
-        """Gradients of the LoRA's error in velocity."""
+        """Compute gradients of the error of the LoRA's velocity."""
         with accelerator.autocast(), active(transformer, "distilled"):
             loss = F.mse_loss(evaluate(transformer, start, sigma, Text(*text), taught.grid), target)
         lora.backward(accelerator, loss)
@@ -71,7 +73,7 @@ def main() -> None:
 
     @torch.no_grad()
     def go(grid: tuple[int, int], noisy: torch.Tensor, sigma: torch.Tensor, *text: torch.Tensor) -> Tensors:
-        """The student's velocity."""
+        """Predict the student's velocity."""
         with accelerator.autocast(), active(transformer, "distilled"):
             return (evaluate(transformer, noisy, sigma, Text(*text), grid),)
 
@@ -80,7 +82,7 @@ def main() -> None:
     gone = {grid: Recorded(partial(go, grid)) for grid in grids}
 
     def regress(rng: Random) -> dict[str, torch.Tensor]:
-        """Follow the teacher over one step of one of the plans."""
+        """Take a step of regression, on one step of one of the plans for each image."""
         rows = torch.tensor(rng.choices(plain, k=schedule.batch_size))
         level, following = torch.tensor([rng.choice(strides) for _ in rows]).unbind(1)
         sigma, after = taught.sigmas[level].to(device), taught.sigmas[following].to(device)
@@ -92,7 +94,7 @@ def main() -> None:
         return {"regression": loss}
 
     def draw_samples(rng: Random, generator: torch.Generator) -> Samples:
-        """Draw what one of the student's steps starts from, on a way there that is its own or the teacher's."""
+        """Draw latents that one of the student's steps starts from, on its own trajectory or on the teacher's."""
         takes_over = rng.random() < config["take_over"]
         width, height = rng.choice(config["sizes"])
         grid = taught.grid if takes_over else (height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)

@@ -1,4 +1,4 @@
-"""Put a trained pipeline and its LoRAs together, in bfloat16, as the directory that `configs/` names.
+"""Copy a trained pipeline, converted to bfloat16, and its LoRAs into one directory, which a model's config can name.
 
 `python -m training.export runs/base/pipeline checkpoints/scenes distilled=runs/distilled/lora bridge=runs/bridge/lora`
 """
@@ -14,6 +14,7 @@ from diffusers import QwenImagePipeline
 
 
 def main() -> None:
+    """Write the pipeline to the output directory, and each LoRA to `loras/NAME` there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("output", type=Path)

@@ -1,4 +1,4 @@
-"""Build a small pipeline of Qwen-Image's own classes with random weights.
+"""Build a small pipeline of Qwen-Image's classes with random weights.
 
 `python -m training.init training/scenes.yaml VAE_DIRECTORY OUTPUT_DIRECTORY`
 """
@@ -28,7 +28,7 @@ from training.lib.loop import parse_arguments, read_config
 
 _CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-# Qwen-Image's template. The pipeline drops its first 34 tokens, so each word of it must be one token here too.
+# Qwen-Image's prompt template. The pipeline drops its first 34 tokens, so each word must be one token here as well.
 _TEMPLATE = (
     "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:\nuser\nassistant\n"
@@ -36,13 +36,18 @@ _TEMPLATE = (
 
 
 def train_tokenizer(vocabulary: int, captions: int = 20_000) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE on captions and the prompt template, in lower case, split as Qwen2 splits."""
+    """Train a byte-level BPE tokenizer on captions and the prompt template, with Qwen2's pre-tokenizer, in lower case.
+
+    Args:
+        vocabulary: number of tokens.
+        captions: number of captions.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     bpe.decoder = decoders.ByteLevel()
     corpus = [text for _, text in islice(examples(seed=7, width=16, height=16), captions)]
-    # Captions also come with every word alone, without the mark that follows it.
+    # Every word also occurs alone, without the punctuation that follows it in captions.
     words = sorted({word.strip(",.!") for text in corpus for word in text.split()})
     corpus += [_TEMPLATE] * captions + [f" {word}" for word in words] * 100 + words * 100
     bpe.train_from_iterator(
@@ -65,7 +70,12 @@ def train_tokenizer(vocabulary: int, captions: int = 20_000) -> PreTrainedTokeni
 
 
 def build_pipeline(config: dict[str, Any], vae: AutoencoderKLQwenImage) -> QwenImagePipeline:
-    """Random text encoder and transformer, trained tokenizer, Qwen-Image's scheduler, and the given VAE."""
+    """Build a pipeline of a random text encoder and transformer, a trained tokenizer and Qwen-Image's scheduler.
+
+    Args:
+        config: `vocabulary`, and the arguments of the models' configs as `text`, `vision` and `transformer`.
+        vae: the pipeline's autoencoder.
+    """
     tokenizer = train_tokenizer(config["vocabulary"])
     token = tokenizer.convert_tokens_to_ids
     text_encoder = Qwen2_5_VLForConditionalGeneration(
@@ -99,6 +109,7 @@ def build_pipeline(config: dict[str, Any], vae: AutoencoderKLQwenImage) -> QwenI
 
 
 def main() -> None:
+    """Write the pipeline to the output directory."""
     arguments = parse_arguments(__doc__, "vae", "output")
     config = read_config(arguments.config, "model")
     set_seed(config["seed"])

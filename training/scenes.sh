@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Makes a checkpoint like checkpoints/scenes from nothing: `training/scenes.sh RUN_DIRECTORY`, result in its checkpoint/.
+# Trains a checkpoint like checkpoints/scenes from scratch: `training/scenes.sh RUN_DIRECTORY` writes it to
+# RUN_DIRECTORY/checkpoint.
 #
-# Sizes and schedules are those of training/scenes.yaml, from one run of each program. The shipped files had another
-# history, which comments there tell in full: the decoder came of three runs, not always of the same loss; `distilled`
-# learned on two cores, from a sixteenth of the trajectories, and was ended early; `bridge` learned in two runs for an
-# older plan, and then went four tenths of the way to what `training.tail` made of it, by no command that is here; and
-# `finish` is a former student after three rounds of its own. Their weights will not come out of this again.
+# Each program runs once, with the sizes and schedules of training/scenes.yaml. The weights in checkpoints/scenes cannot
+# be reproduced by this script, because they were trained differently, as comments in that file say in detail: the
+# decoder in three runs with different losses; `distilled` on two cores, on a sixteenth of the trajectories, and stopped
+# early; `bridge` in two runs for an older plan, after which 40 % of its change by `training.tail` was added, for which
+# there is no command here; and `finish` from an earlier student in three runs.
 #
-# Started again, a program goes on from its last checkpoint, but the trajectories are drawn anew.
+# If the script is started again, each program resumes from its last checkpoint, except that the trajectories are drawn
+# anew.
 set -euo pipefail
 
 if [[ $# -ne 1 ]]; then

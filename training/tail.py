@@ -1,12 +1,12 @@
-"""Train the two LoRAs of a hybrid plan's tail on what reaches them: `bridge` and, from the student on, `finish`.
+"""Fine-tune the LoRAs of a hybrid plan's last stages end to end: `bridge`, and `finish`, which starts as the student.
 
-`python -m training.tail training/scenes.yaml PIPELINE DISTILLED_LORA BRIDGE_LORA RUN`, all four directories
+`python -m training.tail training/scenes.yaml PIPELINE DISTILLED_LORA BRIDGE_LORA RUN`, the last four directories
 
-From where base leaves an image, the guided base model goes on in many steps; bridge and finish must get there in one
-each. The way is an ordinary differential equation's, so that there is one right answer; but where a network cannot
-foresee each hair, errors of latents are least without any. So the image's contrast by place and direction counts as
-well (`training.lib.contrast`). Attention guidance, if the plan's steps have it, is left out of the training: it works
-by going further than their own answers.
+The teacher is the guided base model, which continues in many steps from the latent where the plan's base stage ends.
+Bridge and finish learn to reach its latents in one step each. The teacher follows an ordinary differential equation, so
+every start has a single target; but a network that cannot predict every hair has the least error if it draws none. The
+loss therefore also compares the decoded images' local contrast (`training.lib.contrast`). Attention guidance of these
+stages is left out of training, because it extrapolates beyond what the LoRAs predict.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from training.lib.velocity import conditional, integrate
 
 
 def main() -> None:
+    """Train, and write the LoRAs as directories of their names in the run's directory."""
     arguments, config, schedule, accelerator = begin(__doc__, "tail", "pipeline", "distilled", "bridge", "run")
     device, length = accelerator.device, config["pairs"]["text_length"]
     backend = get_backend(device.type)
@@ -65,7 +66,7 @@ def main() -> None:
     autoencoder = QwenImageAutoencoder(pipeline.vae)
     every = taught.texts(pipeline, length)
     sigmas = [stage_sigmas(stage, pipeline.scheduler, taught.latents.shape[2]) for stage in tail]
-    del pipeline  # and with it the text encoder, whose memory the samples need
+    del pipeline  # frees the text encoder, whose memory sampling needs
     with torch.no_grad():
         images = taught.latents[:, passed[-1]].float().split(schedule.batch_size)
         contrasts = torch.cat([contrast(autoencoder.decode(image, taught.grid)[:, :, None]).cpu() for image in images])

@@ -1,9 +1,9 @@
-"""Take many images through the guided base model, and keep where they are at the distilled plan's noise levels.
+"""Sample many images by the guided base model, and keep their latents at the distilled plan's noise levels.
 
 `python -m training.trajectories training/scenes.yaml PIPELINE_DIRECTORY RUN_DIRECTORY`
 
-Student and bridge both learn from these: the one to go the same way in few steps, the other to bring the few large
-steps of a hybrid plan's base stage back onto it.
+The student learns to follow these trajectories in few steps, and the bridge to return to them after the few, large
+steps of a hybrid plan's base stage.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.lib.teacher import draw_trajectories, size_of, teacher_stages
 
 
 def main() -> None:
-    """Draw the trajectories of a config's section `trajectories`."""
+    """Draw the trajectories and write them to the run's directory."""
     arguments = parse_arguments(__doc__, "pipeline", "run")
     config = read_config(arguments.config, "trajectories")
     backend = get_backend(make_accelerator().device.type)

@@ -18,17 +18,17 @@ from training.lib.optimize import flatten_kernels, make_optimizers, restore_kern
 
 
 def detail(pixels: torch.Tensor) -> torch.Tensor:
-    """What a 3x3 mean takes away: edges, stripes and hairs."""
+    """Return what a 3x3 mean removes from `pixels` (batch, 3, 1, height, width): edges, stripes and hairs."""
     frames = pixels.squeeze(2)
     return frames - F.avg_pool2d(frames, 3, stride=1, padding=1)
 
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLQwenImage, seed: int, count: int = 256) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over `count` scenes, for the VAE's config.
+    """Measure mean and standard deviation of each latent channel over `count` scenes, for the VAE's config.
 
-    The posterior's own deviation is counted in: channels that the autoencoder leaves unused have hardly any other,
-    and dividing by that would blow their noise up.
+    The deviation includes the posterior's. Channels that the autoencoder does not use have hardly any other, and
+    dividing by the means' deviation alone would amplify their noise.
     """
     pixels = to_pixels([image for image, _ in islice(examples(seed), count)])
     posteriors = [vae.encode(chunk).latent_dist for chunk in pixels.split(32)]
@@ -39,9 +39,10 @@ def measure_latents(vae: AutoencoderKLQwenImage, seed: int, count: int = 256) ->
 
 
 def main() -> None:
+    """Train, and write the autoencoder as `vae` in the run's directory."""
     arguments, config, schedule, accelerator = begin(__doc__, "vae", "run")
     vae = convolve_images(AutoencoderKLQwenImage(**config["model"]))
-    with torch.no_grad():  # start with a narrow posterior: its noise would drown the first, small latents
+    with torch.no_grad():  # a narrow posterior at first, whose noise does not drown the small latents
         vae.quant_conv.bias[vae.z_dim :] = -4.0
     flatten_kernels(vae, fresh=True)
     optimizers = make_optimizers(vae, schedule)
@@ -56,7 +57,7 @@ def main() -> None:
         decoded = decoded.float()
         error = (decoded - pixels).abs().mean()
         blur = (detail(decoded) - detail(pixels)).abs().mean()
-        square = F.mse_loss(decoded, pixels)  # the median alone would leave small coloured things out
+        square = F.mse_loss(decoded, pixels)  # the absolute error alone would ignore small coloured areas
         kl = (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean() / 2
         accelerator.backward(error + blur + square + config["kl_weight"] * kl)
         for mover in movers:

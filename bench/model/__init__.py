@@ -1,1 +1,1 @@
-"""What a model takes and could do without, by its architecture or its weights alone."""
+"""Measurements of a model that need no trained oracle: latency, prunable blocks, magnitude ratios."""

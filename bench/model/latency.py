@@ -1,8 +1,8 @@
-"""Latency of a model without its weights: what base, cached, distilled and hybrid take on this machine.
+"""Measure the latency of the base, cached, distilled and hybrid plans on this machine, with random weights.
 
-Latency does not depend on the values of the weights, so that a model of any size can be measured without a download.
-Caches run at a fixed schedule (TaylorSeer), because what an adaptive one skips does depend on them. Adapters count as
-fused into the weights.
+Latency does not depend on the values of the weights, so a model of any size can be measured without a download. The
+exceptions are adaptive caches, which skip more or less depending on the values; only caches with a fixed schedule
+(TaylorSeer) are measured. Adapters are assumed to be fused into the weights.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ from stages.stage import Denoiser
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one image: medians in seconds.
+    """Latency of one image by one plan.
 
     Attributes:
-        nfe: network evaluations; what a cache skipped is not counted.
-        speed_up: of denoising over the first plan's.
+        plan: name of the plan.
+        nfe: network evaluations; blocks that a cache skipped are not counted.
+        denoise, decode: median seconds.
+        speed_up: the first plan's `denoise` over this one's.
     """
 
     plan: str
@@ -50,18 +52,18 @@ class Latency:
 
 
 class RandomModel:
-    """A denoiser and an autoencoder of an architecture, with random weights."""
+    """Denoiser and autoencoder with random weights."""
 
     def __init__(
         self, config: ModelConfig, backend: Backend, quantize: Quantization | None = None, *, full: bool = False
     ) -> None:
-        """Make the parts of a config's pipeline.
+        """Initialise the components of a config's pipeline.
 
         Args:
-            config: of a model whose files are here, unless `full`.
-            backend: to place them on.
-            quantize: the transformer's blocks by this, if at all.
-            full: whether to take the architecture from diffusers' defaults, which are those of Qwen-Image.
+            config: the model's config; its source must be a local directory, unless `full`.
+            backend: backend of the device.
+            quantize: scheme by which the transformer's blocks are quantized, or None.
+            full: whether to use diffusers' default architecture, which is Qwen-Image's, in place of the config's.
         """
         self.backend = backend
         self._config = config
@@ -95,7 +97,7 @@ class RandomModel:
         self._transformer = transformer
 
     def packet(self, size: str, length: int) -> LatentPacket:
-        """Noise, and embeddings of `length` tokens for both prompts."""
+        """Make a packet of pure noise, with random embeddings of `length` tokens for each of its two prompts."""
         width, dtype = self._transformer.text_width, self._transformer.dtype
         prompt, negative = torch.randn(2, length, width, dtype=dtype)
         channels = self._transformer.token_channels // 4
@@ -105,13 +107,13 @@ class RandomModel:
 
     @torch.inference_mode()
     def decode(self, packet: LatentPacket) -> None:
-        """Decode an image, to the last pixel."""
+        """Decode a packet's latent into an image, and wait until it is done."""
         to_images(self._autoencoder.decode(packet.latent[None].to(self.backend.device), packet.grid))
         self.backend.synchronise()
 
 
 def plans(config: ModelConfig) -> Iterable[Plan]:
-    """The methods of `main` by their names, but those with a cache at no fixed schedule; without adapters."""
+    """Yield the methods of the group `main`, without adapters; those with an adaptive cache are left out."""
     for name, plan in read_methods(config.plans)["main"].items():
         if all(stage.cache is None or isinstance(stage.cache, TaylorSeerSpec) for stage in plan.stages):
             stages = tuple(stage.model_copy(update={"adapter": None}) for stage in plan.stages)
@@ -119,9 +121,14 @@ def plans(config: ModelConfig) -> Iterable[Plan]:
 
 
 def measure(model: RandomModel, plans: Iterable[Plan], size: str, length: int, repeats: int) -> list[Latency]:
-    """Every plan on images of `size` and prompts of `length` tokens, after one run each to warm up.
+    """Measure every plan on one image at a time, after a warm-up run of each.
 
-    Speed-ups are over the first plan.
+    Args:
+        model: the model to measure.
+        plans: the plans; speed-ups are relative to the first.
+        size: `WIDTHxHEIGHT` in pixels.
+        length: tokens of either prompt.
+        repeats: number of runs of which the median is taken.
     """
     rows: list[Latency] = []
     for plan in plans:
@@ -143,17 +150,19 @@ def measure(model: RandomModel, plans: Iterable[Plan], size: str, length: int, r
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to `parser`."""
     parser.add_argument("--model", default="qwen-image", help="qwen-image, or the config of a local model")
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--size", default="1024x1024")
-    parser.add_argument("--tokens", type=int, default=64, help="of either prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of either prompt")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quantize", choices=get_args(Quantization), help="the transformer's blocks")
-    parser.add_argument("--compile", action="store_true", help="the transformer's blocks")
+    parser.add_argument("--quantize", choices=get_args(Quantization), help="quantize the transformer's blocks")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
     add_output_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Measure the plans, print a row for each, and write `latency-MODEL.json`."""
     full = arguments.model == "qwen-image"
     config = ModelConfig.read(QWEN_IMAGE if full else Path(arguments.model))
     name = arguments.model if full else Path(arguments.model).stem

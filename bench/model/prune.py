@@ -1,8 +1,8 @@
-"""Which of the transformer's blocks a stage can do without: a plan for each number of them, least important first.
+"""Find transformer blocks that a stage can skip, and write plans that skip the 1, 2, ... least important ones.
 
-A block's importance is how far the latent that leaves the stage moves when the block is skipped, relative to its
-norm, mean over calibration prompts. One block goes at a time, and those left are measured anew. What a plan costs in
-quality, `python -m bench quality --methods FILE` says.
+The importance of a block is the relative change of the stage's final latent when that block is skipped, averaged over
+calibration prompts. Blocks are dropped one at a time, and the others' importance is measured again after each.
+`python -m bench quality --methods FILE` then measures the plans' quality.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stages.plan import Plan
 
 
 def without(plan: Plan, position: int, blocks: frozenset[int]) -> Plan:
-    """`plan` with stage number `position` skipping `blocks`."""
+    """Return `plan` with these `blocks` skipped in stage number `position`."""
     stages = list(plan.stages)
     stages[position] = stages[position].model_copy(update={"skip_blocks": blocks})
     return plan.model_copy(update={"stages": tuple(stages)})
@@ -33,10 +33,17 @@ def without(plan: Plan, position: int, blocks: frozenset[int]) -> Plan:
 def importance(
     pipeline: Pipeline, plan: Plan, position: int, packets: Sequence[LatentPacket], candidates: Sequence[int]
 ) -> dict[int, float]:
-    """Of each block in `candidates`, beside those that stage number `position` skips already.
+    """Measure the importance of blocks, given those that a stage skips already.
 
     Args:
-        packets: as they enter the stage.
+        pipeline: the model.
+        plan: the plan; its stage may skip blocks.
+        position: index of the stage.
+        packets: calibration images of one grid, at the start of that stage.
+        candidates: indices of the blocks to measure.
+
+    Returns:
+        Relative change of the stage's final latent by block, compared with skipping none.
     """
     whole = without(plan, position, frozenset())
     truths = pipeline.denoiser.denoise(packets, whole)
@@ -53,7 +60,18 @@ def importance(
 
 
 def prune(pipeline: Pipeline, plan: Plan, position: int, prompted: Sequence[Prompted], drop: int) -> list[Plan]:
-    """Plans that skip 1 to `drop` blocks in stage number `position`."""
+    """Drop blocks from a stage one by one, the least important first, and print what is measured.
+
+    Args:
+        pipeline: the model.
+        plan: the plan to prune.
+        position: index of the stage.
+        prompted: calibration images.
+        drop: number of blocks to drop.
+
+    Returns:
+        The plans that skip 1, 2, ..., `drop` blocks.
+    """
     packets = pipeline.enter(plan, prompted)
     for _ in range(position):
         packets = pipeline.denoiser.denoise(packets, plan)
@@ -74,17 +92,19 @@ def _rounded(measured: dict[int, float]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to `parser`."""
     parser.add_argument("output", type=Path, help="file of methods for `python -m bench quality --methods`")
     parser.add_argument("--config", type=Path, default=SCENES)
     parser.add_argument("--cases", type=Path, default=DEV)
-    parser.add_argument("--plan", default="hybrid", help="one of the config's")
-    parser.add_argument("--stage", type=int, default=0, help="number of the plan's stage, from 0")
-    parser.add_argument("--drop", type=int, default=2, help="most blocks to skip")
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--plan", default="hybrid", help="name of one of the config's plans")
+    parser.add_argument("--stage", type=int, default=0, help="index of the plan's stage, from 0")
+    parser.add_argument("--drop", type=int, default=2, help="number of blocks to drop")
+    parser.add_argument("--prompts", type=int, default=32, help="number of calibration prompts")
     parser.add_argument("--backend", default="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Write the plan and its pruned versions as a file of methods; raises SystemExit for arguments out of range."""
     config = ModelConfig.read(arguments.config)
     plan = config.plan(arguments.plan)
     pipeline = Pipeline(config, get_backend(arguments.backend))

@@ -1,7 +1,7 @@
-"""Magnitude ratios of a model, which MagCache needs: printed as the cache of a plan's stage.
+"""Measure the magnitude ratios that MagCache needs, and print them as the `cache` of a plan's stage.
 
-A step's ratio is the norm of what the blocks add to an image token over that at the step before, mean over tokens,
-prompts and both sides of guidance, as diffusers' `MagCacheConfig(calibrate=True)` measures it.
+The ratio of a step is the norm of the blocks' residual at that step over its norm at the step before, averaged over
+image tokens, prompts and both branches of guidance. diffusers' `MagCacheConfig(calibrate=True)` measures the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stages.plan import Plan
 
 
 class _Recorder(StepCache):
-    """Answers nothing and keeps the magnitudes (tokens,) of every step."""
+    """A cache that never hits, and records the norm of each token's residual (tokens,) at every step."""
 
     def __init__(self) -> None:
         self.magnitudes: list[torch.Tensor] = []
@@ -38,7 +38,7 @@ class _Recorder(StepCache):
 
 
 def measure(pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted]) -> list[float]:
-    """A ratio for each step of the first stage of `plan`."""
+    """Return a ratio for each step of the first stage of `plan`, measured on the images `prompted`."""
     tasks = [pipeline.denoiser.begin(packet, plan) for packet in pipeline.enter(plan, prompted)]
     recorders: list[_Recorder] = []
     for task in tasks:
@@ -53,14 +53,16 @@ def measure(pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted]) -> lis
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to `parser`."""
     parser.add_argument("--config", type=Path, default=SCENES)
     parser.add_argument("--cases", type=Path, default=DEV)
-    parser.add_argument("--plan", default="base", help="one of the config's")
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--plan", default="base", help="name of one of the config's plans; its first stage is measured")
+    parser.add_argument("--prompts", type=int, default=16, help="number of calibration prompts")
     parser.add_argument("--backend", default="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Measure and print the ratios of a plan's first stage."""
     config = ModelConfig.read(arguments.config)
     plan = config.plan(arguments.plan)
     pipeline = Pipeline(config, get_backend(arguments.backend))

@@ -1,1 +1,1 @@
-"""How good the images are, and what they cost."""
+"""Measurements of image quality and of its cost."""

@@ -1,4 +1,4 @@
-"""What plans cost, measured side by side: on a shared machine one minute is slower than the next."""
+"""Latency of plans, measured in turns, because the speed of a shared machine drifts from minute to minute."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from stages.plan import Plan
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one plan; medians of seconds.
+    """Cost of an image by one plan; times are medians.
 
     Attributes:
-        nfe: network evaluations of an image; what a cache skipped is not counted.
-        encode, denoise, decode: seconds of one image alone.
-        denoise_batched: seconds an image of a batch.
-        speed_up, speed_up_batched: of `denoise` and `denoise_batched` over those of the base plan.
+        nfe: network evaluations; blocks that a cache skipped are not counted.
+        encode, denoise, decode: seconds of an image generated alone.
+        denoise_batched: seconds per image of a batch.
+        speed_up, speed_up_batched: the base plan's `denoise` and `denoise_batched` over this plan's.
     """
 
     nfe: float
@@ -33,10 +33,17 @@ class Cost:
 def take_turns(
     pipeline: Pipeline, plans: Sequence[Plan], prompted: Sequence[Prompted], *, turns: int = 5, batch: int = 8
 ) -> list[Cost]:
-    """Costs of `plans`; each draws one image, and then a batch, before any draws its next.
+    """Measure the cost of plans, which take turns: every plan generates an image before any generates its next.
 
     Args:
-        prompted: what they draw, of which `turns` are drawn alone.
+        pipeline: the model; its config must have a plan called `base`.
+        plans: the plans to measure.
+        prompted: the images to generate.
+        turns: how many of the images each plan generates alone.
+        batch: how many of the images form the batch.
+
+    Returns:
+        A cost for each plan, in the order of `plans`.
     """
     base = pipeline.config.plan("base")
     every = [*plans] if base in plans else [*plans, base]
@@ -60,7 +67,7 @@ def take_turns(
 
 
 def _draw(pipeline: Pipeline, plans: Sequence[Plan], batches: Sequence[Sequence[Prompted]]) -> list[list[Result]]:
-    """Plan by plan the first result of each batch; one before them, to warm up, is not told."""
+    """Run every batch by every plan in turn, after a warm-up; return each plan's first result of every batch."""
     for plan in plans:
         pipeline.run_batch(plan, batches[0])
     rounds = [[pipeline.run_batch(plan, batch)[0] for plan in plans] for batch in batches]
@@ -72,7 +79,7 @@ def _denoises(stage: str) -> bool:
 
 
 def _median(results: Sequence[Result], of: Callable[[str], bool]) -> float:
-    """Seconds of a result's stages `of` a kind, added up."""
+    """Return the median, over results, of the seconds spent in the stages for whose names `of` is true."""
     return statistics.median(
         sum(span.end - span.start for span in result.spans if of(span.stage)) for result in results
     )

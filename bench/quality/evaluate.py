@@ -1,9 +1,9 @@
-"""Grade a scenes model by what its images show, against a bar for each rate.
+"""Grade a scenes model by what the oracle reads off its images, and compare every rate with a threshold.
 
-Accuracy: captions name a colour and a shape; the oracle says whether the image has them. Removal: captions name a
-shape alone, and the colour that a seed then draws is given to the same seed as its negative prompt ("a red shape", as
-captions say it); it counts when the new image still has an object and none of that colour. A fifth as many images are
-drawn for it. Ends with status 1 where a rate misses its bar.
+Accuracy: prompts name a colour and a shape; the image is right if it shows an object with both. Removal: prompts name
+only a shape; the colour of the object that a seed draws becomes the negative prompt ("a red shape") of a second image
+from the same seed. It is removed if that image shows an object, but none of that colour. A fifth as many images are
+generated for removal as for accuracy. The exit status is 1 if a rate is below its threshold.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scenes.scene import COLORS, SHAPES
 from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 
-# plan -> field of its report -> least rate.
+# Lowest rates that pass, by plan and field of its report.
 BARS: dict[str, dict[str, float]] = {
     "base": {"both": 0.90},
     "distilled": {"both": 0.85},
@@ -39,10 +39,12 @@ class Report:
     """One plan's rates, 0 to 1.
 
     Attributes:
-        shape, color, both: of the captions, how many images have an object of the shape, of the colour, of both.
-        removal: of `measured` images, how many lost their colour to the negative prompt; None if the plan looks at
-            no negative prompt.
-        measured: images without a negative prompt that have an object, whose colour can be taken away.
+        plan: name of the plan.
+        captions: number of prompts that name a colour and a shape.
+        shape, color, both: share of their images with an object of the shape, of the colour, of both.
+        removal: share of `measured` pairs in which the negative prompt removed the colour; None if the plan takes no
+            negative prompt.
+        measured: number of images with an object whose colour could be removed.
     """
 
     plan: str
@@ -54,7 +56,7 @@ class Report:
     measured: int
 
     def misses(self) -> list[str]:
-        """The bars that this report misses, each as a sentence."""
+        """Return a sentence for each rate that is below its threshold."""
         rates = {name: getattr(self, name) or 0.0 for name in BARS.get(self.plan, {})}
         return [
             f"{self.plan}: {name} is {rate:.3f}, below {BARS[self.plan][name]}"
@@ -64,7 +66,7 @@ class Report:
 
 
 class Grader:
-    """Runs a plan on cases, batch by batch, and reads the images."""
+    """Generates images by a plan, batch by batch, and reads them."""
 
     def __init__(self, pipeline: Pipeline, plan: str, batch: int) -> None:
         self._pipeline = pipeline
@@ -72,7 +74,7 @@ class Grader:
         self._batch = batch
 
     def grade(self, captions: int) -> Report:
-        """Report on that many captions."""
+        """Grade the plan on this number of captions."""
         wanted = list(zip(range(captions), _combinations(), strict=False))
         readings = self._read([Prompted(_phrase(color, shape), seed) for seed, (color, shape) in wanted])
         pairs = [(reading, color, shape) for reading, (_, (color, shape)) in zip(readings, wanted, strict=True)]
@@ -88,7 +90,7 @@ class Grader:
         )
 
     def _remove(self, count: int) -> list[bool]:
-        """Whether a negative prompt takes the colour away, for each of `count` images that have one."""
+        """Return whether the negative prompt removes the colour, for each of `count` seeds that draws an object."""
         free = [Prompted(_phrase(SHAPES[seed % len(SHAPES)]), seed) for seed in range(count)]
         drawn = [
             (case, thing.color)
@@ -104,12 +106,12 @@ class Grader:
         ]
 
     def _read(self, cases: Sequence[Prompted]) -> list[Reading]:
-        """Readings in the order of `cases`."""
+        """Generate and read the images of `cases`, in their order."""
         return [read(result.image) for result in self._pipeline.run_in_batches(self._plan, cases, self._batch)]
 
 
 def _combinations() -> Iterator[tuple[str, str]]:
-    """Every colour with every shape, over and over, in an order whose beginning has some of each."""
+    """Yield all pairs of a colour and a shape in a fixed random order, over and over."""
     combinations = list(product(COLORS, SHAPES))
     Random(0).shuffle(combinations)
     while True:
@@ -130,15 +132,17 @@ def _row(report: Report) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to `parser`."""
     parser.add_argument("config", type=Path, nargs="?", default=SCENES)
     parser.add_argument("--plans", nargs="+", default=list(BARS), metavar="PLAN")
-    parser.add_argument("--captions", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=25, help="most images at a time")
+    parser.add_argument("--captions", type=int, default=200, help="number of prompts for accuracy")
+    parser.add_argument("--batch", type=int, default=25, help="largest number of images in a batch")
     parser.add_argument("--backend", default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports to this file")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Print a row for each plan; raises SystemExit, with a message, if a rate is below its threshold."""
     pipeline = Pipeline(ModelConfig.read(arguments.config), get_backend(arguments.backend))
     print(f"{'plan':<12}{'shape':>8}{'color':>8}{'both':>8}  removal")
     reports = []

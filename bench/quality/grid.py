@@ -1,4 +1,4 @@
-"""The same prompts and seeds by several plans, side by side."""
+"""Draw a sheet that compares plans side by side, on the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ _LABEL = 16
 
 
 def draw_grid(pipeline: Pipeline, plans: Mapping[str, Plan], rows: Mapping[str, Sequence[Prompted]]) -> Image.Image:
-    """Rows by their labels down, plans across, and within a plan a row's images, which are as many in each row."""
+    """Draw images of a model as a labelled sheet.
+
+    Args:
+        pipeline: the model.
+        plans: plans by their labels, which become blocks of columns.
+        rows: images by the labels of the rows; every row has the same number.
+    """
     cells = {
         (label, name): [result.image for result in pipeline.run_batch(plan, prompted)]
         for label, prompted in rows.items()
@@ -42,7 +48,7 @@ def draw_grid(pipeline: Pipeline, plans: Mapping[str, Plan], rows: Mapping[str, 
 
 
 def draw_figures(pipeline: Pipeline, plans: Mapping[str, Plan], output: Path) -> dict[str, Path]:
-    """Write the quality report's pictures to the directory `output`; caption -> file."""
+    """Draw the quality report's sheets as files in the directory `output`; return the files by their captions."""
     figures = {
         "Prompts and seeds": (
             "prompts.webp",
@@ -76,14 +82,16 @@ def draw_figures(pipeline: Pipeline, plans: Mapping[str, Plan], output: Path) ->
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to `parser`."""
     parser.add_argument("config", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", type=Path, help="image file")
     parser.add_argument("--plans", nargs="+", default=["base", "distilled", "hybrid"])
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--backend", default="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Draw a row for each of `PROMPTS` and write the sheet."""
     config = ModelConfig.read(arguments.config)
     plans = {name: config.plan(name) for name in arguments.plans}
     pipeline = Pipeline(config, get_backend(arguments.backend))

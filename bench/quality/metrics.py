@@ -1,4 +1,4 @@
-"""What the quality bench measures, as functions of images, embeddings and readings."""
+"""The metrics of the quality benchmark, as functions of images, embeddings and attribute values."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ Floats = NDArray[np.float64]
 
 
 def share(outcomes: Sequence[bool]) -> float:
-    """Of the outcomes, how many are true; 0 where there are none."""
+    """Return the share of outcomes that are true; 0 if there are none."""
     return sum(outcomes) / len(outcomes) if outcomes else 0.0
 
 
 def frechet_distance(left: Floats, right: Floats) -> float:
-    """Between the normal distributions fitted to two sets of embeddings (images, width).
+    """Return the Fréchet distance of the normal distributions fitted to two sets of embeddings (images, width).
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the FID of Heusel et al. 2017 (arXiv 1706.08500), as clean-fid
-    computes it. It falls with the number of images: compare sets of one size.
+    computes it. It is biased upwards for few images, so only sets of the same size can be compared.
     """
     covariances = np.cov(left, rowvar=False), np.cov(right, rowvar=False)
-    # The product of two covariances has real, non-negative eigenvalues, whose roots are those of the matrix root.
+    # The root's trace is the sum of the roots of the product's eigenvalues, which are real and not negative.
     roots = np.sqrt(np.clip(linalg.eigvals(covariances[0] @ covariances[1]).real, 0, None))
     shift = left.mean(axis=0) - right.mean(axis=0)
     return float(shift @ shift + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots.sum())
 
 
 def kernel_distance(left: Floats, right: Floats) -> float:
-    """Squared maximum mean discrepancy of two sets of embeddings (images, width), unbiased: it can be below 0.
+    """Return the squared maximum mean discrepancy of two sets of embeddings (images, width).
 
-    With the kernel (x . y / width + 1)^3, the KID of Binkowski et al. 2018 (arXiv 1801.01401), over all images.
+    The KID of Binkowski et al. 2018 (arXiv 1801.01401), with the kernel (x . y / width + 1)^3, over all images at once.
+    The estimate is unbiased, and so can be below 0.
     """
 
     def kernel(one: Floats, other: Floats) -> Floats:
@@ -49,7 +50,7 @@ def kernel_distance(left: Floats, right: Floats) -> float:
 
 
 def mean_pairwise_distance(embeddings: Floats) -> float:
-    """Mean Euclidean distance of two different rows of `embeddings` (images, width)."""
+    """Return the mean Euclidean distance of two different rows of `embeddings` (images, width)."""
     squares = (embeddings**2).sum(axis=1)
     distances = np.sqrt(np.clip(squares[:, None] + squares[None] - 2 * embeddings @ embeddings.T, 0, None))
     np.fill_diagonal(distances, 0)
@@ -57,10 +58,11 @@ def mean_pairwise_distance(embeddings: Floats) -> float:
 
 
 def relative_entropy(values: Sequence[str], possible: Sequence[str]) -> float:
-    """Entropy of what was drawn over that of a uniform draw from `possible`: 1 is the renderer's, 0 always the same.
+    """Return the entropy of `values` over that of the uniform distribution on `possible`.
 
-    With the correction of Miller and Madow for few draws, (kinds - 1) / (2 draws) nats, so that a uniform draw of 64
-    is near 1 in the mean; single values may lie above.
+    It is 1 for uniform values, as the renderer draws them, and 0 if all are the same. The correction of Miller and
+    Madow for small samples, (distinct values - 1) / (2 values) nats, makes the mean of 64 uniform values about 1; a
+    single sample can have more.
     """
     counts = np.array(list(Counter(values).values()), dtype=np.float64)
     if not counts.size:
@@ -71,14 +73,17 @@ def relative_entropy(values: Sequence[str], possible: Sequence[str]) -> float:
 
 
 def saturation(images: Iterable[Image.Image]) -> float:
-    """Mean saturation of HSV, 0 to 1."""
+    """Return the images' mean saturation in HSV, 0 to 1."""
     return float(np.mean([np.asarray(image.convert("HSV"))[..., 1].mean() / 255 for image in images]))
 
 
 def top_octave_power(pixels: Floats) -> float:
-    """Variance of a grey patch (height, width), values 0 to 1, at a quarter of a cycle a pixel or more.
+    """Return the variance of a grey patch at spatial frequencies of a quarter of a cycle per pixel and above.
 
-    By Parseval's theorem on the patch under a Hann window, over the window's own power.
+    The patch is weighted by a Hann window, for whose power the result is corrected.
+
+    Args:
+        pixels: (height, width), 0 to 1.
     """
     window = np.outer(np.hanning(pixels.shape[0]), np.hanning(pixels.shape[1]))
     spectrum = np.abs(np.fft.fft2((pixels - pixels.mean()) * window)) ** 2

@@ -1,7 +1,7 @@
-"""Base, caches, distilled and hybrid on the same prompts and seeds: diversity, quality, negative prompts and cost.
+"""Compare plans on the same prompts and seeds: quality, diversity, negative prompts and cost.
 
-Every figure's definition is in `bench.quality.metrics`; what is drawn is in a file of cases, and by which plans in
-`bench/methods.yaml`.
+A file of cases holds the prompts and seeds, a file of methods (by default `bench/methods.yaml`) the plans.
+`bench.quality.metrics` defines the metrics.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
 
-_RENDERS = ("main", "renders")  # group and name of the renders' own row
-_FULL = ("main", "bridge")  # groups that are measured in everything
-_SWEEP_SHARE = 4  # the others draw every fourth case, and have distances of their own scale
-_REFERENCES = 2000  # held-out renders that images are compared with
+_RENDERS = ("main", "renders")  # group and name of the row for the renderer itself
+_FULL = ("main", "bridge")  # groups for which every metric is measured
+_SWEEP_SHARE = 4  # the others run on every fourth case, so their distances are on another scale
+_REFERENCES = 2000  # number of held-out renders that images are compared with
 
 
 class QualityBench:
-    """Measures plans of one model on one split."""
+    """Measures plans of one model on one split of the cases."""
 
     def __init__(
         self,
@@ -54,9 +54,14 @@ class QualityBench:
         references: int = _REFERENCES,
         scorers: Mapping[str, Scorer] | None = None,
     ) -> None:
-        """Args:
-        references: how many renders to compare images with.
-        scorers: of images by their prompts, by fields of `Measured`.
+        """Set up the benchmark.
+
+        Args:
+            pipeline: the model.
+            cases: the split.
+            batch: largest number of images in a batch.
+            references: number of renders to compare images with.
+            scorers: scorers of images against their prompts, by the field of `Measured` that takes the score.
         """
         self._pipeline = pipeline
         self._cases = cases
@@ -66,12 +71,12 @@ class QualityBench:
 
     @cached_property
     def _references(self) -> metrics.Floats:
-        """Embeddings of renders, which only scenes are compared with."""
+        """Embeddings (references, width) of held-out renders; computed only if a model of scenes needs them."""
         rng = Random("references")
         return embed([_render(sample_scene(rng), rng) for _ in range(self._reference_count)])
 
     def renders(self) -> Measured:
-        """The renderer's own row: what a perfect model would reach, by the same counts of images."""
+        """Measure the renderer itself on as many images: what a perfect model would reach."""
         rng = Random("renders")
         plain = [_render(sample_scene(rng), rng) for _ in self._cases.plain]
         furry = [_render(_furry_square(rng), rng) for _ in self._cases.texture]
@@ -86,8 +91,13 @@ class QualityBench:
         )
 
     def measure(self, group: str, name: str, plan: Plan, *, everything: bool) -> Measured:
-        """A plan's row but for its cost; without `everything` on fewer cases, and without diversity, texture and
-        negative prompts.
+        """Measure a plan, except for its cost.
+
+        Args:
+            group: group of the method.
+            name: name of the method.
+            plan: the method's plan.
+            everything: whether to run all cases and to measure diversity, texture and negative prompts too.
         """
         cases = self._cases if everything else self._cases.part(_SWEEP_SHARE)
         texture = None
@@ -163,7 +173,7 @@ def _render(scene: Scene, rng: Random) -> Image.Image:
 
 
 def _furry_square(rng: Random) -> Scene:
-    """As the texture cases' prompts ask for."""
+    """Draw a scene such as the prompts of the texture cases describe."""
     scene = sample_scene(rng, 1)
     (thing,) = scene.objects
     color, radius = rng.choice(list(COLORS)), rng.uniform(*SIZES["large"])
@@ -173,7 +183,7 @@ def _furry_square(rng: Random) -> Scene:
 
 
 def _entropies(case: Open, readings: Sequence[Reading]) -> Iterable[float]:
-    """Of each attribute that the case leaves open, over the readings that have an object."""
+    """Yield the relative entropy of each attribute that a case leaves open, over the readings that have an object."""
     for attribute in case.open:
         values = [
             reading.background if attribute == "background" else getattr(thing, attribute)
@@ -190,7 +200,7 @@ def _shows(reading: Reading, case: Negated) -> bool:
 
 
 def _texture(images: Sequence[Image.Image]) -> float | None:
-    """Mean power in the top octave of the middle of each image's largest object; None without any."""
+    """Return the mean top-octave power at the centre of each image's largest object, or None if there is no object."""
     powers = []
     for image in images:
         thing = largest(read(image))
@@ -204,38 +214,50 @@ def _texture(images: Sequence[Image.Image]) -> float | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to `parser`."""
     parser.add_argument("config", type=Path, nargs="?", default=SCENES)
     parser.add_argument("--cases", type=Path, default=TEST)
     parser.add_argument("--methods", type=Path, default=METHODS)
-    parser.add_argument("--groups", nargs="+", help="of the methods; by default all")
-    parser.add_argument("--share", type=int, default=1, help="measure every SHARE-th case only")
+    parser.add_argument("--groups", nargs="+", help="groups of methods to measure, by default all")
+    parser.add_argument("--share", type=int, default=1, help="measure only every SHARE-th case")
     parser.add_argument("--backend", default="cpu")
     parser.add_argument(
-        "--colocated", action="store_true", help="one set of weights with adapters by row, not a copy for each adapter"
+        "--colocated",
+        action="store_true",
+        help="hold one set of weights for all adapters, not a copy with each one fused in",
     )
-    parser.add_argument("--batch", type=int, default=32, help="images drawn at a time")
+    parser.add_argument("--batch", type=int, default=32, help="largest number of images in a batch")
     parser.add_argument("--clip", help="directory or repo id of a CLIP model, for the CLIP score")
-    parser.add_argument("--image-reward", action="store_true", help="score by ImageReward, which must be installed")
-    parser.add_argument("--hpsv2", action="store_true", help="score by HPSv2, which must be installed")
+    parser.add_argument(
+        "--image-reward", action="store_true", help="also score by ImageReward, which must be installed"
+    )
+    parser.add_argument("--hpsv2", action="store_true", help="also score by HPSv2, which must be installed")
     parser.add_argument(
         "--resume",
         type=Path,
         metavar="REPORT",
-        help="a quality.json of the same plans that was cut off, or drawn on a faster machine: all but seconds is kept",
+        help="quality.json of an interrupted run or of a faster machine; everything but times is taken from it",
     )
     add_output_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Measure the methods, print a line for each, and write the report.
+
+    Results are saved after every method, so that an interrupted run can be resumed.
+
+    Raises:
+        SystemExit: `--groups` names a group that the file of methods does not have.
+        ValueError: `--resume` names a report on another model or other cases.
+    """
     config = ModelConfig.read(arguments.config)
     methods = read_methods(config.plans, arguments.methods)
     groups = arguments.groups or list(methods)
     if unknown := set(groups) - set(methods):
         raise SystemExit(f"--groups must be of {', '.join(methods)}, not {', '.join(sorted(unknown))}")
     backend = get_backend(arguments.backend)
-    # Or prompts drawn before would cost nothing to encode.
     make = Pipeline if arguments.colocated else SpreadPipeline
-    pipeline = make(config, backend, remembered=0)
+    pipeline = make(config, backend, remembered=0)  # no cache of prompts: encoding is measured, too
     cases = Cases.read(arguments.cases).part(arguments.share)
     scorers: dict[str, Scorer] = {}
     if arguments.clip:
@@ -257,6 +279,6 @@ def run(arguments: argparse.Namespace) -> None:
         measured = known.get(key) or bench.measure(*key, plan, everything=key[0] in _FULL)
         known[key] = replace(measured, **asdict(cost))
         print(summary(known[key]), flush=True)
-        write_rows(output / REPORT, head, list(known.values()))  # those to come that were resumed, too
+        write_rows(output / REPORT, head, list(known.values()))  # with resumed rows whose turn is still to come
     rows = [known[key] for key in (_RENDERS, *named) if key in known]
     write_report(output, head, rows, draw_figures(pipeline, methods[groups[0]], output))

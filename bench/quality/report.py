@@ -1,4 +1,4 @@
-"""A quality bench's rows as a Markdown table and an HTML page."""
+"""Results of the quality benchmark as JSON, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ REPORT = "quality.json"
 
 @dataclass(frozen=True)
 class Measured:
-    """One method's figures, or the renders'; None where not measured.
+    """Results for one method, or for the renderer; None if not measured.
 
     Attributes:
-        group, name: of the method.
-        saturation: mean of HSV's.
-        frechet, kernel: distances to held-out renders.
-        clip, image_reward, hpsv2: mean scores by the prompts; see `bench.quality.scorers`.
-        single, relation: accuracy on one object and on two with their relation.
-        entropy: of the attributes that a prompt leaves open, over the renderer's; mean over prompts and attributes.
-        spread: mean distance of two images of one prompt, in the embedding.
-        texture: power of furry fills in the top octave.
+        group, name: group and name of the method.
+        saturation: mean saturation in HSV, 0 to 1.
+        frechet, kernel: Fréchet and kernel distance to held-out renders.
+        clip, image_reward, hpsv2: mean scores of images against their prompts; see `bench.quality.scorers`.
+        single, relation: accuracy on prompts of one object, and of two objects and their relation.
+        entropy: entropy of the attributes that a prompt leaves open, relative to the renderer's; mean over prompts and
+            attributes.
+        spread: mean distance of two images of the same prompt in the embedding.
+        texture: top-octave power of furry fills.
         named, named_negated: how often an attribute appears without and with the negative prompt that names it.
-        removal: of what appears without the negative prompt, the part that is gone with it.
-        shape, shape_negated: how often the prompt's own shape appears without and with it.
+        removal: relative decrease from `named` to `named_negated`.
+        shape, shape_negated: how often the prompt's own shape appears without and with the negative prompt.
         nfe, encode, denoise, decode, denoise_batched, speed_up, speed_up_batched: see `bench.quality.cost.Cost`.
     """
 
@@ -61,7 +62,7 @@ class Measured:
     speed_up_batched: float | None = None
 
 
-# Heading -> field of a row and how it is written.
+# Fields of a row and their formats, by the column's heading.
 _COLUMNS = {
     "NFE": ("nfe", "{:.1f}"),
     "encode, s": ("encode", "{:.3f}"),
@@ -96,18 +97,18 @@ _LEGEND = (
 
 
 def _cells(row: Measured) -> dict[str, str]:
-    """By heading; empty where not measured."""
+    """Format a row's values by heading; those not measured are empty."""
     values = {heading: getattr(row, name) for heading, (name, _) in _COLUMNS.items()}
     return {heading: "" if value is None else _COLUMNS[heading][1].format(value) for heading, value in values.items()}
 
 
 def summary(row: Measured) -> str:
-    """A line for the terminal."""
+    """Format a row as a line for the terminal."""
     return f"{row.group}/{row.name}: " + ", ".join(f"{name} {cell}" for name, cell in _cells(row).items() if cell)
 
 
 def tables(rows: Sequence[Measured]) -> dict[str, list[list[str]]]:
-    """Group -> a table whose first row is its headings, with only the columns that the group fills."""
+    """Tabulate the rows of each group, headings first, with only the columns that have a value in the group."""
     made = {}
     for group, members in groupby(rows, key=lambda row: row.group):
         listed = list(members)
@@ -119,14 +120,19 @@ def tables(rows: Sequence[Measured]) -> dict[str, list[list[str]]]:
 
 
 def write_rows(path: Path, head: dict[str, Any], rows: Sequence[Measured]) -> None:
-    """`rows` as JSON, below what `head` says of all of them."""
+    """Write rows as JSON, after the entries of `head`, which apply to all of them."""
     write_json(path, {**head, "rows": [asdict(row) for row in rows]})
 
 
 def read_rows(path: Path, drawn: dict[str, Any]) -> dict[tuple[str, str], Measured]:
-    """By group and name, what `write_rows` wrote.
+    """Read what `write_rows` wrote, by group and name.
 
-    Raises ValueError if its head has other values than `drawn`.
+    Args:
+        path: the JSON file.
+        drawn: entries that the file's head must have.
+
+    Raises:
+        ValueError: the head has other values.
     """
     content = json.loads(path.read_text())
     if (other := {key: content[key] for key in drawn}) != drawn:
@@ -136,11 +142,13 @@ def read_rows(path: Path, drawn: dict[str, Any]) -> dict[tuple[str, str], Measur
 
 
 def write_report(output: Path, head: dict[str, Any], rows: Sequence[Measured], figures: dict[str, Path]) -> None:
-    """Write `REPORT`, `quality.md` and `quality.html` to the directory `output`.
+    """Write the report as `REPORT`, `quality.md` and `quality.html`.
 
     Args:
-        head: what was measured where, for all three.
-        figures: caption -> file in `output`.
+        output: directory to write to.
+        head: what was measured, and on which machine.
+        rows: the results; those of a group are adjacent.
+        figures: image files in `output`, by their captions.
     """
     write_rows(output / REPORT, head, rows)
     caption = ", ".join(f"{name} {value}" for name, value in head.items())

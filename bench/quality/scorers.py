@@ -1,4 +1,4 @@
-"""How well images suit their prompts by public models, where no oracle knows what they should show."""
+"""Scores of how well images match their prompts, by public models, for prompts that the oracle cannot judge."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPModel
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], float]
-"""Mean score of images, each by the prompt at its place."""
+"""Mean score of images against prompts, pair by pair."""
 
 
 def clip_scorer(source: str, device: str) -> Scorer:
-    """CLIP score, Hessel et al. 2021 (arXiv 2104.08718): 100 max(cos, 0) of image and text, as torchmetrics scales it.
+    """Load the CLIP score, Hessel et al. 2021 (arXiv 2104.08718).
+
+    A pair's score is 100 max(cos, 0) of the image's and the text's embeddings, the scale of torchmetrics.
 
     Args:
         source: directory or repo id of a CLIP model, such as openai/clip-vit-large-patch14.
+        device: torch's name of the device to run it on.
     """
     model, processor = CLIPModel.from_pretrained(source).to(device).eval(), AutoProcessor.from_pretrained(source)
 
@@ -32,13 +35,13 @@ def clip_scorer(source: str, device: str) -> Scorer:
 
 
 def image_reward_scorer() -> Scorer:
-    """ImageReward 1.0, Xu et al. 2023 (arXiv 2304.05977), by its own package `image-reward`."""
+    """Load ImageReward 1.0, Xu et al. 2023 (arXiv 2304.05977), from the package `image-reward`."""
     model = import_module("ImageReward").load("ImageReward-v1.0")
     return _mean_of(lambda image, prompt: float(model.score(prompt, image)))
 
 
 def hpsv2_scorer() -> Scorer:
-    """Human Preference Score 2.1, Wu et al. 2023 (arXiv 2306.09341), by its own package `hpsv2`."""
+    """Load Human Preference Score 2.1, Wu et al. 2023 (arXiv 2306.09341), from the package `hpsv2`."""
     score = import_module("hpsv2").score
     return _mean_of(lambda image, prompt: float(score(image, prompt, hps_version="v2.1")[0]))
 

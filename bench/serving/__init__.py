@@ -1,1 +1,1 @@
-"""What a running server does under load, beside its rivals."""
+"""Measurements of a running server under load, and of the alternatives to it."""

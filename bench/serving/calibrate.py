@@ -1,4 +1,4 @@
-"""A scenario for the simulator, from what a server and its machine take for each stage of a plan."""
+"""Calibration of the simulator (`cluster.simulate`) against a running server and this machine."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from stages.image import parse_size
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, StageSpec
 
-REPLICA_THREADS = 1  # Ray gives a replica one for every core that it asks for, and no fewer
+REPLICA_THREADS = 1  # Ray gives a replica a thread for each core that it reserves, and at least one
 _BATCH = 8
 _MOST_CONTENTION = 4.0
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch use so many, for a while."""
+    """Let torch use `count` threads within the `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -45,16 +45,21 @@ def calibrate(
     deadline: float,
     batch_tokens: int,
 ) -> Scenario:
-    """Encoder, stages and decoder as processes of one thread each, on this machine's cores.
+    """Return a scenario of the server: HTTP, encoder, stages and decoder, each a thread on one of this machine's cores.
 
-    How long a stage takes is what the server says with one client; how that grows with a batch is measured here; and
-    how far busy cores slow each other down is what makes the simulated server take as long as the real one with two.
+    The duration of a stage is what the server reports under one client. How it grows with the batch size is measured
+    here, without the server. The contention between busy cores is fitted, so that the simulated latency under two
+    clients equals the measured one.
 
     Args:
-        prompted: at least 8.
-        one_client, two_clients: of the server, by closed loops.
-        rate, deadline: see `Scenario`.
-        batch_tokens: most image tokens of a step, as `max_batch_tokens` of the server's settings.
+        pipeline: the model, with adapters as the server holds them.
+        plan: the plan that the server ran.
+        prompted: at least 8 images.
+        one_client: the server's figures under a closed loop with one client.
+        two_clients: the same with two.
+        rate: requests per second, see `Scenario`.
+        deadline: seconds, see `Scenario`.
+        batch_tokens: most image tokens in a step, the server's `max_batch_tokens`.
     """
     size = pipeline.config.sizes[0]
     width, height = parse_size(size)
@@ -83,7 +88,7 @@ def calibrate(
 
 
 def _seconds(pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted]) -> dict[str, float]:
-    """Median seconds of each stage for a batch of all, after one to warm up."""
+    """Return the median seconds that each stage takes for one batch of all images, after a warm-up run."""
     runs: list[dict[str, float]] = []
     for _ in range(6):
         runs.append(defaultdict(float))
@@ -93,14 +98,21 @@ def _seconds(pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted]) -> di
 
 
 def _stage(alone: float, growth: float, steps: int, most: int) -> Stage:
-    """From the seconds of one image over all `steps`, and how many times as long `_BATCH` take."""
+    """Split a stage's duration into a fixed part and a part per image.
+
+    Args:
+        alone: seconds of one image, over all steps.
+        growth: duration of `_BATCH` images over that of one.
+        steps: number of steps.
+        most: largest batch.
+    """
     per_image = alone * max((growth - 1) / (_BATCH - 1), 0.01)
     fixed = max(alone - per_image, 0.0)
     return Stage(device="core", steps=steps, fixed=fixed / steps, per_image=per_image / steps, max_batch=most)
 
 
 def _contend(scenario: Scenario, latency: float) -> Scenario:
-    """With the contention, 1 to `_MOST_CONTENTION`, by which two clients wait `latency` seconds on average."""
+    """Fit the contention, 1 to `_MOST_CONTENTION`, such that two clients see a mean latency of `latency` seconds."""
 
     def at(contention: float) -> Scenario:
         core = scenario.devices["core"].model_copy(update={"contention": contention})

@@ -1,4 +1,4 @@
-"""The simulator against a running server, by loads that it was not calibrated on."""
+"""Validation of the simulator against a running server, under loads that it was not calibrated on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ from stages.plan import Plan
 
 _ROUNDS = 4
 _CLIENTS = 8
-_APART = 1e4  # seconds between the arrivals of two rounds, which do not meet
+_APART = 1e4  # seconds between the arrivals of two rounds, so that they do not overlap
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """One figure of one load; its unit is the name's."""
+    """A figure under one load, simulated and measured.
+
+    Attributes:
+        name: the figure with its unit, and the load.
+        foreseen: the simulated value.
+        measured: the server's value.
+    """
 
     name: str
     foreseen: float
@@ -29,7 +35,7 @@ class Forecast:
 
     @property
     def error(self) -> float:
-        """Over what was measured."""
+        """Relative error of the simulated value."""
         return self.foreseen / self.measured - 1
 
 
@@ -45,16 +51,24 @@ def forecasts(
     deadline: float,
     batch_tokens: int,
 ) -> Iterator[Forecast]:
-    """Latency under random arrivals, and throughput of many clients, from what one and two clients see.
+    """Simulate latency under Poisson arrivals and the throughput of many clients, and measure both.
 
-    All loads take turns, a part of each, since a shared machine has slow minutes.
+    The simulator is calibrated on loops of one and two clients. The loads run in turns, because the speed of a shared
+    machine drifts.
 
     Args:
-        bodies: of requests that the server answers by `plan`, in the model's first size.
-        pipeline: with adapters as the server holds them.
-        prompted: see `calibrate`.
-        rate, seconds: of the random arrivals.
-        deadline, batch_tokens: see `calibrate`.
+        url: the server's URL.
+        bodies: bodies of requests for `plan` at the model's first size.
+        pipeline: the model, with adapters as the server holds them.
+        plan: the plan of the requests.
+        prompted: images for `calibrate`.
+        rate: requests per second of the Poisson arrivals.
+        seconds: duration of the Poisson arrivals.
+        deadline: seconds within which an answer counts for goodput.
+        batch_tokens: the server's `max_batch_tokens`.
+
+    Raises:
+        ValueError: every request of a load failed.
     """
     count = round(rate * seconds / _ROUNDS)
     one: list[Sent] = []

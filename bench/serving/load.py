@@ -1,4 +1,4 @@
-"""Load on a server of the images API, and what came of it."""
+"""Load generators for a server of the images API, and the figures of a run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _TIMEOUT = 600.0  # seconds; a request that takes longer counts as failed
 
 @dataclass(frozen=True)
 class Sent:
-    """One request.
+    """A request that was sent.
 
     Attributes:
-        due: when it was to be sent; under open load a late client adds to the latency.
-        end: when the answer was here. All in seconds of one monotonic clock.
-        stages: seconds of work by stage, where the server says so.
-        error: None, or what went wrong.
+        due: when it was due to be sent, in seconds of the monotonic clock; a client that sends late adds to the
+            latency.
+        end: when its answer had arrived, on the same clock.
+        stages: seconds of work by stage, empty if the server reports none.
+        error: what went wrong, or None.
     """
 
     due: float
@@ -42,15 +43,15 @@ class Sent:
 
 @dataclass(frozen=True)
 class LoadFigures:
-    """Of a run.
+    """Figures of a run.
 
     Attributes:
-        requests, failed: counts.
-        throughput: answers a second, from the first request to the last answer.
-        p50, p95, p99: seconds of latency.
-        goodput: answers a second within the deadline.
+        requests, failed: number of requests, and of those that failed.
+        throughput: answers per second, from the first request to the last answer.
+        p50, p95, p99: percentiles of the latency in seconds.
+        goodput: answers per second within the deadline.
         stages: mean seconds of work by stage.
-        elsewhere: mean seconds of a request outside of its stages: queues, hops, HTTP.
+        elsewhere: mean seconds that a request spends outside its stages: in queues, between deployments, in HTTP.
     """
 
     requests: int
@@ -65,7 +66,15 @@ class LoadFigures:
 
 
 def figures(sent: Sequence[Sent], deadline: float) -> LoadFigures:
-    """Raises ValueError if every request failed, with the first one's error."""
+    """Summarise a run.
+
+    Args:
+        sent: the run's requests.
+        deadline: seconds within which an answer counts for goodput.
+
+    Raises:
+        ValueError: every request failed; the message holds the first one's error.
+    """
     answered = [request for request in sent if request.error is None]
     if not answered:
         raise ValueError(f"no request was answered: {sent[0].error if sent else 'none was sent'}")
@@ -103,14 +112,14 @@ async def _send(client: httpx.AsyncClient, body: dict[str, Any], due: float) -> 
     if answer.status_code != 200:
         return Sent(due, end, {}, f"{answer.status_code}: {answer.text[:200]}")
     image = answer.json()["data"][0]
-    stages: dict[str, float] = defaultdict(float)  # one that came in parts has several timings
+    stages: dict[str, float] = defaultdict(float)  # a stage in parts has several timings
     for timing in image.get("timings", ()):
         stages[timing["stage"]] += timing["seconds"]
     return Sent(due, end, stages, None)
 
 
 async def closed_loop(url: str, bodies: Sequence[dict[str, Any]], concurrency: int, count: int) -> list[Sent]:
-    """`count` requests, `concurrency` at any time."""
+    """Send `count` requests, with `concurrency` under way at any time; `bodies` are used in turn."""
     queue = iter(list(itertools.islice(itertools.cycle(bodies), count)))
     sent: list[Sent] = []
     async with _client(url) as client:
@@ -124,7 +133,7 @@ async def closed_loop(url: str, bodies: Sequence[dict[str, Any]], concurrency: i
 
 
 async def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, count: int, seed: int = 0) -> list[Sent]:
-    """`count` requests that arrive as a Poisson process of `rate` a second, whether or not answers come."""
+    """Send `count` requests as a Poisson process of `rate` per second, without waiting for answers."""
     async with _client(url) as client:
 
         async def one(body: dict[str, Any], due: float) -> Sent:

@@ -1,4 +1,4 @@
-"""What a server adds to the work itself: its latency over that of the same work in one process."""
+"""Overhead of a server: its latency relative to that of the same work in one process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from stages.plan import Plan
 
 @dataclass(frozen=True)
 class Overhead:
-    """Of a server at concurrency 1, in seconds.
+    """Latency of a server at concurrency 1; medians in seconds.
 
     Attributes:
-        bare, bare_all_cores: the same work in one process, with a replica's one thread and with a thread a core.
+        server: name of the server.
+        size: `WIDTHxHEIGHT` in pixels.
+        latency: latency of a request.
+        bare: the same work in one process, with the one thread of a replica.
+        bare_all_cores: the same with a thread per core.
     """
 
     server: str
@@ -33,18 +37,21 @@ class Overhead:
 
     @property
     def ratio(self) -> float:
+        """Latency relative to `bare`."""
         return self.latency / self.bare
 
 
 def overheads(
     server: str, url: str, pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted]
 ) -> Iterator[Overhead]:
-    """Of a running server, on the model's first size and on its largest; its requests and bare images take turns.
+    """Measure a server's overhead at the model's first size and at its largest, with requests and local runs in turns.
 
     Args:
-        pipeline: with adapters as the server holds them.
-        plan: the server's default.
-        prompted: drawn by either; the first two, to warm up, do not count.
+        server: name of the server.
+        url: its URL.
+        pipeline: the model, with adapters as the server holds them.
+        plan: the server's default plan.
+        prompted: images to generate both ways; the first two are a warm-up.
 
     Raises:
         RuntimeError: a request failed.

@@ -1,4 +1,4 @@
-"""This engine and its rivals, started as a user would start them."""
+"""This engine and its alternatives, started as a user would start them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ _START_TIMEOUT = 300.0  # seconds
 
 @dataclass(frozen=True)
 class Server:
-    """How to start one.
+    """How to start a server.
 
     Attributes:
-        command: with `{port}` and `{config}` to be filled in.
-        config: of `serve run`, if it takes a file.
-        slow: seconds an image are so many that only a few requests are sent.
+        name: name in results.
+        command: command line with the placeholders `{port}` and `{config}`.
+        config: content of the config file, or None if it takes none.
+        slow: whether an image takes so long that only a few requests are sent.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Server:
 
 
 def colocated(config: dict[str, Any]) -> dict[str, Any]:
-    """`serve_config.yaml` with all stages in one deployment, on one set of weights."""
+    """Return a Serve config with all stages of `config` in one deployment, on one set of weights."""
     config = copy.deepcopy(config)
     (application,) = config["applications"]
     placement = application["args"]["placement"]
@@ -55,6 +56,7 @@ def colocated(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def servers(model: Path) -> list[Server]:
+    """Return this engine, spread and co-located, and then its alternatives, to serve the model of a config."""
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config["applications"][0]["args"]["model"] = str(model)
     monolith = {
@@ -64,7 +66,7 @@ def servers(model: Path) -> list[Server]:
                 "name": "monolith",
                 "import_path": "bench.serving.rivals.monolithic_serve:build",
                 "args": {"model": str(model), "plan": "hybrid"},
-                # It alone computes: a thread a core, where Ray's default is one.
+                # Its one replica may use all cores; Ray's default is one thread.
                 "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(os.cpu_count())}},
             }
         ],
@@ -85,8 +87,9 @@ class Running:
     """A server that is ready.
 
     Attributes:
-        process: what was started, in a session of its own; Ray's daemons and workers descend from it.
-        log: its console.
+        url: its URL.
+        process: the process that was started, in a new session; Ray's daemons and workers descend from it.
+        log: file with its output.
     """
 
     url: str
@@ -94,11 +97,11 @@ class Running:
     log: Path
 
     def processes(self) -> list[psutil.Process]:
-        """The server's processes that are alive."""
+        """Return the server's processes that are alive."""
         return [self.process, *self.process.children(recursive=True)] if self.process.is_running() else []
 
     def resident_memory(self) -> int:
-        """Bytes resident in the processes that hold a model or serve HTTP, without Ray's daemons."""
+        """Return the resident bytes of the processes that hold a model or serve HTTP, without Ray's daemons."""
         total = 0
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
@@ -110,7 +113,15 @@ class Running:
 
 @contextmanager
 def started(server: Server, model: Path) -> Iterator[Running]:
-    """Run a server. Raises RuntimeError with its log if it does not get ready."""
+    """Run a server within the `with` block.
+
+    Args:
+        server: the server.
+        model: path of the model's config.
+
+    Raises:
+        RuntimeError: the server ended or was not ready in time; the message holds the end of its log.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -122,7 +133,7 @@ def started(server: Server, model: Path) -> Iterator[Running]:
             config["http_options"]["port"] = port
             path.write_text(yaml.safe_dump(config))
         command = [part.format(port=port, config=path) for part in server.command]
-        # A cluster of its own, whatever else of Ray runs here: Ray looks for one to join in these two.
+        # Otherwise Ray might join another cluster: it looks for one in RAY_TMPDIR and in RAY_ADDRESS.
         environment = {**os.environ, "RIVAL_MODEL": str(model), "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": directory}
         environment.pop("RAY_ADDRESS", None)
         with log.open("w") as file:
@@ -142,7 +153,7 @@ def started(server: Server, model: Path) -> Iterator[Running]:
 
 
 def _end(running: Running) -> None:
-    """Stop a server, and what of its own processes outlives it."""
+    """Stop a server and all its processes."""
     processes = running.processes()
     with suppress(psutil.NoSuchProcess):
         running.process.terminate()

@@ -1,13 +1,16 @@
-"""This engine under load over HTTP, beside what a user would run without it, on the same machine in one run.
+"""Load this engine and its alternatives over HTTP, one after the other on the same machine.
 
-Rivals: diffusers' base model behind FastAPI, and a monolithic Ray Serve deployment that runs the same hybrid plan.
-Each server in turn is started, warmed up, and driven by a closed loop at several concurrencies; then this engine and
-the monolith by an open loop (Poisson arrivals) at 70 % of the monolith's saturation. The overhead is this engine's
-latency at concurrency 1 over the bare sum of encoding, network evaluations and decoding in one process, with the
-adapters as the server holds them and as many threads as a replica has; the same sum with a thread a core is reported
-beside it. Requests and bare images take turns, since a shared machine has slow minutes. What does not grow with the
-work weighs most on a small image, so that a large one is measured as well. Last, the simulator (`cluster.simulate`)
-must foresee what the spread stages do (`bench.serving.forecast`).
+The alternatives are diffusers' base model behind FastAPI, and a monolithic Ray Serve deployment that runs the same
+hybrid plan. Each server is started, warmed up, and loaded by a closed loop at several concurrencies. This engine and
+the monolith are then loaded by an open loop (Poisson arrivals) at 70 % of the monolith's saturation throughput.
+
+The overhead is this engine's latency at concurrency 1, relative to the sum of encoding, network evaluations and
+decoding in one process, with the same adapters and number of threads as a replica. The sum with a thread per core is
+reported as well. Requests and local runs alternate, because the speed of a shared machine drifts. Costs that do not
+depend on the size of an image weigh most on a small one, so a large one is measured too.
+
+Last, the spread deployments' figures are compared with the simulator's (`cluster.simulate`); see
+`bench.serving.forecast`.
 """
 
 from __future__ import annotations
@@ -34,12 +37,19 @@ from stages.config import ModelConfig
 from stages.pipeline import Pipeline
 
 _SATURATION = 0.7  # of the monolith's throughput, for the open loop
-_OPEN_LOOP = 6  # times as long as a closed one: its tail is what counts
+_OPEN_LOOP = 6  # times as long as a closed loop, because its tail latency is of interest
 
 
 @dataclass(frozen=True)
 class Row:
-    """One server at one load; `load` is `concurrency N` or `N a second`."""
+    """Figures of one server under one load.
+
+    Attributes:
+        server: name of the server.
+        load: such as `concurrency 8` or `1.50 a second`.
+        figures: the figures.
+        memory: resident bytes of its processes after the run.
+    """
 
     server: str
     load: str
@@ -48,14 +58,23 @@ class Row:
 
 
 class Comparison:
-    """Measures server after server on the same requests, and prints as it goes.
+    """Measures the servers one after the other on the same requests, and prints each result.
 
     Attributes:
-        rows, overheads, forecasts: what was measured.
+        rows: figures by server and load.
+        overheads: overhead of this engine.
+        forecasts: figures of the spread deployments, simulated and measured.
     """
 
     def __init__(self, model: Path, concurrencies: Sequence[int], seconds: float, deadline: float) -> None:
-        """Args: as the command's."""
+        """Load the model for the local runs.
+
+        Args:
+            model: path of the model's config.
+            concurrencies: numbers of clients of the closed loops.
+            seconds: duration of a closed loop, roughly.
+            deadline: seconds within which an answer counts for goodput.
+        """
         config, backend = ModelConfig.read(model), get_backend("cpu")
         self.rows: list[Row] = []
         self.overheads: list[Overhead] = []
@@ -72,7 +91,8 @@ class Comparison:
         self._rate = 0.0
 
     def run(self) -> None:
-        for server in reversed(servers(self._model)):  # the monolith tells the rate of the open loops
+        """Start and measure every server; raises RuntimeError if one does not start."""
+        for server in reversed(servers(self._model)):  # the monolith's throughput sets the rate of the open loops
             with started(server, self._model) as running:
                 self._closed_loops(server, running)
                 if server.name == MONOLITH:
@@ -91,7 +111,7 @@ class Comparison:
         return figures(asyncio.run(closed_loop(url, bodies, concurrency, count)), self._deadline)
 
     def _closed_loops(self, server: Server, running: Running) -> None:
-        """One for each concurrency, after one to warm up; each as long as the throughput before makes it."""
+        """Run a loop at each concurrency, after a warm-up; the throughput before gives its number of requests."""
         made = self._closed(running.url, self._requests, 2, 4 if server.slow else 24)
         for concurrency in [1, 8] if server.slow else sorted({1, *self._concurrencies}):
             count = max(concurrency * 2, 4, round(made.throughput * self._seconds))
@@ -133,19 +153,21 @@ class Comparison:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to `parser`."""
     parser.add_argument("config", type=Path, nargs="?", default=SCENES)
     parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument(
         "--seconds",
         type=float,
         default=30.0,
-        help=f"of each closed loop, about; the open one takes {_OPEN_LOOP} times as long",
+        help=f"approximate duration of each closed loop; the open loop takes {_OPEN_LOOP} times as long",
     )
-    parser.add_argument("--deadline", type=float, default=2.0, help="seconds, for goodput")
+    parser.add_argument("--deadline", type=float, default=2.0, help="seconds within which an answer counts for goodput")
     add_output_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Compare the servers and write `serving.json`."""
     output = output_directory(arguments)
     comparison = Comparison(arguments.config.resolve(), arguments.concurrencies, arguments.seconds, arguments.deadline)
     comparison.run()

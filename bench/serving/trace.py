@@ -1,6 +1,6 @@
-"""Send concurrent requests to a server and write what its stages did as a Chrome trace.
+"""Send concurrent requests to a server and write a Chrome trace of its stages.
 
-`python -m bench trace --requests 8 trace.json`, then open the file in chrome://tracing or ui.perfetto.dev.
+`python -m bench trace --requests 8 trace.json` writes a file that chrome://tracing and ui.perfetto.dev can open.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ STAGES = ("encode", "base", "bridge", "distilled", "decode")
 
 
 def chrome_trace(images: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Trace Event Format of images as the API returns them: a row a stage, a slice an image's stay in it."""
+    """Return a trace in Chrome's Trace Event Format: a row for each stage, with a slice for each image in it.
+
+    Args:
+        images: entries of `data` in the API's answers.
+    """
     events: list[dict[str, Any]] = [
         {"ph": "M", "pid": 0, "tid": row, "name": "thread_name", "args": {"name": stage}}
         for row, stage in enumerate(STAGES)
@@ -40,7 +44,7 @@ def chrome_trace(images: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def most_busy(images: Iterable[dict[str, Any]]) -> int:
-    """Largest number of different stages at work at one time."""
+    """Return the largest number of stages that were busy at the same time."""
     edges = []
     for image in images:
         for timing in image["timings"]:
@@ -54,7 +58,11 @@ def most_busy(images: Iterable[dict[str, Any]]) -> int:
 
 
 async def send(url: str, requests: int, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The images of `requests` concurrent requests, seeds 0, 1, ..."""
+    """Send concurrent requests, with the seeds 0, 1, ..., and return their images as the API does.
+
+    Raises:
+        httpx.HTTPError: a request failed.
+    """
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         answers = await asyncio.gather(
             *(client.post("/v1/images/generations", json={**body, "seed": seed}) for seed in range(requests))
@@ -65,7 +73,8 @@ async def send(url: str, requests: int, body: dict[str, Any]) -> list[dict[str, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", type=Path)
+    """Add the command's arguments to `parser`."""
+    parser.add_argument("output", type=Path, help="JSON file")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--prompt", default="a red star")
@@ -73,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Send the requests, write the trace, and print how many stages were busy at the same time."""
     body = {"prompt": arguments.prompt, "plan": arguments.plan}
     images = asyncio.run(send(arguments.url, arguments.requests, body))
     arguments.output.write_text(json.dumps(chrome_trace(images)))

@@ -1,4 +1,4 @@
-"""What load on a server asks for."""
+"""Requests that the load consists of."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from stages.pipeline import Prompted
 
 
 def mixed(cases: Cases) -> list[Prompted]:
-    """Prompts of several kinds, some with a negative one, in turn."""
+    """Return 16 cases each with a negative prompt, with one object and with two, in a mixed order."""
     prompted = [*cases.negative[::4][:16], *cases.accuracy[:16], *cases.accuracy[-16:]]
     return [case for _, case in sorted(enumerate(prompted), key=lambda pair: pair[0] * 7 % len(prompted))]
 
 
 def body(prompted: Prompted) -> dict[str, Any]:
-    """Of a request."""
+    """Return the body of a request for an image, without its plan and size."""
     made = {"prompt": prompted.prompt, "seed": prompted.seed}
     return made | ({"negative_prompt": prompted.negative_prompt} if prompted.negative_prompt else {})
 
 
 def vary(requests: Sequence[dict[str, Any]], sizes: Sequence[str]) -> list[dict[str, Any]]:
-    """Two of three by the hybrid plan, one by the distilled, without its negative prompt; sizes in turn."""
+    """Vary plans and sizes: every third request is distilled, without a negative prompt, the others are hybrid."""
     varied = []
     for index, (request, size) in enumerate(zip(requests, itertools.cycle(sizes), strict=False)):
         plan = "distilled" if index % 3 == 2 else "hybrid"

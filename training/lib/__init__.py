@@ -1,1 +1,1 @@
-"""What the programs share."""
+"""Modules that the training programs share."""

@@ -1,4 +1,4 @@
-"""LoRAs under training: which one is active, and how they are saved."""
+"""LoRAs under training: adding, activating and saving them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ TARGETS = [
 
 
 class Lora:
-    """One under training, or several that move together: a name, the parameters, and what moves them.
+    """A LoRA under training, or several that share an optimizer.
 
-    Gradients stay where they are, so that passes can be recorded.
+    The gradients keep their memory, so that backward passes can be recorded; see `training.lib.recording`.
     """
 
     def __init__(self, name: str, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Take parameters that are on a transformer.
+
+        Args:
+            name: name of the adapter.
+            parameters: its parameters.
+            optimizer: optimizer of these parameters.
+        """
         self.name = name
         self._parameters = list(parameters)
         self._optimizer = optimizer
@@ -37,12 +44,12 @@ class Lora:
         """Set the gradients to those of `loss`."""
         torch._foreach_zero_(self._gradients)
         for parameter in self._parameters:
-            # peft has taken this away if another LoRA was active since, and a backward pass passes by such parameters.
+            # peft clears this when another LoRA becomes active, and backward passes skip parameters without it.
             parameter.requires_grad_(True)
         accelerator.backward(loss)
 
     def step(self) -> None:
-        """One step by a gradient of norm 1 at most."""
+        """Take an optimizer step, with gradients clipped to a norm of 1."""
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
 
@@ -50,7 +57,17 @@ class Lora:
 def add_lora(
     transformer: QwenImageTransformer2DModel, name: str, rank: int, start_from: str | None = None
 ) -> list[torch.nn.Parameter]:
-    """Add a LoRA that changes nothing yet, or a saved one; return its parameters, in float32."""
+    """Add a LoRA to a transformer.
+
+    Args:
+        transformer: the transformer.
+        name: name of the adapter.
+        rank: rank of a new LoRA.
+        start_from: directory or repo id of a saved LoRA to load, or None for a new one, which changes nothing yet.
+
+    Returns:
+        The LoRA's parameters, in float32.
+    """
     if start_from is None:
         transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), adapter_name=name)
     else:
@@ -62,13 +79,13 @@ def add_lora(
 
 
 def lora_parameters(transformer: QwenImageTransformer2DModel, name: str) -> list[torch.nn.Parameter]:
-    """Those of LoRA `name`, which is on the transformer already."""
+    """Return the parameters of LoRA `name`, which the transformer already has."""
     return [parameter for key, parameter in transformer.named_parameters() if f".{name}." in key]
 
 
 @contextmanager
 def active(transformer: QwenImageTransformer2DModel, name: str | None) -> Iterator[None]:
-    """Run the transformer with LoRA `name`, or with none; only the active one takes gradients."""
+    """Activate LoRA `name`, or none; only the active LoRA gets gradients. It stays active after the `with` block."""
     if name is None:
         transformer.disable_lora()
     else:
@@ -78,7 +95,7 @@ def active(transformer: QwenImageTransformer2DModel, name: str | None) -> Iterat
 
 
 def save_lora(transformer: QwenImageTransformer2DModel, name: str, directory: Path, dtype: torch.dtype) -> None:
-    """Write LoRA `name` in the format that `load_lora_weights` takes."""
+    """Write LoRA `name` in the format of diffusers' `load_lora_weights`."""
     state = get_peft_model_state_dict(transformer, adapter_name=name)
     state = {key: value.to(dtype).contiguous() for key, value in state.items()}
     QwenImagePipeline.save_lora_weights(directory, transformer_lora_layers=state)

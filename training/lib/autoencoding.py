@@ -1,4 +1,4 @@
-"""What an autoencoder's trainers show it, and a sheet of what it makes of scenes."""
+"""Training data of the autoencoder, and sheets of its reconstructions."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CROP = 64
 
 @torch.no_grad()
 def draw_reconstructions(vae: AutoencoderKLQwenImage, seed: int, path: Path) -> None:
-    """A sheet of 16 scenes of `seed`, those that `vae` makes of them below, as a PNG file."""
+    """Write a PNG file of 16 scenes, drawn by `seed`, each above its reconstruction."""
     truth = [image for image, _ in islice(examples(seed), 16)]
     decoded = to_images(vae.decode(vae.encode(to_pixels(truth).to(vae.device)).latent_dist.mode()).sample)
     grid(truth[:8] + decoded[:8] + truth[8:] + decoded[8:], 8).save(path)
 
 
 def _crop(scene: Scene, image: Image.Image, rng: Random) -> Image.Image:
-    """A square of side `CROP` around one of the objects: background alone teaches nothing."""
+    """Crop a square of side `CROP` around one of the objects; a crop of background alone would teach nothing."""
     thing = rng.choice(scene.objects)
     left = min(max(round(thing.x * image.width - rng.uniform(0.2, 0.8) * CROP), 0), image.width - CROP)
     top = min(max(round(thing.y * image.height - rng.uniform(0.2, 0.8) * CROP), 0), image.height - CROP)
@@ -35,7 +35,7 @@ def _crop(scene: Scene, image: Image.Image, rng: Random) -> Image.Image:
 
 
 def crops(seed: int, count: int) -> torch.Tensor:
-    """(count, 3, 1, CROP, CROP) of new scenes."""
+    """Render and crop new scenes: (count, 3, 1, CROP, CROP) in float32, -1 to 1."""
     rng = Random(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     return to_pixels([_crop(scene, render(scene, rng), rng) for scene in scenes])

@@ -1,4 +1,4 @@
-"""Scenes as latents: rendered and encoded once per size, captioned anew at every draw."""
+"""Latents of scenes, which are rendered and encoded once and captioned anew in every batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ from training.lib.images import to_pixels
 
 @dataclass(frozen=True)
 class SizeShare:
-    """`count` scenes of `width` x `height` pixels, drawn with probability `share`."""
+    """Scenes of one size.
+
+    Attributes:
+        width, height: pixels.
+        count: number of scenes.
+        share: weight with which a batch has this size.
+    """
 
     width: int
     height: int
@@ -33,23 +39,31 @@ class SizeShare:
 
 
 def normalise(vae: AutoencoderKLQwenImage, latents: torch.Tensor) -> torch.Tensor:
-    """Autoencoder latents (B, C, 1, h, w) to the zero mean and unit deviation that the transformer sees."""
+    """Normalise latents (batch, channels, 1, height, width) to zero mean and unit deviation, as the transformer has."""
     mean, std = moments(vae, latents.device)
     return (latents - mean) / std
 
 
-# Texts to tokens and mask, see `training.lib.text.tokenize`.
+# Turns texts into tokens and their mask, see `training.lib.text.tokenize`.
 Tokenize = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
 
-# What `object_labels` tells of a token, and how many values each has.
+# The attributes of `object_labels`, and their numbers of values.
 LABELS = {"shape": len(SHAPES), "color": len(COLORS), "fill": len(FILLS)}
 NO_OBJECT = -1
 
 
 def object_labels(scenes: list[Scene], size: SizeShare, patch: int) -> torch.Tensor:
-    """Which object each image token shows: indices (B, tokens, 3) in the order of LABELS, or NO_OBJECT.
+    """Label each image token with the attributes of the object that it shows.
 
-    A token is a square of `patch` pixels, and shows an object when it touches the circle around it.
+    A token shows an object if its square touches the object's circumscribed circle.
+
+    Args:
+        scenes: the scenes.
+        size: their size.
+        patch: side of a token's square in pixels.
+
+    Returns:
+        int64 (scenes, tokens, 3): indices of values in the order of LABELS, or NO_OBJECT.
     """
     tops = torch.arange(0, size.height, patch)[:, None]
     lefts = torch.arange(0, size.width, patch)[None, :]
@@ -59,7 +73,7 @@ def object_labels(scenes: list[Scene], size: SizeShare, patch: int) -> torch.Ten
         return (start - points).clamp(min=0) + (points - start - patch).clamp(min=0)
 
     labels = torch.full((len(scenes), len(tops), lefts.shape[1], len(LABELS)), NO_OBJECT)
-    # All first objects, then all second ones, and so on: a scene's last is on top.
+    # All first objects, then all second ones, and so on, because a scene's later objects are on top.
     for things in itertools.zip_longest(*(scene.objects for scene in scenes)):
         shown = [(row, thing) for row, thing in enumerate(things) if thing is not None]
         rows = torch.tensor([row for row, _ in shown])
@@ -75,13 +89,13 @@ def object_labels(scenes: list[Scene], size: SizeShare, patch: int) -> torch.Ten
 
 @dataclass(frozen=True)
 class Captions:
-    """A batch of one size, captioned.
+    """A batch of captioned scenes of one size.
 
     Attributes:
-        chosen: which of the sizes.
-        rows: int64 (B,), scenes of that size.
-        tokens: int64 (B, length), their captions in the prompt template, see `training.lib.text.tokenize`.
-        mask: bool (B, length), what of them is no padding.
+        chosen: index of the size.
+        rows: int64 (batch,), indices of the scenes among those of that size.
+        tokens: int64 (batch, length), their captions in the prompt template, see `training.lib.text.tokenize`.
+        mask: bool (batch, length), False for padding.
     """
 
     chosen: int
@@ -91,7 +105,7 @@ class Captions:
 
 
 class _Renders(Dataset[Image.Image]):
-    """Each of `scenes` in pixels."""
+    """Renders of scenes."""
 
     def __init__(self, scenes: list[Scene], size: SizeShare, seed: int) -> None:
         self._scenes, self._size, self._seed = scenes, size, seed
@@ -105,19 +119,34 @@ class _Renders(Dataset[Image.Image]):
 
 
 class SceneLatents:
-    """Scenes of one size with their latents, made on first use and kept in `directory`."""
+    """Scenes of one size with their latents, which are computed on first use and then read from a file.
+
+    Attributes:
+        size: the size.
+        patch: side of a token's square in pixels.
+        scenes: the scenes.
+        latents: (scenes, tokens, channels) in bfloat16, normalised.
+        labels: int8 (scenes, tokens, 3), see `object_labels`.
+        grid: rows and columns of tokens.
+    """
 
     def __init__(
         self, vae: AutoencoderKLQwenImage, size: SizeShare, directory: Path, seed: int, workers: int = 0
     ) -> None:
-        """Args:
-        workers: processes that render, or 0 to do so in this one.
+        """Draw the scenes, and read or compute their latents.
+
+        Args:
+            vae: the autoencoder.
+            size: size and number of the scenes.
+            directory: where the latents are kept.
+            seed: seed of scenes and renders.
+            workers: number of processes that render, or 0 to render in this one.
         """
         rng = Random(f"{seed} {size.width}x{size.height}")
         self.size = size
         self.patch = vae.spatial_compression_ratio * 2
         self.scenes = [sample_scene(rng) for _ in range(size.count)]
-        # Another seed or count is other scenes: their captions must not meet these latents.
+        # The name has seed and count, because with others these latents would belong to other scenes.
         path = directory / f"latents-{size.width}x{size.height}-{size.count}-seed-{seed}.safetensors"
         if not path.exists():
             directory.mkdir(parents=True, exist_ok=True)
@@ -132,7 +161,7 @@ class SceneLatents:
 
 @torch.no_grad()
 def _encode(vae: AutoencoderKLQwenImage, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Normalised tokens of images (B, 3, 1, H, W), in bfloat16 on the CPU."""
+    """Encode batches of images (batch, 3, 1, height, width) as normalised tokens, in bfloat16 on the CPU."""
     convolve_images(vae)
     return torch.cat(
         [
@@ -143,13 +172,16 @@ def _encode(vae: AutoencoderKLQwenImage, batches: Iterable[torch.Tensor]) -> tor
 
 
 class SceneBatches(Dataset[Captions]):
-    """Batches over several sizes; a batch has one size and about the same number of image tokens as any other."""
+    """Batches of captioned scenes by index; each has one size, and all have about the same number of image tokens."""
 
     def __init__(self, sets: Sequence[SceneLatents], tokens: int, seed: int, tokenize: Tokenize) -> None:
-        """Args:
-        tokens: image tokens of a batch, about.
-        seed: of the batches.
-        tokenize: of captions.
+        """Take scenes of several sizes.
+
+        Args:
+            sets: the scenes of each size.
+            tokens: approximate number of image tokens in a batch.
+            seed: seed of the choice of scenes and of their captions.
+            tokenize: tokenizer of the captions.
         """
         self._scenes = [scenes.scenes for scenes in sets]
         self._shares = [scenes.size.share for scenes in sets]
@@ -165,7 +197,12 @@ class SceneBatches(Dataset[Captions]):
 
 
 def in_order(batches: SceneBatches, workers: int) -> Callable[[int], Captions]:
-    """Draws `batches[index]`, each `index` one above the last, ahead of time where there are `workers`: processes."""
+    """Return a function that draws `batches[index]` for consecutive indices.
+
+    Args:
+        batches: the batches.
+        workers: number of processes that draw batches ahead of time, or 0 to draw in this one.
+    """
     ahead: Iterator[Captions] | None = None
 
     def draw(index: int) -> Captions:

@@ -1,8 +1,8 @@
-"""Distribution matching distillation (DMD2, Yin et al. 2024, arXiv 2405.14867) of a LoRA that makes images.
+"""Distribution matching distillation of a LoRA (DMD2, Yin et al. 2024, arXiv 2405.14867).
 
-Its samples are pushed along the difference of two scores: the teacher's, which is the base model under guidance, and
-that of a critic, a LoRA of its own that is trained all along on those samples. Unlike regression, whose optimum is
-the blurred mean of what could follow, this draws every sample towards what the teacher finds likely.
+The LoRA's samples are moved along the difference of two scores: that of the teacher, which is the base model under
+guidance, and that of a critic, another LoRA that is continuously trained on those samples. The optimum of regression is
+the blurred mean of all possible samples; distribution matching instead makes each sample likely under the teacher.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from training.lib.recording import Recorded
 from training.lib.text import Text, Texts
 from training.lib.velocity import evaluate, guided, predict_clean
 
-_HIGHEST = 0.88  # there is little to see in more noise, around which a first step's levels would be
+_HIGHEST = 0.88  # highest level around which scores are compared; more noise shows too little of the image
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a LoRA's next step starts from.
+    """Latents that the LoRA's next step starts from.
 
     Attributes:
         latents: (batch, tokens, channels).
         sigma: their noise level.
-        text: what the LoRA reads, and under its own LoRA the critic.
-        texts: what the teacher reads.
+        text: text that LoRA and critic read.
+        texts: prompts and negative prompts, for the teacher's guidance.
         grid: rows and columns of tokens.
     """
 
@@ -50,14 +50,18 @@ class Samples:
 
 @dataclass(frozen=True)
 class Matching:
-    """Updates a LoRA and its critic, both of which are on `transformer`.
+    """Trains a LoRA and its critic.
 
     Attributes:
-        critic_updates: of the critic for each of the LoRA.
-        guidance_scale: the teacher's.
-        sigma_offset, sigma_deviation: of the logit-normal noise levels at which scores are compared, around that of the
-            step: what a step decides shows at its own level. Compared at lower ones alone, an early step finds that
-            empty images are likely, too.
+        accelerator: the accelerator.
+        transformer: transformer that has both LoRAs.
+        lora: the LoRA to train.
+        critic: its critic.
+        critic_updates: updates of the critic for each update of the LoRA.
+        guidance_scale: scale of the teacher's classifier-free guidance.
+        sigma_offset, sigma_deviation: mean, relative to the logit of the step's own level, and deviation of the
+            logit-normal noise levels at which scores are compared. What a step decides shows at about its own level; at
+            lower levels alone, an empty image would look likely after an early step.
     """
 
     accelerator: Accelerator
@@ -74,10 +78,11 @@ class Matching:
         object.__setattr__(self, "_recorded", {})
 
     def update(self, samples: Samples, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Update the LoRA once, and the critic on the clean latents that it foresaw; return their losses.
+        """Update the LoRA once, then the critic on the clean latents that the LoRA predicted; return both losses.
 
         Args:
-            generator: on the device of the samples.
+            samples: latents to start from.
+            generator: source of randomness, on the device of the samples.
         """
         text, texts = samples.text, samples.texts
         start = torch.full((len(samples.latents),), samples.sigma, device=samples.latents.device)
@@ -92,13 +97,13 @@ class Matching:
         return {"matching": loss} | self._update_critic(samples, clean, generator)
 
     def update_critic(self, samples: Samples, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Update the critic alone, as `update` does; return its loss.
+        """Update only the critic, as `update` does; return its loss.
 
-        A new critic knows nothing of a LoRA that was trained before, and would lead it astray.
+        A new critic does not know the samples of a LoRA that was trained before, so its score would mislead the LoRA.
         """
         start = torch.full((len(samples.latents),), samples.sigma, device=samples.latents.device)
         text = samples.text
-        (clean,) = self._run("foresee", self._foresee, samples.grid)(samples.latents, start, text.embeds, text.mask)
+        (clean,) = self._run("predict", self._predict, samples.grid)(samples.latents, start, text.embeds, text.mask)
         return self._update_critic(samples, clean, generator)
 
     def _update_critic(
@@ -118,10 +123,10 @@ class Matching:
         return self._recorded[name, grid]
 
     @torch.no_grad()
-    def _foresee(
+    def _predict(
         self, grid: tuple[int, int], latents: torch.Tensor, start: torch.Tensor, *text: torch.Tensor
     ) -> tuple[torch.Tensor]:
-        """The clean latents that the LoRA foresees."""
+        """Predict clean latents by the LoRA."""
         with self.accelerator.autocast(), active(self.transformer, self.lora.name):
             velocity = evaluate(self.transformer, latents, start, Text(*text), grid)
         return (predict_clean(latents, velocity, start),)
@@ -135,12 +140,16 @@ class Matching:
         level: torch.Tensor,
         *text: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of the LoRA: DMD's (equation 1), normalised per sample by the distance to the teacher's answer."""
+        """Compute DMD's gradients of the LoRA, normalised per sample by the distance to the teacher's prediction.
+
+        Returns:
+            The loss, and the clean latents that the LoRA predicted.
+        """
         own, prompt, negative = Text(*text[:2]), Text(*text[2:4]), Text(*text[4:])
         with self.accelerator.autocast(), active(self.transformer, self.lora.name):
             velocity = evaluate(self.transformer, latents, start, own, grid)
-        foreseen = predict_clean(latents, velocity, start)
-        clean = foreseen.detach()
+        predicted = predict_clean(latents, velocity, start)
+        clean = predicted.detach()
         noisy = torch.lerp(clean, noise, level[:, None, None])
         with torch.no_grad(), self.accelerator.autocast():
             with active(self.transformer, None):
@@ -149,7 +158,7 @@ class Matching:
                 fake = evaluate(self.transformer, noisy, level, own, grid)
         real_clean, fake_clean = (predict_clean(noisy, velocity, level) for velocity in (real, fake))
         scale = (clean - real_clean).abs().mean((1, 2), keepdim=True)
-        loss = 0.5 * F.mse_loss(foreseen, clean - (fake_clean - real_clean) / scale)
+        loss = 0.5 * F.mse_loss(predicted, clean - (fake_clean - real_clean) / scale)
         self.lora.backward(self.accelerator, loss)
         return loss.detach(), clean
 
@@ -161,7 +170,7 @@ class Matching:
         level: torch.Tensor,
         *text: torch.Tensor,
     ) -> tuple[torch.Tensor]:
-        """Gradients of the critic: flow matching on the samples."""
+        """Compute the critic's gradients, by flow matching on the LoRA's clean latents."""
         noisy = torch.lerp(clean, noise, level[:, None, None])
         with self.accelerator.autocast(), active(self.transformer, self.critic.name):
             velocity = evaluate(self.transformer, noisy, level, Text(*text), grid)
@@ -170,7 +179,7 @@ class Matching:
         return (loss.detach(),)
 
     def _diffusion(self, samples: Samples, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise for samples, and its levels (batch,)."""
+        """Draw noise of the samples' shape and noise levels (batch,)."""
         level = min(samples.sigma, _HIGHEST)
         mean = math.log(level / (1 - level)) + self.sigma_offset
         levels = draw_sigmas(len(samples.latents), mean, self.sigma_deviation, generator)
@@ -184,9 +193,18 @@ def prepare(
     config: dict[str, Any],
     schedule: Schedule,
 ) -> tuple[Matching, LRScheduler]:
-    """LoRA `name` and its critic on a transformer that stays as it is, with what trains them by a trainer's config.
+    """Add a LoRA and its critic to a transformer, whose own weights are frozen.
 
-    The LoRA is a new one, or the one in the directory that the config's `start_from` names.
+    Args:
+        accelerator: prepares the transformer, the optimizers and the scheduler.
+        transformer: the transformer.
+        name: name of the LoRA's adapter.
+        config: `rank`, `critic_learning_rate`, the numbers of `Matching` as `matching`, and perhaps `start_from`, see
+            `add_lora`.
+        schedule: learning rate of the LoRA, and number of steps.
+
+    Returns:
+        What trains both, and the scheduler of the LoRA's learning rate.
     """
     transformer.requires_grad_(False)
     parameters = add_lora(transformer, name, config["rank"], config.get("start_from"))

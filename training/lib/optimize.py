@@ -1,4 +1,4 @@
-"""Muon for matrices and kernels, AdamW for the rest."""
+"""Optimizers: Muon for matrices and convolution kernels, AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.lib.loop import Schedule
 
 
 class _ImageKernel(nn.Module):
-    """A causal kernel (out, in, t, h, w) whose last frame alone is trained, as a matrix (out, in * h * w)."""
+    """A causal kernel (out, in, t, h, w), of which only the last frame is trained, as a matrix (out, in * h * w)."""
 
     def __init__(self, shape: torch.Size, gain: float) -> None:
         super().__init__()
@@ -45,10 +45,12 @@ class _Kernel(nn.Module):
 
 
 def flatten_kernels(vae: nn.Module, fresh: bool) -> None:
-    """Train the kernels of `vae`, or a part of it, as matrices, which is what Muon takes; undone by `restore_kernels`.
+    """Parametrise convolution kernels as matrices, which Muon can train; `restore_kernels` undoes it.
 
-    Kernels that are `fresh` are initialised for all their frames: the one that is trained gets a larger scale, for
-    the same variance.
+    Args:
+        vae: an autoencoder, or a part of one.
+        fresh: whether the kernels are newly initialised. As only the last frame of a kernel is trained, it is then
+            scaled up to the variance of all frames.
     """
     for module in vae.modules():
         if isinstance(module, QwenImageCausalConv3d):
@@ -60,14 +62,14 @@ def flatten_kernels(vae: nn.Module, fresh: bool) -> None:
 
 
 def restore_kernels(vae: nn.Module) -> None:
-    """Bake the trained matrices back into ordinary weights."""
+    """Turn the trained matrices back into ordinary weights."""
     for module in vae.modules():
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight")
 
 
 class StackedMuon(torch.optim.Optimizer):
-    """`torch.optim.Muon` on all matrices of one shape at once, which spares an accelerator thousands of launches."""
+    """`torch.optim.Muon` on all matrices of a shape at once, which saves thousands of kernel launches."""
 
     _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
     _ITERATIONS = 5
@@ -82,7 +84,7 @@ class StackedMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            # Layers for more than one frame of a video have none, and stay.
+            # Layers for videos of several frames have no gradients.
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             if not matrices:
                 continue
@@ -97,7 +99,7 @@ class StackedMuon(torch.optim.Optimizer):
             torch._foreach_add_(matrices, list(update.to(gradient.dtype).unbind()), alpha=-rate)
 
     def _orthogonal(self, matrices: torch.Tensor) -> torch.Tensor:
-        """Matrices (count, rows, columns) with singular values of about 1, by Newton-Schulz iterations."""
+        """Orthogonalise matrices (count, rows, columns) by Newton-Schulz iterations: singular values become about 1."""
         a, b, c = self._COEFFICIENTS
         x = matrices.bfloat16()
         if tall := x.shape[1] > x.shape[2]:
@@ -110,10 +112,15 @@ class StackedMuon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, schedule: Schedule, exclude: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan 2024) for trainable matrices, AdamW for all else and for names that hold a part of `exclude`.
+    """Make Muon (Jordan 2024) for trainable matrices, and AdamW for all other trainable parameters.
 
-    `schedule.learning_rate` is AdamW's; Muon's updates are orthogonal matrices, for which 20 times that is usual.
-    Embeddings and the layers between a model and the outside belong in `exclude`.
+    Args:
+        model: the model.
+        schedule: has AdamW's learning rate; Muon's updates are orthogonal matrices, for which 20 times that is usual.
+        exclude: parts of the names of matrices that AdamW should train, such as embeddings and input and output layers.
+
+    Returns:
+        Muon and AdamW.
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

@@ -1,4 +1,4 @@
-"""Prompts to distil on: scene captions, or the lines of a file for any other model."""
+"""Prompts for distillation: captions of scenes, or for any other model the lines of a file."""
 
 from __future__ import annotations
 
@@ -12,39 +12,48 @@ from stages.families.qwen_image import EMPTY_PROMPT
 
 
 def _draw_list(rng: Random) -> str:
-    """Draw what a user may want to avoid in a scene: one to three values, as words or captions."""
+    """Draw a negative prompt for a scene: one to three values, as words or captions."""
     return ", ".join(draw_value(rng) for _ in range(rng.choice((1, 1, 2, 3))))
 
 
 def _told(text: str) -> set[str]:
-    """Words that tell something of a picture."""
+    """Return the words of a prompt that specify something."""
     return {word.strip(",.!") for word in text.lower().split()} - {"a", "an", "and", "on", "shape", "background"}
 
 
 class Prompts:
-    """Draws prompts, and what to avoid."""
+    """A source of random prompts and negative prompts."""
 
     def __init__(self, lines: list[str] | None = None, negative_lines: list[str] | None = None) -> None:
-        """Args:
-        lines: to draw from, or None for scenes' captions.
-        negative_lines: the same for what to avoid; with `lines` but none of these, nothing is.
+        """Take the prompts to draw from.
+
+        Args:
+            lines: prompts, or None to draw captions of scenes.
+            negative_lines: negative prompts, or None to draw values of scenes, or none at all if there are `lines`.
         """
         self._lines = lines
         self._negative_lines = negative_lines
 
     @classmethod
     def read(cls, config: dict[str, Any]) -> Self:
-        """Read the files that a config's `prompts` and `negative_prompts` name, a prompt a line."""
+        """Read the files that a config's `prompts` and `negative_prompts` name, with a prompt on each line."""
         files = [config.get(key) for key in ("prompts", "negative_prompts")]
         return cls(*(Path(file).read_text().splitlines() if file else None for file in files))
 
     def draw(self, rng: Random, count: int) -> list[str]:
+        """Draw `count` prompts."""
         if self._lines is not None:
             return rng.choices(self._lines, k=count)
         return [caption(sample_scene(rng), rng) for _ in range(count)]
 
     def draw_negative(self, rng: Random, prompt: str, share: float) -> str:
-        """Draw, for a share of the prompts, something to avoid that `prompt` does not ask for; else the empty one."""
+        """Draw a negative prompt, or return the empty one.
+
+        Args:
+            rng: source of randomness.
+            prompt: the image's prompt; a negative prompt that shares a word with it is replaced by the empty one.
+            share: probability of a negative prompt.
+        """
         if rng.random() >= share:
             return EMPTY_PROMPT
         if self._negative_lines:

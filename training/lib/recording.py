@@ -1,4 +1,4 @@
-"""Work that is launched once and replayed: a small model keeps a fast accelerator waiting for its own launches."""
+"""CUDA graphs of training steps, because a small model spends most of its time launching kernels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class Recorded:
-    """A function of tensors, recorded at its first call for each set of shapes and replayed from then on.
+    """A function of tensors, recorded as a CUDA graph at the first call for each set of shapes, and then replayed.
 
-    On a CPU it is simply called. The function must not wait for the device, and what it keeps elsewhere (gradients,
-    weights) must stay where it is: see `hold_gradients`.
+    On a CPU the function is simply called. It must not synchronise with the device, and tensors that it reads or writes
+    besides its arguments (weights, gradients) must keep their memory, see `hold_gradients`.
     """
 
     def __init__(self, function: Callable[..., Tensors]) -> None:
@@ -21,7 +21,7 @@ class Recorded:
         self._graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Tensors, Tensors]] = {}
 
     def __call__(self, *inputs: torch.Tensor) -> Tensors:
-        """Results for `inputs`; they are overwritten by the next call for the same shapes."""
+        """Return the results for `inputs`, which the next call for the same shapes overwrites."""
         if not inputs[0].is_cuda:
             return self._function(*inputs)
         shapes = tuple(tensor.shape for tensor in inputs)
@@ -35,7 +35,7 @@ class Recorded:
 
     def _record(self, inputs: Tensors) -> tuple[torch.cuda.CUDAGraph, Tensors, Tensors]:
         held = tuple(tensor.detach().clone() for tensor in inputs)
-        # Warm-up on a stream of its own, so that libraries allocate their workspaces before the recording.
+        # A warm-up on another stream, as torch.cuda.graph asks, so that libraries allocate their workspaces before.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -49,9 +49,9 @@ class Recorded:
 
 
 def hold_gradients(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """Gradients of `parameters`, all zero, that stay where they are: backward passes add to them.
+    """Allocate the gradients of `parameters`, set to zero; backward passes then add to them in place.
 
-    A recorded function sets them to zero itself, by `torch._foreach_zero_`.
+    A recorded function must itself reset them, by `torch._foreach_zero_`.
     """
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""Sampling of what a run has written, by the engine and as a server would."""
+"""Samples of a model that a run has saved, by the engine that would serve it."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ SEEDS = range(4)
 
 
 def model_config(pipeline: Path, loras: Mapping[str, Path] | None = None, size: str = "128x128") -> ModelConfig:
-    """Return the config that serves a pipeline's directory.
+    """Make the config of a model.
 
     Args:
         pipeline: directory of the pipeline.
         loras: directories of LoRAs, by the names of their adapters.
-        size: the one size of images, `WIDTHxHEIGHT` in pixels.
+        size: the only size, `WIDTHxHEIGHT` in pixels.
     """
     adapters = {name: AdapterSource(source=str(directory)) for name, directory in (loras or {}).items()}
     return ModelConfig(name="training", source=str(pipeline), sizes=(size,), adapters=adapters)
 
 
 def sample_grid(config: ModelConfig, backend: Backend, stages: Sequence[StageSpec], path: Path) -> None:
-    """Write a PNG file of samples: a row for each of `PROMPTS`, a column for each of `SEEDS`.
+    """Write a PNG file of samples, with a row for each of `PROMPTS` and a column for each of `SEEDS`.
 
-    The engine loads a copy of the model, whose memory is free again on return.
+    Loads a copy of the model, whose memory is freed on return.
     """
     images = [Prompted(prompt, seed) for prompt in PROMPTS for seed in SEEDS]
     results = Pipeline(config, backend).run_batch(Plan(stages=tuple(stages)), images)

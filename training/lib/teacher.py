@@ -1,4 +1,4 @@
-"""The guided base model as a teacher: its steps, and where they take images."""
+"""Trajectories of the guided base model, which the LoRAs learn from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from training.lib.text import Texts, embed_pairs
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Latents of many images on their way from noise.
+    """Latents of many images at some noise levels of their sampling.
 
     Attributes:
         sigmas: (levels,), noise levels falling from 1 to 0.
@@ -76,11 +76,11 @@ class Trajectories:
 def teacher_stages(
     levels: Sequence[float], steps: int, guidance_scale: float, name: StageName = "base"
 ) -> tuple[StageSpec, ...]:
-    """Return stages of the guided base model, one from each noise level to the next, for a plan.
+    """Make stages of the guided base model, each from one noise level to the next.
 
     Args:
-        levels: noise levels to stop at, falling.
-        steps: Euler steps of all stages together, about: each has one at least.
+        levels: decreasing noise levels.
+        steps: approximate number of Euler steps of all stages together; each has at least one.
         guidance_scale: scale of classifier-free guidance.
         name: name of the stages.
     """
@@ -98,19 +98,19 @@ def teacher_stages(
 
 
 def size_of(config: dict[str, Any]) -> str:
-    """Return a config's `width` and `height` as the engine has sizes."""
+    """Return a config's `width` and `height` as `WIDTHxHEIGHT`."""
     return f"{config['width']}x{config['height']}"
 
 
 def draw_trajectories(pipeline: Pipeline, plan: Plan, prompts: Prompts, config: dict[str, Any]) -> Trajectories:
-    """Take images through a plan and keep their latents at both ends of every stage.
+    """Sample images by a plan, and keep their latents before the first stage and after each.
 
     Args:
-        pipeline: the engine, of one size.
-        plan: stages to go through.
+        pipeline: the model, with a single size.
+        plan: the plan.
         prompts: source of prompts and negative prompts.
-        config: `count` of the images; `batch_size`; `seed` of prompts and noise; and `negative_share`, the share of
-            images that get a negative prompt.
+        config: `count`, number of images; `batch_size`; `seed` of prompts and noise; and `negative_share`, share of the
+            images that have a negative prompt.
     """
     rng = Random(config["seed"])
     images: list[Prompted] = []
@@ -134,17 +134,17 @@ def draw_trajectories(pipeline: Pipeline, plan: Plan, prompts: Prompts, config: 
 
 
 def hand_over(pipeline: Pipeline, plan: Plan, stages: int, taught: Trajectories, batch: int = 64) -> torch.Tensor:
-    """Take the noise of trajectories through the first stages of another plan.
+    """Run the first stages of another plan from the noise of trajectories.
 
     Args:
-        pipeline: the engine, with the trajectories' size.
-        plan: plan whose first stages to go through.
-        stages: number of those stages.
-        taught: trajectories, which start from pure noise.
-        batch: images that share forward passes.
+        pipeline: the model, which has the trajectories' size.
+        plan: the plan.
+        stages: number of its stages to run.
+        taught: trajectories from pure noise.
+        batch: largest number of images in a batch.
 
     Returns:
-        Latents (images, tokens, channels) in bfloat16 on the CPU, where the last of those stages ends.
+        Latents (images, tokens, channels) in bfloat16 on the CPU, after the last of those stages.
     """
     parts = []
     for start in range(0, len(taught.prompts), batch):

@@ -1,4 +1,4 @@
-"""Prompts as tensors of a fixed length, so that every batch is the same work for the device."""
+"""Prompts padded to a fixed length, so that all batches have the same shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.plan import StageSpec
 
 @dataclass(frozen=True)
 class Text(text.Text):
-    """Prompts of a batch, with a mask in any case."""
+    """Prompts of a batch, with a mask even if nothing is padded."""
 
     mask: torch.Tensor
     negative: None = field(default=None, init=False)
@@ -23,7 +23,7 @@ class Text(text.Text):
         return Text(self.embeds[rows], self.mask[rows])
 
     def beside(self, other: Text) -> Text:
-        """One batch of this one's rows and then the other's."""
+        """Concatenate the rows of two batches."""
         return Text(torch.cat([self.embeds, other.embeds]), torch.cat([self.mask, other.mask]))
 
 
@@ -47,13 +47,21 @@ class Texts:
         own, avoided = (of.mask.sum(dim=1, keepdim=True) for of in (self.prompt, self.negative))
         both = torch.cat([self.prompt.embeds, -self.negative.embeds], dim=1)
         place = torch.arange(both.shape[1], device=both.device).expand(len(both), -1)
-        # The negative prompt follows the prompt's last token, not its padding.
+        # The negative prompt follows the prompt's last token, before the padding.
         source = torch.where(place < own, place, place - own + length).clamp(max=both.shape[1] - 1)
         return Text(both.gather(1, source[..., None].expand_as(both)), place < own + avoided)
 
 
 def tokenize(pipeline: QwenImagePipeline, prompts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (batch, template + length) of prompts in the pipeline's template, and the mask of what is no padding.
+    """Tokenize prompts in the pipeline's template.
+
+    Args:
+        pipeline: its tokenizer and template are used.
+        prompts: the prompts.
+        length: tokens of the longest prompt, with the end of the template.
+
+    Returns:
+        int64 (batch, start of the template + length), and a mask of that shape, False for padding.
 
     Raises:
         ValueError: a prompt is longer.
@@ -67,9 +75,17 @@ def tokenize(pipeline: QwenImagePipeline, prompts: list[str], length: int) -> tu
 
 
 def encode(pipeline: QwenImagePipeline, tokens: torch.Tensor, mask: torch.Tensor) -> Text:
-    """Embed `tokens`; what `encode_prompt` of the pipeline does, without taking the batch apart to pad it anew.
+    """Embed tokens as the pipeline's `encode_prompt` does, but without splitting the batch to pad it again.
 
-    The decoder is causal and the padding last, so that no token sees padding.
+    Padding comes last and the decoder is causal, so no token attends to padding.
+
+    Args:
+        pipeline: its text encoder is used.
+        tokens: see `tokenize`.
+        mask: see `tokenize`.
+
+    Returns:
+        Embeddings of the prompts and of the template's end, without its start.
     """
     hidden = pipeline.text_encoder.model.language_model(input_ids=tokens, use_cache=False).last_hidden_state
     start = pipeline.prompt_template_encode_start_idx
@@ -78,7 +94,7 @@ def encode(pipeline: QwenImagePipeline, tokens: torch.Tensor, mask: torch.Tensor
 
 @torch.no_grad()
 def embed(pipeline: QwenImagePipeline, prompts: Sequence[str], length: int, batch: int = 256) -> Text:
-    """Embed any number of prompts, on the text encoder's device."""
+    """Embed any number of prompts on the text encoder's device, at most `batch` at a time; see `tokenize`."""
     parts = []
     for start in range(0, len(prompts), batch):
         tokens, mask = tokenize(pipeline, list(prompts[start : start + batch]), length)
@@ -88,5 +104,5 @@ def embed(pipeline: QwenImagePipeline, prompts: Sequence[str], length: int, batc
 
 
 def embed_pairs(pipeline: QwenImagePipeline, prompts: list[str], negatives: list[str], length: int) -> Texts:
-    """Embed prompts and negative prompts."""
+    """Embed a prompt and a negative prompt for each image, see `tokenize`."""
     return Texts(embed(pipeline, prompts, length), embed(pipeline, negatives, length))

@@ -1,6 +1,6 @@
-"""Velocities and Euler steps of a transformer under training, which gradients pass through.
+"""Differentiable velocities and Euler steps of a transformer under training.
 
-Where no gradient is needed and the weights are on disk, the engine samples: see `training.lib.sampling`.
+Samples that need no gradients, of weights that are saved, are the engine's: see `training.lib.sampling`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stages.denoise import euler_step
 from stages.families.qwen_image.transformer import QwenImageTransformer
 from training.lib.text import Text, Texts
 
-# (latents, sigma) -> velocity, both (batch, tokens, channels).
+# Maps latents (batch, tokens, channels) and their noise levels (batch,) to velocities (batch, tokens, channels).
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -28,10 +28,10 @@ def evaluate(
 ) -> torch.Tensor:
     """Run one forward pass: velocities (batch, tokens, channels) in float32.
 
-    The transformer's own `forward` waits for the device where a text is masked.
+    The transformer's own `forward` synchronises with the device if the text has a mask.
 
     Args:
-        transformer: with the LoRA that is to be active.
+        transformer: the transformer, with the active LoRA if any.
         latents: (batch, tokens, channels).
         sigma: (batch,), each row's noise level.
         text: prompts of the batch.
@@ -41,12 +41,12 @@ def evaluate(
 
 
 def conditional(transformer: QwenImageTransformer2DModel, text: Text, grid: tuple[int, int]) -> Velocity:
-    """Return the model's velocity for the prompts, by one evaluation."""
+    """Return a function for the model's velocity by one evaluation."""
     return lambda latents, sigma: evaluate(transformer, latents, sigma, text, grid)
 
 
 def guided(transformer: QwenImageTransformer2DModel, texts: Texts, grid: tuple[int, int], scale: float) -> Velocity:
-    """Return the model's velocity under classifier-free guidance, each row against a negative prompt of its own."""
+    """Return a function for the model's velocity under classifier-free guidance."""
     both = texts.prompt.beside(texts.negative)
 
     def velocity(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,16 @@ def predict_clean(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Te
 
 
 def integrate(velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Take latents (batch, tokens, channels) by Euler steps along `sigmas` (steps + 1,), which are on the CPU."""
+    """Take Euler steps along a schedule.
+
+    Args:
+        velocity: velocity of the model.
+        latents: (batch, tokens, channels), at the first noise level.
+        sigmas: (steps + 1,), on the CPU.
+
+    Returns:
+        Latents at the last noise level.
+    """
     for sigma, after in itertools.pairwise(sigmas.tolist()):
         level = torch.full((len(latents),), sigma, device=latents.device)
         latents = euler_step(latents, velocity(latents, level), sigma, after)

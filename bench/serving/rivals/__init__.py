@@ -1,1 +1,1 @@
-"""What a user would run without this engine, each as its documentation says, on the same model."""
+"""Servers that a user might run in place of this engine, each set up as its documentation recommends."""

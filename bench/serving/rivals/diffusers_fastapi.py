@@ -1,6 +1,7 @@
 """Diffusers' pipeline behind FastAPI, after diffusers' guide "Create a server".
 
-As there: one pipeline, each request with a scheduler of its own (`from_pipe`), run in the default executor.
+As in the guide, all requests share one pipeline, each has its own scheduler (`from_pipe`), and they run in the default
+executor.
 
 `RIVAL_MODEL=configs/scenes.yaml uvicorn bench.serving.rivals.diffusers_fastapi:app`
 """
@@ -29,6 +30,8 @@ shared = QwenImagePipeline.from_pretrained(config.source, dtype=torch.float32)
 
 
 class Body(BaseModel):
+    """Body of a request; the fields are those of this engine's API."""
+
     prompt: str
     negative_prompt: str = " "
     seed: int = 0
@@ -37,11 +40,13 @@ class Body(BaseModel):
 
 @app.get("/readyz")
 def ready() -> dict[str, str]:
+    """Answer a readiness probe."""
     return {"status": "ready"}
 
 
 @app.post("/v1/images/generations")
 async def generate(body: Body) -> dict[str, Any]:
+    """Generate one image by the base plan, as a base64-encoded PNG."""
     scheduler = shared.scheduler.from_config(shared.scheduler.config)
     pipeline = QwenImagePipeline.from_pipe(shared, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
