@@ -3,11 +3,16 @@
 Importing this package or its modules does not load torch, since configurations are checked without it.
 """
 
-from backends.base import Backend, Quantization
+from backends.base import Backend, Memory, Quantization, StaticShapes
 from backends.cpu import CPUBackend
 from backends.cuda import CUDABackend
+from backends.rocm import ROCmBackend
+from backends.tpu import TPUBackend
+from backends.xla import XLABackend
 
-_BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (CPUBackend, CUDABackend)}
+_BACKENDS: dict[str, type[Backend]] = {
+    backend.name: backend for backend in (CPUBackend, CUDABackend, ROCmBackend, TPUBackend, XLABackend)
+}
 
 
 def get_backend(name: str) -> Backend:
@@ -17,4 +22,12 @@ def get_backend(name: str) -> Backend:
     return _BACKENDS[name]()
 
 
-__all__ = ["Backend", "CPUBackend", "CUDABackend", "Quantization", "get_backend"]
+def backend_names() -> tuple[str, ...]:
+    """Return the names of all backends."""
+    return tuple(_BACKENDS)
+
+
+__all__ = [
+    "Backend", "CPUBackend", "CUDABackend", "Memory", "Quantization", "ROCmBackend", "StaticShapes", "TPUBackend",
+    "XLABackend", "backend_names", "get_backend",
+]  # fmt: skip

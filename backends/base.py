@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+
+from backends.buckets import Buckets
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +22,27 @@ M = TypeVar("M", bound="nn.Module")
 Quantization = Literal["int8_weight_only", "int8_dynamic", "fp8_dynamic"]
 
 
+@dataclass(frozen=True)
+class StaticShapes:
+    """How to keep shapes few on a device that compiles for each of them.
+
+    Attributes:
+        batch: sizes of a batch.
+        text: lengths of the texts in a batch, in tokens.
+    """
+
+    batch: Buckets = field(default=Buckets())
+    text: Buckets = field(default=Buckets(64))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A device's memory in bytes."""
+
+    in_use: int
+    free: int
+
+
 class Backend(ABC):
     """What depends on the kind of device; independent of diffusion, it deals in modules.
 
@@ -23,12 +51,20 @@ class Backend(ABC):
         device: torch's name of the device that holds modules and their inputs.
         default_dtype: dtype of the weights if a model's config names none.
         quantizations: schemes that `quantize` supports.
+        shapes: how to keep shapes few, or None where every shape runs at once.
+        complex_numbers: whether the device multiplies complex numbers.
+        attention: diffusers' attention backend that supports masks here, or None for the one that diffusers chooses.
+        resources: Ray's resources that a replica asks for.
     """
 
     name: ClassVar[str]
     device: ClassVar[str]
     default_dtype: ClassVar[Literal["float32", "bfloat16"]]
     quantizations: ClassVar[tuple[Quantization, ...]] = ()
+    shapes: ClassVar[StaticShapes | None] = None
+    complex_numbers: ClassVar[bool] = True
+    attention: ClassVar[str | None] = None
+    resources: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -39,6 +75,26 @@ class Backend(ABC):
     def synchronise(self) -> None:
         """Wait until all work queued on the device is done, so that a clock read afterwards is right."""
 
+    @abstractmethod
+    def memory(self) -> Memory:
+        """Measure the device's memory."""
+
+    def inference(self) -> AbstractContextManager[None]:
+        """Switch gradients off in a `with` block."""
+        import torch  # here, because checks of a configuration do without it
+
+        return torch.inference_mode()
+
+    def probe(self) -> None:
+        """Compute on the device and wait for it; raises RuntimeError if the result is wrong or the device fails."""
+        import torch  # here, because checks of a configuration do without it
+
+        with self.inference():
+            ones = torch.ones(8, 8).to(self.device)
+            total = float((ones @ ones).sum().cpu())
+        if total != 512.0:
+            raise RuntimeError(f"{self.name} multiplied wrongly: the sum is {total}, not 512")
+
     def place(self, module: M) -> M:
         """Move `module` to the device, for inference only."""
         return module.to(self.device).eval().requires_grad_(False)
@@ -46,7 +102,8 @@ class Backend(ABC):
     def check_quantization(self, scheme: Quantization) -> None:
         """Raise ValueError if the device does not support `scheme` or torchao is not installed."""
         if scheme not in self.quantizations:
-            raise ValueError(f"must be one of {', '.join(self.quantizations)} on {self.name}, not {scheme!r}")
+            supported = f"one of {', '.join(self.quantizations)}" if self.quantizations else "null"
+            raise ValueError(f"must be {supported} on {self.name}, not {scheme!r}")
         if find_spec("torchao") is None:
             raise ValueError("needs torchao, which the extra `quantize` installs")
 
@@ -69,3 +126,14 @@ class Backend(ABC):
     def compile(self, module: nn.Module) -> None:
         """Set up `module`, in place, to be compiled on its next call, for all shapes at once."""
         module.compile(fullgraph=True, dynamic=True)
+
+    def end_graph(self) -> None:
+        """End a graph between repeated parts, which then share one compilation, on a device that records operations."""
+        return
+
+
+def host_memory() -> Memory:
+    """Measure the machine's memory, for devices that share it."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    free = page * os.sysconf("SC_AVPHYS_PAGES")
+    return Memory(in_use=page * os.sysconf("SC_PHYS_PAGES") - free, free=free)

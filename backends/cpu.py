@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from backends.base import Backend, Quantization
+from backends.base import Backend, Memory, Quantization, host_memory
 
 
 class CPUBackend(Backend):
@@ -21,3 +21,6 @@ class CPUBackend(Backend):
 
     def synchronise(self) -> None:
         """Do nothing, because every operation is done when it returns."""
+
+    def memory(self) -> Memory:
+        return host_memory()

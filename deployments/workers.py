@@ -58,7 +58,8 @@ class DenoiseWorker:
     def __init__(self, model: ModelConfig, backend: Backend, placement: Placement) -> None:
         denoiser = Denoiser.load(model, backend, placement.fuse)
         if placement.compile:
-            denoiser.compile(model.sizes)
+            denoiser.compile()
+        denoiser.warm_up(model.sizes, placement.max_batch_tokens, logger.info)
         self._batcher = StepBatcher(denoiser, placement.max_batch_tokens)
         self._device = Thread(target=self._batcher.run, name="denoise", daemon=True)
         self._device.start()

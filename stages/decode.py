@@ -20,11 +20,15 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         self._autoencoder = load_autoencoder(config, backend)
+        self._backend = backend
 
-    @torch.inference_mode()
     def decode(self, latents: torch.Tensor, grid: tuple[int, int]) -> list[Image.Image | NotFinite]:
         """Decode latents (batch, rows * columns, channels) into RGB images; NotFinite replaces an image that is not."""
-        pixels = self._autoencoder.decode(latents, grid)
+        # One image at a time where every number of them would be compiled.
+        batches = [latents] if self._backend.shapes is None else latents.split(1)
+        with self._backend.inference():
+            decoded = [self._autoencoder.decode(batch.to(self._backend.device), grid) for batch in batches]
+        pixels = torch.cat([part.cpu() for part in decoded])
         finite = torch.isfinite(pixels).flatten(1).all(1).tolist()
         images = to_images(pixels.nan_to_num())
         return [image if good else NotFinite("decode") for image, good in zip(images, finite, strict=True)]

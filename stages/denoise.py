@@ -13,8 +13,9 @@ from typing import TypeVar
 import torch
 
 from stages.caches import StepCache
-from stages.network import ModelInput, Network
+from stages.network import Network
 from stages.plan import AttentionGuidanceSpec
+from stages.rows import ModelInput
 from stages.text import Negative
 
 Sigma = TypeVar("Sigma", float, torch.Tensor)
@@ -110,7 +111,6 @@ def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: Sigma, afte
     return latents + (after - sigma) * velocity
 
 
-@torch.inference_mode()
 def step(network: Network, states: Sequence[ImageState]) -> None:
     """Advance every image by one Euler step of its own, in place.
 

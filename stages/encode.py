@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from threading import Lock
 
 import torch
+import torch.nn.functional as F
 
 from backends import Backend
 from stages.config import ModelConfig
@@ -44,7 +45,7 @@ class Encoder:
         self._limit = prompt_limit(config, self._text)
         self._channels = get_family(config.family).latent_channels(config.read_transformer())
         self._lock = Lock()
-        self._embed = lru_cache(maxsize=remembered)(partial(_embed, self._text))  # a bound method would be a cycle
+        self._embed = lru_cache(maxsize=remembered)(partial(_embed, self._text, backend))  # a bound method would be a cycle
 
     def encode(self, prompt: str, parameter: str = "prompt") -> torch.Tensor:
         """Embed `prompt`: (length, width) on the CPU.
@@ -101,9 +102,13 @@ class Encoder:
         return replace(packet, spans=(Span("encode", start, time.time()),))
 
 
-@torch.inference_mode()
-def _embed(encoder: TextEncoder, prompt: str) -> torch.Tensor:
-    return check_finite(encoder.encode(prompt).cpu(), "encode")
+def _embed(encoder: TextEncoder, backend: Backend, prompt: str) -> torch.Tensor:
+    tokens = encoder.tokenize(prompt)
+    padding = backend.shapes.text.fit(len(tokens)) - len(tokens) if backend.shapes else 0
+    padded = F.pad(torch.tensor([tokens]), (0, padding))  # after the prompt, where no token of it looks
+    with backend.inference():
+        embeds = encoder.embed(padded.to(backend.device)).cpu()
+    return check_finite(embeds[0, encoder.head : len(tokens)], "encode")
 
 
 def pure_noise(

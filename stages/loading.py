@@ -63,7 +63,12 @@ def load_transformer(config: ModelConfig, backend: Backend) -> Transformer:
     kind = get_family(config.family).transformer
     module = backend.place(load_component(kind.kind, config.source, "transformer", dtype=dtype_on(config, backend)))
     check_loaded(module, config.source, "transformer")
-    return wrap(kind, module, config.source, "transformer")
+    if backend.attention:
+        module.set_attention_backend(backend.attention)
+    transformer = wrap(kind, module, config.source, "transformer")
+    if not backend.complex_numbers:
+        transformer.avoid_complex()
+    return transformer
 
 
 def load_adapters(config: ModelConfig, transformer: nn.Module) -> dict[str, dict[str, Lora]]:

@@ -2,60 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Self
 
 import torch
-from torch.fx.experimental import _config as shapes_config
 
-from backends import Backend
+from backends import Backend, CPUBackend
 from stages.adapters import RowAdapters
-from stages.caches import BlockInput, Evaluation, StepCache
+from stages.caches import BlockInput, Evaluation
 from stages.config import ModelConfig
-from stages.families.base import Tokens, Transformer
+from stages.families.base import Transformer
 from stages.loading import load_adapters, load_transformer
 from stages.lora_files import Lora
 from stages.plan import AttentionGuidanceSpec
-from stages.text import Negative, collate
-
-
-@dataclass(frozen=True)
-class ModelInput:
-    """One row of an evaluation.
-
-    Attributes:
-        latent: (tokens, channels).
-        sigma: noise level of `latent`.
-        embeds: (length, width), without padding.
-        negative: negative prompt that guides attention within the evaluation, or None.
-        adapter, adapter_scale: name of a LoRA, or None for the base model alone, and its strength.
-        skip_blocks: indices of blocks to skip.
-        cache: cache that may replace part of the evaluation, or None.
-    """
-
-    latent: torch.Tensor
-    sigma: float
-    embeds: torch.Tensor
-    negative: Negative | None = None
-    adapter: str | None = None
-    adapter_scale: float = 1.0
-    skip_blocks: frozenset[int] = frozenset()
-    cache: StepCache | None = None
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The output of an evaluation for one row.
-
-    Attributes:
-        velocity: (tokens, channels) in float32.
-        cost: share of the blocks that were run for the row.
-    """
-
-    velocity: torch.Tensor
-    cost: float
+from stages.rows import ModelInput, Prediction
+from stages.static_walk import StaticWalk
+from stages.text import Negative
+from stages.walk import AnyShape, Batch, Walk
 
 
 class Network:
@@ -66,6 +31,7 @@ class Network:
         transformer: Transformer,
         adapters: Mapping[str, Mapping[str, Lora]] | None = None,
         fused: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         """Give a transformer its adapters.
 
@@ -73,16 +39,22 @@ class Network:
             transformer: the transformer, without adapters.
             adapters: adapters by name, each as LoRAs by the name of the layer.
             fused: adapter that most rows will use, see `RowAdapters`.
+            backend: backend of the device that holds the transformer, by default the processor's.
         """
         self.transformer = transformer
         self._adapters = RowAdapters(transformer.module, adapters or {}, fused)
-        self._compiled = False
+        self._walk = _make_walk(transformer, self._adapters, backend or CPUBackend())
 
     @classmethod
     def load(cls, config: ModelConfig, backend: Backend, fused: str | None = None) -> Self:
         """Load the config's transformer and adapters; raises `stages.weight_files.BadFile`."""
         transformer = load_transformer(config, backend)
-        return cls(transformer, load_adapters(config, transformer.module), fused)
+        return cls(transformer, load_adapters(config, transformer.module), fused, backend)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the rows' own tensors."""
+        return self._walk.device
 
     @property
     def adapters(self) -> list[str]:
@@ -94,46 +66,36 @@ class Network:
         """Number of the transformer's blocks."""
         return len(self.transformer.blocks)
 
-    def compile(self, backend: Backend) -> None:
-        """Compile the repeated block.
+    def compile(self) -> None:
+        """Compile the repeated block."""
+        self._walk.compile()
 
-        From then on every pass has a mask and gates, needed or not, so that a batch that needs them causes no
-        recompilation.
-        """
-        for block in self.transformer.blocks:
-            backend.compile(block)
-        self._compiled = True
+    def forms(self, rows: int, text: int) -> list[tuple[int, int]]:
+        """List the batches that `warm_up` must run, see `Walk.forms`."""
+        return self._walk.forms(rows, text)
 
-    @torch.inference_mode()
-    def warm_up(self, grid: tuple[int, int], *, guides_attention: bool) -> None:
-        """Evaluate noise once in each form that is compiled separately.
-
-        These are several rows and a single row and, if the transformer supports attention guidance, both with and
-        without negative prompts.
+    def warm_up(self, form: tuple[int, int], grid: tuple[int, int], *, guides_attention: bool) -> None:
+        """Evaluate noise once in each way that is compiled separately.
 
         Args:
+            form: number of rows and of text tokens, see `forms`.
             grid: rows and columns of tokens.
             guides_attention: whether the transformer supports attention guidance.
         """
         generator = torch.Generator().manual_seed(0)
-        transformer = self.transformer
+        count, length = form
 
         def noise(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(transformer.module.device)
+            return torch.randn(shape, generator=generator).to(self.device)
 
-        latent = noise(grid[0] * grid[1], transformer.token_channels)
-        text = [noise(length, transformer.text_width) for length in (5, 7, 11, 13)]
-        plain = [ModelInput(latent, 1.0, embeds) for embeds in text[:3]]
-        kinds = [plain]
+        latent = noise(grid[0] * grid[1], self.transformer.token_channels)
+        embeds = noise(length, self.transformer.text_width)
+        # Texts of different lengths, so that a compiler sees padding.
+        rows = [ModelInput(latent, 1.0, embeds[row % 2 :]) for row in range(count)]
+        self._walk.warm_up(rows, grid)
         if guides_attention:
-            negative = Negative(text[3], AttentionGuidanceSpec())
-            kinds.append([replace(row, negative=negative) for row in plain])
-        # Without this, torch.compile would assume that dimensions equal during warm-up (e.g. tokens and ranks) are
-        # always equal.
-        with shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            for rows in kinds:
-                self.evaluate(rows, grid)
-                self.evaluate(rows[:1], grid)
+            negative = Negative(embeds, AttentionGuidanceSpec())
+            self._walk.warm_up([replace(row, negative=negative) for row in rows], grid)
 
     def evaluate(self, rows: Sequence[ModelInput], grid: tuple[int, int]) -> list[Prediction]:
         """Evaluate rows of one grid (rows and columns of tokens) in one forward pass.
@@ -146,107 +108,61 @@ class Network:
         return [next(computed) if velocity is None else Prediction(velocity, 0.0) for velocity in cached]
 
     def _evaluate(self, rows: Sequence[ModelInput], grid: tuple[int, int]) -> list[Prediction]:
-        gate = self._gate(rows)
-        with self._adapters.gated(gate):
-            entered = self._enter(rows, grid)
-            if any(row.cache or row.skip_blocks for row in rows):
-                return self._walk_with_caches(rows, grid, _Pass(entered, gate, tuple(row.skip_blocks for row in rows)))
-            tokens = entered
-            for index in range(self.blocks):
-                tokens = self.transformer.run_block(index, tokens)
-            velocities = self.transformer.leave(tokens.image, entered)
-        return [Prediction(velocity, 1.0) for velocity in velocities]
+        walk, blocks = self._walk, self.blocks
+        entered = walk.enter(rows, grid)
+        if any(row.cache for row in rows):
+            return self._walk_with_caches(rows, grid, entered)
+        velocities = walk.leave(walk.through(range(blocks), entered))
+        return [
+            Prediction(velocity, len(set(range(blocks)) - row.skip_blocks) / blocks)
+            for row, velocity in zip(rows, velocities, strict=True)
+        ]
 
-    def _walk_with_caches(self, rows: Sequence[ModelInput], grid: tuple[int, int], entered: _Pass) -> list[Prediction]:
+    def _walk_with_caches(self, rows: Sequence[ModelInput], grid: tuple[int, int], entered: Batch) -> list[Prediction]:
         """Run the first block for rows without cached blocks, and the others for rows without a cached tail either."""
-        count = self.blocks
-        image = entered.tokens.image.clone()
+        walk, count = self._walk, self.blocks
+        image = walk.image(entered).clone()
 
         @cache
         def modulated() -> torch.Tensor:
-            return self.transformer.modulate(entered.tokens)
+            return walk.modulate(entered)
 
         def block_input(index: int) -> BlockInput:
             return BlockInput(rows[index].latent, grid, rows[index].sigma, lambda: modulated()[index])
 
-        blocks = [None if row.cache is None else row.cache.blocks(block_input(index)) for index, row in enumerate(rows)]
+        caches = [row.cache for row in rows]
+        blocks = [None if cached is None else cached.blocks(block_input(row)) for row, cached in enumerate(caches)]
         missed = _add(image, range(len(rows)), blocks)
-        first = self._through(range(1), entered.rows(missed))
-        heads = first.tokens.image - image[missed]
-        image[missed] = first.tokens.image
-        tails = [
-            None if (step_cache := rows[index].cache) is None else step_cache.tail(head)
-            for index, head in zip(missed, heads, strict=True)
-        ]
-        full = _add(image, missed, tails)
-        after_first = image[full]
-        rest = self._through(range(1, count), first.rows([missed.index(index) for index in full]))
-        image[full] = rest.tokens.image
-        velocities = self.transformer.leave(image, entered.tokens)
+        heads: dict[int, torch.Tensor] = {}
+        tails: dict[int, torch.Tensor] = {}
+        if missed:
+            first = walk.through(range(1), walk.select(entered, missed))
+            after_first = walk.image(first)
+            heads = dict(zip(missed, after_first - image[missed], strict=True))
+            image[missed] = after_first
+            known = [None if (cached := caches[row]) is None else cached.tail(heads[row]) for row in missed]
+            full = _add(image, missed, known)
+            if full:
+                rest = walk.through(range(1, count), walk.select(first, [missed.index(row) for row in full]))
+                after_rest = walk.image(rest)
+                tails = dict(zip(full, after_rest - image[full], strict=True))
+                image[full] = after_rest
+        velocities = walk.leave(walk.with_image(entered, image))
 
-        costs = [0.0] * len(rows)
-        for index in missed:
-            run = set(range(count if index in full else 1))
-            costs[index] = len(run - rows[index].skip_blocks) / count
-        for index, tail in zip(full, image[full] - after_first, strict=True):
-            if (step_cache := rows[index].cache) is not None:
-                step_cache.learn(Evaluation(heads[missed.index(index)], tail, velocities[index]))
-        return [Prediction(velocity, cost) for velocity, cost in zip(velocities, costs, strict=True)]
-
-    def _gate(self, rows: Sequence[ModelInput]) -> torch.Tensor | None:
-        """Return the rows' adapter gates on the device, or None if none are needed."""
-        gate = self._adapters.gate([(row.adapter, row.adapter_scale) for row in rows])
-        if gate is None:
-            if not self._compiled:
-                return None
-            gate = torch.zeros(len(rows), self._adapters.width)
-        return gate.to(rows[0].latent.device, self.transformer.dtype)
-
-    def _enter(self, rows: Sequence[ModelInput], grid: tuple[int, int]) -> Tokens:
-        latents = torch.stack([row.latent for row in rows])
-        sigmas = torch.tensor([row.sigma for row in rows])
-        embeds, negatives = [row.embeds for row in rows], [row.negative for row in rows]
-        text = collate(embeds, negatives, latents.device, self.transformer.dtype)
-        if self._compiled:
-            text = replace(text, mask=text.full_mask())
-        return self.transformer.enter(latents, sigmas, text, grid)
-
-    def _through(self, indices: Iterable[int], rows: _Pass) -> _Pass:
-        """Run these blocks, each for the rows that do not skip it."""
-        for index in indices:
-            chosen = [row for row, skipped in enumerate(rows.skips) if index not in skipped]
-            if not chosen:
-                continue
-            subset = rows.rows(chosen)
-            with self._adapters.gated(subset.gate):
-                tokens = self.transformer.run_block(index, subset.tokens)
-            if len(chosen) < len(rows.skips):
-                image, text = rows.tokens.image.clone(), rows.tokens.text.clone()
-                image[chosen], text[chosen] = tokens.image, tokens.text
-                tokens = replace(rows.tokens, image=image, text=text)
-            rows = replace(rows, tokens=tokens)
-        return rows
+        for row, tail in tails.items():
+            if (cached := caches[row]) is not None:
+                cached.learn(Evaluation(heads[row], tail, velocities[row]))
+        predictions = []
+        for row, velocity in enumerate(velocities):
+            run = set(range(count if row in tails else 1 if row in heads else 0))
+            predictions.append(Prediction(velocity, len(run - rows[row].skip_blocks) / count))
+        return predictions
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """Rows partway through the blocks.
-
-    Attributes:
-        tokens: output of the last block that was run.
-        gate: (batch, width), see `RowAdapters`, or None without adapters.
-        skips: for each row, indices of the blocks to skip.
-    """
-
-    tokens: Tokens
-    gate: torch.Tensor | None
-    skips: tuple[frozenset[int], ...]
-
-    def rows(self, chosen: list[int]) -> _Pass:
-        if len(chosen) == len(self.skips):
-            return self
-        gate = None if self.gate is None else self.gate[chosen]
-        return _Pass(self.tokens[chosen], gate, tuple(self.skips[row] for row in chosen))
+def _make_walk(transformer: Transformer, adapters: RowAdapters, backend: Backend) -> Walk:
+    if backend.shapes is None:
+        return AnyShape(transformer, adapters, backend)
+    return StaticWalk(transformer, adapters, backend, backend.shapes)
 
 
 def _add(image: torch.Tensor, rows: Sequence[int], contributions: Sequence[torch.Tensor | None]) -> list[int]:

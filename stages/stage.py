@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -102,12 +102,39 @@ class Denoiser:
             backend.quantize(network.transformer.blocks, config.quantize.transformer)
         return cls(config, network, load_scheduler(config), backend)
 
-    def compile(self, sizes: Sequence[str]) -> None:
-        """Compile the transformer's blocks and run them on each of `sizes`, so no request waits for it."""
-        self._network.compile(self._backend)
-        for size in sizes:
-            guides_attention = get_family(self._config.family).guides_attention
-            self._network.warm_up(self._config.grid(size), guides_attention=guides_attention)
+    def compile(self) -> None:
+        """Let the transformer's blocks be compiled; `warm_up` does so before requests wait for it."""
+        self._network.compile()
+
+    def warm_up(self, sizes: Sequence[str], max_batch_tokens: int, report: Callable[[str], object]) -> None:
+        """Run everything once that is compiled on its first run; nothing where nothing is compiled.
+
+        Args:
+            sizes: sizes of images to come.
+            max_batch_tokens: most image tokens in a forward pass.
+            report: called with a line on the progress.
+        """
+        family = get_family(self._config.family)
+        limit = self._config.max_prompt_tokens or family.longest_prompt
+        joined = any(stage.reads_negative for plan in self._config.plans.values() for stage in plan.stages)
+        text = (limit + family.template_tokens) * (2 if joined else 1)
+        grids = [self._config.grid(size) for size in sizes]
+        forms = [
+            (grid, form)
+            for grid in grids
+            for form in self._network.forms(max(2, max_batch_tokens // (grid[0] * grid[1])), text)
+        ]
+        start = time.monotonic()
+        for done, (grid, form) in enumerate(forms):
+            with self._backend.inference():
+                self._network.warm_up(form, grid, guides_attention=family.guides_attention)
+            self._backend.synchronise()
+            elapsed = time.monotonic() - start
+            left = elapsed / (done + 1) * (len(forms) - done - 1)
+            report(
+                f"warmed up {done + 1} of {len(forms)}: {form[0]} rows of {grid[0]}x{grid[1]} tokens, {form[1]} text "
+                f"tokens; {elapsed:.0f} s, about {left:.0f} s left"
+            )
 
     @property
     def blocks(self) -> int:
@@ -130,7 +157,7 @@ class Denoiser:
         if stage.adapter not in (None, *self._network.adapters):
             raise ValueError(f"adapter must be one of {self._network.adapters}, not {stage.adapter!r}")
         plan.check_transformer(self.blocks, guides_attention=get_family(self._config.family).guides_attention)
-        device = self._backend.device
+        device = self._network.device
         prompt, negative = packet.prompt_embeds.to(device), None
         if stage.needs_negative(packet.avoids):
             if packet.negative_embeds is None:
@@ -159,7 +186,8 @@ class Denoiser:
 
     def step(self, runs: Sequence[StageRun]) -> None:
         """Advance runs of one grid, of any plans and stages, by one denoising step in one forward pass."""
-        step(self._network, [run.state for run in runs])
+        with self._backend.inference():
+            step(self._network, [run.state for run in runs])
         self._backend.synchronise()
 
     def denoise(self, packets: Sequence[LatentPacket], plan: Plan) -> list[LatentPacket]:

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from stages.plan import AttentionGuidanceSpec
+
+Rows = list[int] | torch.Tensor  # a selection of a batch's rows, by index
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,12 @@ class NegativeBatch:
     tau: torch.Tensor
     alpha: torch.Tensor
 
-    def __getitem__(self, rows: list[int]) -> NegativeBatch:
+    def __getitem__(self, rows: Rows) -> NegativeBatch:
         return NegativeBatch(self.mask[rows], self.scale[rows], self.tau[rows], self.alpha[rows])
+
+    def to(self, device: str | torch.device) -> NegativeBatch:
+        """Return a copy on `device`."""
+        return NegativeBatch(*(part.to(device) for part in (self.mask, self.scale, self.tau, self.alpha)))
 
     def guide(self, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         """Guide attention outputs (batch, tokens, width) for the prompt away from those for the negative prompt.
@@ -75,6 +82,11 @@ class Text:
     mask: torch.Tensor | None = None
     negative: NegativeBatch | None = None
 
+    def to(self, device: str | torch.device) -> Text:
+        """Return a copy on `device`."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return Text(self.embeds.to(device), mask, None if self.negative is None else self.negative.to(device))
+
     def full_mask(self) -> torch.Tensor:
         """Return the mask, all True if there is none: bool (batch, length)."""
         if self.mask is not None:
@@ -87,6 +99,7 @@ def collate(
     negatives: Sequence[Negative | None],
     device: torch.device,
     dtype: torch.dtype,
+    length: int = 0,
 ) -> Text:
     """Collate prompts into a batch.
 
@@ -95,12 +108,13 @@ def collate(
         negatives: each row's negative prompt, or None.
         device: where to put the batch.
         dtype: dtype of the batch's embeddings.
+        length: tokens to pad prompts, and separately negative prompts, to; longer ones are padded to the longest.
     """
-    padded, mask = _pad(embeds)
+    padded, mask = _pad(embeds, length)
     if not any(negatives):
         return Text(padded.to(device, dtype), None if mask.all() else mask.to(device))
     nothing = embeds[0][:0]
-    negative_padded, negative_mask = _pad([nothing if row is None else row.embeds for row in negatives])
+    negative_padded, negative_mask = _pad([nothing if row is None else row.embeds for row in negatives], length)
     strengths = [
         (0.0, 1.0, 0.0) if row is None else (row.guidance.scale, row.guidance.tau, row.guidance.alpha)
         for row in negatives
@@ -111,8 +125,9 @@ def collate(
     return Text(torch.cat([padded, negative_padded], dim=1).to(device, dtype), joint_mask, negative)
 
 
-def _pad(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(embeds: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad embeddings to (batch, length, width); return them with their mask, False for padding, on the CPU."""
     lengths = torch.tensor([len(embed) for embed in embeds])
     padded = pad_sequence(list(embeds), batch_first=True)
+    padded = F.pad(padded, (0, 0, 0, max(0, length - padded.shape[1])))
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]

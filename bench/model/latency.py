@@ -8,6 +8,7 @@ exceptions are adaptive caches, which skip more or less depending on the values;
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Iterable
@@ -92,7 +93,7 @@ class RandomModel:
         transformer = family.transformer(backend.place(module))
         if quantize:
             backend.quantize(transformer.blocks, quantize)
-        self.denoiser = Denoiser(config, Network(transformer), scheduler, backend)
+        self.denoiser = Denoiser(config, Network(transformer, backend=backend), scheduler, backend)
         self._autoencoder = family.autoencoder(backend.place(vae))
         self._transformer = transformer
 
@@ -168,7 +169,9 @@ def run(arguments: argparse.Namespace) -> None:
     name = arguments.model if full else Path(arguments.model).stem
     model = RandomModel(config, get_backend(arguments.backend), arguments.quantize, full=full)
     if arguments.compile:
-        model.denoiser.compile([arguments.size])
+        model.denoiser.compile()
+        tokens = math.prod(config.grid(arguments.size))
+        model.denoiser.warm_up([arguments.size], 2 * tokens, print)  # a guided image counts twice
     rows = measure(model, plans(config), arguments.size, arguments.tokens, arguments.repeats)
     for row in rows:
         print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 if TYPE_CHECKING:  # a family's name and numbers are also read where torch is not loaded
@@ -17,13 +18,13 @@ if TYPE_CHECKING:  # a family's name and numbers are also read where torch is no
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from stages.text import Text
+    from stages.text import Rows, Text
 
 
 class Context(Protocol):
     """A family's further inputs of its blocks, besides the tokens."""
 
-    def __getitem__(self, rows: list[int]) -> Self:
+    def __getitem__(self, rows: Rows) -> Self:
         """Return a selection of rows."""
 
 
@@ -41,9 +42,7 @@ class Tokens:
     text: torch.Tensor
     context: Context
 
-    def __getitem__(self, rows: list[int]) -> Tokens:
-        if len(rows) == len(self.image):
-            return self
+    def __getitem__(self, rows: Rows) -> Tokens:
         return Tokens(self.image[rows], self.text[rows], self.context[rows])
 
 
@@ -70,13 +69,26 @@ class TextEncoder(ABC):
     def longest(self) -> int:
         """Most tokens of a prompt that is not truncated, the template's not counted."""
 
+    @property
     @abstractmethod
-    def count(self, prompt: str) -> int:
-        """Count the tokens of a prompt, without those of the template."""
+    def head(self) -> int:
+        """Number of the template's tokens before the prompt whose embeddings are left out."""
 
     @abstractmethod
-    def encode(self, prompt: str) -> torch.Tensor:
-        """Embed a prompt: (length, width), without padding, on the module's device."""
+    def tokenize(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt in its template."""
+
+    @abstractmethod
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embed tokens int64 (1, length): (1, length, width); no token's embedding depends on later tokens."""
+
+    def count(self, prompt: str) -> int:
+        """Count the tokens of a prompt, without those of the template."""
+        return len(self.tokenize(prompt)) - self._template
+
+    @cached_property
+    def _template(self) -> int:
+        return len(self.tokenize(""))
 
 
 class Transformer(ABC):
@@ -107,6 +119,10 @@ class Transformer(ABC):
     def token_channels(self) -> int:
         """Number of channels of a latent's token."""
 
+    def avoid_complex(self) -> None:
+        """Run without complex numbers from now on; raises ValueError if the family cannot."""
+        raise ValueError("the transformer needs complex numbers")
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the layers around the blocks; diffusers' own property visits every module, 2 ms a step."""
@@ -132,20 +148,15 @@ class Transformer(ABC):
         """Run one block."""
 
     @abstractmethod
-    def leave(self, image: torch.Tensor, entered: Tokens) -> torch.Tensor:
-        """Run what follows the last block: velocities (batch, rows * columns, token_channels) in float32.
-
-        Args:
-            image: image tokens after the last block.
-            entered: the tokens that `enter` returned.
-        """
+    def leave(self, tokens: Tokens) -> torch.Tensor:
+        """Run what follows the last block: velocities (batch, rows * columns, token_channels) in float32."""
 
     def predict(self, latents: torch.Tensor, sigmas: torch.Tensor, text: Text, grid: tuple[int, int]) -> torch.Tensor:
         """Run a whole forward pass: velocities (batch, rows * columns, token_channels) in float32; see `enter`."""
-        tokens = entered = self.enter(latents, sigmas, text, grid)
+        tokens = self.enter(latents, sigmas, text, grid)
         for index in range(len(self.blocks)):
             tokens = self.run_block(index, tokens)
-        return self.leave(tokens.image, entered)
+        return self.leave(tokens)
 
     @staticmethod
     @abstractmethod
@@ -179,6 +190,7 @@ class Family(ABC):
         pipeline: diffusers' pipeline class, which the checkpoints name.
         pixels_per_token: side of a token's square of pixels; sizes are multiples of it.
         longest_prompt: most tokens of a prompt, without the template's, that any of its models accepts.
+        template_tokens: most tokens that the template adds to a prompt's embeddings.
         empty_prompt: the prompt that stands for no negative prompt.
         guides_attention: whether its transformers support attention guidance by the negative prompts of a `Text`.
     """
@@ -187,6 +199,7 @@ class Family(ABC):
     pipeline: ClassVar[str]
     pixels_per_token: ClassVar[int]
     longest_prompt: ClassVar[int]
+    template_tokens: ClassVar[int]
     empty_prompt: ClassVar[str]
     guides_attention: ClassVar[bool] = False
 

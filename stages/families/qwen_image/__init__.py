@@ -26,6 +26,7 @@ class QwenImage(Family):
     pipeline = "QwenImagePipeline"
     pixels_per_token = PIXELS_PER_TOKEN
     longest_prompt = 1019  # diffusers keeps these and the template's last five
+    template_tokens = 5
     empty_prompt = EMPTY_PROMPT
     guides_attention = True
 

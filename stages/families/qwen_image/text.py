@@ -22,7 +22,6 @@ class QwenImageTextEncoder(TextEncoder):
         self._pipeline = QwenImagePipeline(
             scheduler=None, vae=None, text_encoder=module, tokenizer=tokenizer, transformer=None
         )
-        self._template = self._tokens("")
 
     @property
     def layers(self) -> nn.Module:
@@ -30,15 +29,15 @@ class QwenImageTextEncoder(TextEncoder):
 
     @property
     def longest(self) -> int:
-        return self._pipeline.tokenizer_max_length + self._pipeline.prompt_template_encode_start_idx - self._template
+        return self._pipeline.tokenizer_max_length + self.head - self._template
 
-    def count(self, prompt: str) -> int:
-        return self._tokens(prompt) - self._template
+    @property
+    def head(self) -> int:
+        return self._pipeline.prompt_template_encode_start_idx
 
-    def encode(self, prompt: str) -> torch.Tensor:
-        embeds, _ = self._pipeline.encode_prompt(prompt, device=self.module.device)
-        return embeds[0]
+    def tokenize(self, prompt: str) -> list[int]:
+        return self.tokenizer(self._pipeline.prompt_template_encode.format(prompt)).input_ids
 
-    def _tokens(self, prompt: str) -> int:
-        """Count the tokens of the prompt in its template, to which diffusers' limit applies."""
-        return len(self.tokenizer(self._pipeline.prompt_template_encode.format(prompt)).input_ids)
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        # diffusers runs the whole model, with its head for words, to the same end.
+        return self.module.model.language_model(input_ids=tokens, use_cache=False).last_hidden_state

@@ -10,8 +10,9 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 from stages.families.base import Tokens, Transformer
-from stages.families.qwen_image.attention import guide_attention
-from stages.text import NegativeBatch, Text
+from stages.families.qwen_image.attention import replace_attention
+from stages.families.qwen_image.rotary import Rotary
+from stages.text import NegativeBatch, Rows, Text
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,17 @@ class QwenImageContext:
 
     Attributes:
         temb: (batch, width), embedding of the noise level.
-        rotary: rotary frequencies of image and text, the same for every row.
+        rotary: rotary embeddings of image and text, the same for every row.
         mask: bool (batch, length), see `Text`.
         negative: see `Text`.
     """
 
     temb: torch.Tensor
-    rotary: Any
+    rotary: Rotary
     mask: torch.Tensor | None
     negative: NegativeBatch | None
 
-    def __getitem__(self, rows: list[int]) -> QwenImageContext:
+    def __getitem__(self, rows: Rows) -> QwenImageContext:
         mask = None if self.mask is None else self.mask[rows]
         negative = None if self.negative is None else self.negative[rows]
         return QwenImageContext(self.temb[rows], self.rotary, mask, negative)
@@ -52,7 +53,10 @@ class QwenImageTransformer(Transformer):
         for flag in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
             if config.get(flag):
                 raise ValueError(f"{flag} must be false: such a variant of Qwen-Image is not served")
-        guide_attention(module)
+        replace_attention(module)
+
+    def avoid_complex(self) -> None:
+        self.module.pos_embed.real = True
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -70,7 +74,7 @@ class QwenImageTransformer(Transformer):
         module = self.module
         image = module.img_in(latents.to(self.dtype))
         words = module.txt_in(module.txt_norm(text.embeds))
-        temb = module.time_text_embed(sigmas.to(latents.device, self.dtype), image, None)
+        temb = module.time_text_embed(sigmas.to(latents.device, self.dtype), image)
         rotary = module.pos_embed([[(1, *grid)]], max_txt_seq_len=words.shape[1], device=latents.device)
         return Tokens(image, words, QwenImageContext(temb, rotary, text.mask, text.negative))
 
@@ -91,8 +95,8 @@ class QwenImageTransformer(Transformer):
         )
         return replace(tokens, image=image, text=text)
 
-    def leave(self, image: torch.Tensor, entered: Tokens) -> torch.Tensor:
-        return self.module.proj_out(self.module.norm_out(image, _context(entered).temb)).float()
+    def leave(self, tokens: Tokens) -> torch.Tensor:
+        return self.module.proj_out(self.module.norm_out(tokens.image, _context(tokens).temb)).float()
 
     @staticmethod
     def guide(positive: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:

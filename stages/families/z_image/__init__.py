@@ -20,6 +20,7 @@ class ZImage(Family):
     pipeline = "ZImagePipeline"
     pixels_per_token = 16
     longest_prompt = 512
+    template_tokens = 16
     empty_prompt = ""
 
     def count_blocks(self, transformer: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from diffusers import ZImageTransformer2DModel
 from torch import nn
 
 from stages.families.base import Tokens, Transformer
-from stages.text import Text
+from stages.text import Rows, Text
 
 _MULTIPLE = 32  # image and text are each padded to a multiple of this many tokens
 _PATCH = "2-1"  # the embedder of 2x2 patches of one frame
@@ -33,7 +33,7 @@ class ZImageContext:
     mask: torch.Tensor | None
     count: int
 
-    def __getitem__(self, rows: list[int]) -> ZImageContext:
+    def __getitem__(self, rows: Rows) -> ZImageContext:
         mask = None if self.mask is None else self.mask[rows]
         return ZImageContext(self.temb[rows], self.rotary[rows], mask, self.count)
 
@@ -98,9 +98,9 @@ class ZImageTransformer(Transformer):
         image, text = joint.split([tokens.image.shape[1], tokens.text.shape[1]], dim=1)
         return replace(tokens, image=image, text=text)
 
-    def leave(self, image: torch.Tensor, entered: Tokens) -> torch.Tensor:
-        context = _context(entered)
-        channels_last = self.module.all_final_layer[_PATCH](image[:, : context.count], c=context.temb)
+    def leave(self, tokens: Tokens) -> torch.Tensor:
+        context = _context(tokens)
+        channels_last = self.module.all_final_layer[_PATCH](tokens.image[:, : context.count], c=context.temb)
         return -channels_last.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2).float()
 
     @staticmethod

@@ -1,0 +1,48 @@
+"""TPUs as PyTorch's device `tpu`, by TorchTPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from backends.base import Backend, Memory, StaticShapes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class TPUBackend(Backend):
+    """Runs in bfloat16 on the chip that Ray assigns to the replica; every shape is compiled apart."""
+
+    name: ClassVar[str] = "tpu"
+    device: ClassVar[str] = "tpu"
+    default_dtype: ClassVar[Literal["float32", "bfloat16"]] = "bfloat16"
+    shapes: ClassVar[StaticShapes | None] = StaticShapes()
+    complex_numbers: ClassVar[bool] = False
+    resources: ClassVar[Mapping[str, float]] = MappingProxyType({"TPU": 1.0})
+
+    @property
+    def available(self) -> bool:
+        if find_spec("torch_tpu") is None:
+            return False
+        import torch  # here, because checks of a configuration do without it
+
+        device = torch.accelerator.current_accelerator(check_available=True)
+        return device is not None and device.type == self.device
+
+    def synchronise(self) -> None:
+        import torch  # here, because checks of a configuration do without it
+
+        torch.accelerator.synchronize()
+
+    def memory(self) -> Memory:
+        import torch  # here, because checks of a configuration do without it
+
+        free, total = torch.accelerator.get_memory_info()
+        return Memory(in_use=total - free, free=free)
+
+    def compile(self, module: nn.Module) -> None:
+        """Set up `module`, in place, to be compiled on its next call, for that call's shapes alone."""
+        module.compile(fullgraph=True, dynamic=False)
