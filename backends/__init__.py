@@ -6,12 +6,13 @@ Importing this package or its modules does not load torch, since configurations 
 from backends.base import Backend, Memory, Quantization, StaticShapes
 from backends.cpu import CPUBackend
 from backends.cuda import CUDABackend
+from backends.gaudi import GaudiBackend
 from backends.rocm import ROCmBackend
 from backends.tpu import TPUBackend
 from backends.xla import XLABackend
 
 _BACKENDS: dict[str, type[Backend]] = {
-    backend.name: backend for backend in (CPUBackend, CUDABackend, ROCmBackend, TPUBackend, XLABackend)
+    backend.name: backend for backend in (CPUBackend, CUDABackend, GaudiBackend, ROCmBackend, TPUBackend, XLABackend)
 }
 
 
@@ -28,6 +29,6 @@ def backend_names() -> tuple[str, ...]:
 
 
 __all__ = [
-    "Backend", "CPUBackend", "CUDABackend", "Memory", "Quantization", "ROCmBackend", "StaticShapes", "TPUBackend",
-    "XLABackend", "backend_names", "get_backend",
+    "Backend", "CPUBackend", "CUDABackend", "GaudiBackend", "Memory", "Quantization", "ROCmBackend", "StaticShapes",
+    "TPUBackend", "XLABackend", "backend_names", "get_backend",
 ]  # fmt: skip

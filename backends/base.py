@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
@@ -68,8 +69,13 @@ class Backend(ABC):
 
     @property
     @abstractmethod
+    def missing(self) -> str | None:
+        """What this machine lacks to run on such a device, for people; None if it lacks nothing."""
+
+    @property
     def available(self) -> bool:
         """Whether this machine has such a device."""
+        return self.missing is None
 
     @abstractmethod
     def synchronise(self) -> None:
@@ -126,6 +132,10 @@ class Backend(ABC):
     def compile(self, module: nn.Module) -> None:
         """Set up `module`, in place, to be compiled on its next call, for all shapes at once."""
         module.compile(fullgraph=True, dynamic=True)
+
+    def keep_compilations(self, directory: Path) -> None:
+        """Keep on disk what is compiled from here on, and find there what was; call it before anything is computed."""
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
 
     def end_graph(self) -> None:
         """End a graph between repeated parts, which then share one compilation, on a device that records operations."""

@@ -16,8 +16,8 @@ class CPUBackend(Backend):
     quantizations: ClassVar[tuple[Quantization, ...]] = ("int8_weight_only", "int8_dynamic")
 
     @property
-    def available(self) -> bool:
-        return True
+    def missing(self) -> str | None:
+        return None
 
     def synchronise(self) -> None:
         """Do nothing, because every operation is done when it returns."""

@@ -13,7 +13,9 @@ class CUDABackend(GPUBackend):
     name: ClassVar[str] = "cuda"
 
     @property
-    def available(self) -> bool:
+    def missing(self) -> str | None:
         import torch  # here, because checks of a configuration do without it
 
-        return torch.cuda.is_available() and torch.version.hip is None
+        if torch.version.cuda is None:
+            return "PyTorch is built without CUDA"
+        return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"

@@ -18,7 +18,9 @@ class ROCmBackend(GPUBackend):
     attention: ClassVar[str | None] = "native"
 
     @property
-    def available(self) -> bool:
+    def missing(self) -> str | None:
         import torch  # here, because checks of a configuration do without it
 
-        return torch.cuda.is_available() and torch.version.hip is not None
+        if torch.version.hip is None:
+            return "PyTorch is built without ROCm"
+        return None if torch.cuda.is_available() else "PyTorch finds no ROCm device"

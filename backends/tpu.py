@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -24,13 +26,13 @@ class TPUBackend(Backend):
     resources: ClassVar[Mapping[str, float]] = MappingProxyType({"TPU": 1.0})
 
     @property
-    def available(self) -> bool:
+    def missing(self) -> str | None:
         if find_spec("torch_tpu") is None:
-            return False
+            return "torch-tpu is not installed"
         import torch  # here, because checks of a configuration do without it
 
         device = torch.accelerator.current_accelerator(check_available=True)
-        return device is not None and device.type == self.device
+        return None if device is not None and device.type == self.device else "TorchTPU finds no TPU"
 
     def synchronise(self) -> None:
         import torch  # here, because checks of a configuration do without it
@@ -42,6 +44,10 @@ class TPUBackend(Backend):
 
         free, total = torch.accelerator.get_memory_info()
         return Memory(in_use=total - free, free=free)
+
+    def keep_compilations(self, directory: Path) -> None:
+        os.environ["TORCH_TPU_TIER2_COMPILATION_CACHE"] = "1"
+        os.environ["TORCH_TPU_TIER3_COMPILATION_CACHE_ROOT"] = str(directory)
 
     def compile(self, module: nn.Module) -> None:
         """Set up `module`, in place, to be compiled on its next call, for that call's shapes alone."""

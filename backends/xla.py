@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -26,9 +27,11 @@ class XLABackend(Backend):
     resources: ClassVar[Mapping[str, float]] = MappingProxyType({"TPU": 1.0})
 
     @property
-    def available(self) -> bool:
-        # Without a choice of device, the library looks for a TPU and waits for minutes where there is none.
-        return find_spec("torch_xla") is not None and bool(os.environ.get("PJRT_DEVICE"))
+    def missing(self) -> str | None:
+        if find_spec("torch_xla") is None:
+            return "torch-xla is not installed"
+        # Without a choice, the library looks for a TPU, and waits for minutes where there is none.
+        return None if os.environ.get("PJRT_DEVICE") else "PJRT_DEVICE does not say TPU or CPU"
 
     def synchronise(self) -> None:
         import torch_xla  # only in the environment of such a pool
@@ -54,6 +57,11 @@ class XLABackend(Backend):
         placed = super().place(module)
         self.synchronise()  # so that moving the weights is no part of the first graph
         return placed
+
+    def keep_compilations(self, directory: Path) -> None:
+        from torch_xla import runtime  # only in the environment of such a pool
+
+        runtime.initialize_cache(str(directory), readonly=False)
 
     def compile(self, module: nn.Module) -> None:
         """Do nothing, because everything that is recorded is compiled."""
