@@ -17,9 +17,10 @@ from deployments.settings import Settings
 from stages.caches import make_cache
 from stages.config import ModelConfig, Quantize
 from stages.latents import draw_noise
-from stages.network import ModelInput, Network, Prediction
+from stages.network import Network
 from stages.pipeline import Pipeline
 from stages.plan import AttentionGuidanceSpec, FirstBlockSpec
+from stages.rows import ModelInput, Prediction
 from stages.stage import Denoiser
 from stages.text import Negative
 
@@ -68,8 +69,10 @@ def make_network(config: ModelConfig, backend: Backend, blocks: int) -> Network:
 def compiled(config: ModelConfig, backend: Backend) -> Iterator[Network]:
     torch._dynamo.reset()
     network = make_network(config, backend, blocks=2)
-    network.compile(backend)
-    network.warm_up((8, 8), guides_attention=True)
+    network.compile()
+    for form in network.forms(rows=2, text=64):
+        with backend.inference():
+            network.warm_up(form, (8, 8), guides_attention=True)
     yield network
     torch._dynamo.reset()
 
@@ -113,7 +116,7 @@ def test_a_second_start_finds_what_the_first_compiled(
         torch._dynamo.reset()
         counters.clear()
         network = make_network(config, backend, blocks=1)
-        network.compile(backend)
+        network.compile()
         evaluate(network, make_queries(pipeline, (4, 4), [None] * 2), (4, 4))
         return network, counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
 

@@ -25,7 +25,7 @@ def encoder(config: ModelConfig, backend: Backend) -> Encoder:
 def seen(encoder: Encoder) -> Iterator[list[torch.Tensor]]:
     """A list that grows by the ids (1, length) of each text that the text encoder sees."""
     ids: list[torch.Tensor] = []
-    text_encoder = encoder._text.module
+    text_encoder = encoder._text.module.model.language_model
     hook = text_encoder.register_forward_pre_hook(
         lambda module, args, kwargs: ids.append(kwargs["input_ids"]), with_kwargs=True
     )

@@ -236,7 +236,7 @@ def compiled(
 ) -> Iterator[Network]:
     torch._dynamo.reset()
     network = Network(QwenImageTransformer(deepcopy(tiny)), adapters)
-    network.compile(backend)
+    network.compile()
     yield network
     torch._dynamo.reset()
 
