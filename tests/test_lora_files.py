@@ -20,8 +20,9 @@ from backends import Backend
 from stages.caches import make_cache
 from stages.families.qwen_image.transformer import QwenImageTransformer
 from stages.lora_files import Lora, linear_layers, read_lora
-from stages.network import ModelInput, Network
+from stages.network import Network
 from stages.plan import FirstBlockSpec
+from stages.rows import ModelInput
 from stages.sources import BadFile, find_adapter
 
 GRID = (2, 3)
