@@ -45,7 +45,9 @@ class Encoder:
         self._limit = prompt_limit(config, self._text)
         self._channels = get_family(config.family).latent_channels(config.read_transformer())
         self._lock = Lock()
-        self._embed = lru_cache(maxsize=remembered)(partial(_embed, self._text, backend))  # a bound method would be a cycle
+        self._embed = lru_cache(maxsize=remembered)(
+            partial(_embed, self._text, backend)
+        )  # a bound method would be a cycle
 
     def encode(self, prompt: str, parameter: str = "prompt") -> torch.Tensor:
         """Embed `prompt`: (length, width) on the CPU.
