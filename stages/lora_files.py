@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import nn
 
+from stages.internals.peft import get_pattern_key
 from stages.sources import BadFile
 from stages.weight_files import list_keys, read_header, read_tensors
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.fx.experimental import _config as shapes_config
 
 from backends import Backend
 from stages.adapters import RowAdapters
 from stages.families.base import Tokens, Transformer
+from stages.internals.torch import unrelated_dimensions
 from stages.rows import ModelInput
 from stages.text import collate
 
@@ -162,7 +162,5 @@ class AnyShape(Walk):
         return [(3, 11), (1, 5)] if self._compiled else []
 
     def warm_up(self, rows: Sequence[ModelInput], grid: tuple[int, int]) -> None:
-        # Without this, torch.compile would assume that dimensions equal during warm-up (e.g. tokens and ranks) are
-        # always equal.
-        with shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        with unrelated_dimensions():
             super().warm_up(rows, grid)

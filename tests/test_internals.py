@@ -7,35 +7,40 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers import transformer_z_image
-from diffusers.models.transformers.transformer_qwenimage import (
-    QwenDoubleStreamAttnProcessor2_0,
-    QwenImageTransformerBlock,
-    apply_rotary_emb_qwen,
-)
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformerBlock
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from ray.experimental import internal_kv
 from ray.serve._private import common, constants
 from torch.fx.experimental import _config as shapes_config
 
-from deployments.http import readiness
+from deployments import ray_internals
+from stages.internals.diffusers import (
+    QwenImageCausalConv3d,
+    attention_backend,
+    dispatch_attention_fn,
+    image_padding,
+    rotary_axes,
+)
+from stages.internals.peft import get_pattern_key
+from stages.internals.torch import unrelated_dimensions
 
 
 def parameters(function: Callable[..., object]) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
-def test_diffusers_attention_of_qwen_image() -> None:
-    """`stages.families.qwen_image.attention`."""
-    assert {"_attention_backend", "_parallel_config"} <= vars(QwenDoubleStreamAttnProcessor2_0).keys()
-    assert {"attn_mask", "backend", "parallel_config"} <= parameters(dispatch_attention_fn)
-    assert "use_real" in parameters(apply_rotary_emb_qwen)
-    assert {
-        "hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "image_rotary_emb"
-    } <= parameters(QwenDoubleStreamAttnProcessor2_0.__call__)  # fmt: skip
+def test_diffusers_attention_of_qwen_image(transformer: QwenImageTransformer2DModel) -> None:
+    """`stages.internals.diffusers`, on a transformer as diffusers makes it."""
+    plain = QwenImageTransformer2DModel.from_config(transformer.config)
+    attention = plain.transformer_blocks[0].attn
+    assert attention_backend(attention) is None
+    plain.set_attention_backend("native")
+    assert attention_backend(attention) == "native"
+    assert {"attn_mask", "backend"} <= parameters(dispatch_attention_fn)
+    assert rotary_axes(plain) == (10000, transformer.config.axes_dims_rope)
+    assert {"video_fhw", "device", "max_txt_seq_len"} <= parameters(QwenEmbedRope.forward)
 
 
 def test_diffusers_blocks() -> None:
@@ -50,30 +55,32 @@ def test_diffusers_blocks() -> None:
 
 
 def test_diffusers_causal_convolution() -> None:
-    """`stages.families.qwen_image.autoencoder`."""
-    convolution = QwenImageCausalConv3d(2, 2, 3, padding=1)
-    assert convolution._padding == (1, 1, 1, 1, 2, 0)  # width, height, time
+    """`stages.internals.diffusers`."""
+    assert image_padding(QwenImageCausalConv3d(2, 2, (3, 5, 7), padding=(1, 2, 3))) == (2, 3)
 
 
 def test_torchs_duck_shapes() -> None:
-    """`stages.network`."""
-    assert isinstance(shapes_config.use_duck_shape, bool)
+    """`stages.internals.torch`."""
+    assert shapes_config.use_duck_shape is True
+    with unrelated_dimensions():
+        assert shapes_config.use_duck_shape is False
     assert torch._dynamo.config.error_on_recompile is False  # which tests switch on
 
 
 def test_pefts_patterns_and_variants() -> None:
-    """`stages.lora_files`."""
+    """`stages.internals.peft`, and what `stages.lora_files` refuses by name."""
     assert get_pattern_key(["to_q"], "blocks.0.to_q") == "to_q"
     variants = {field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")}
     assert {"use_dora"} < variants
 
 
 def test_rays_store_and_names_of_actors() -> None:
-    """`deployments.http.readiness`, and the hook of `deployments.__main__`."""
+    """`deployments.ray_internals`, and the hook of `deployments.__main__`."""
     for function in (internal_kv._internal_kv_get, internal_kv._internal_kv_put, internal_kv._internal_kv_del):
         assert "namespace" in parameters(function)
     assert common.DeploymentID(name="Base", app_name="images")
     replica = common.ReplicaID("x", common.DeploymentID(name="Base", app_name="images"))
-    assert replica.to_full_id_str().startswith(f"{readiness._REPLICA}images#Base#")
-    assert constants.SERVE_PROXY_NAME.startswith(readiness._PROXY.rstrip("-"))
+    assert ray_internals.deployment_of(replica.to_full_id_str()) == "images#Base"
+    assert replica.to_full_id_str().startswith(f"{ray_internals._REPLICA}images#Base#")
+    assert constants.SERVE_PROXY_NAME.startswith(ray_internals._PROXY.rstrip("-"))
     assert hasattr(constants, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")

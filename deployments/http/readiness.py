@@ -14,8 +14,9 @@ from typing import TypeVar
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from ray.serve.exceptions import RayServeException
+
+from deployments import ray_internals
 
 T = TypeVar("T")
 
@@ -24,11 +25,8 @@ _STATUS_PERIOD_S = 5.0  # while nothing happens
 _STATUS_PERIOD_UNREADY_S = 0.5
 _DEADLINE_S = 2.0  # after which a cluster that does not respond makes the server unready
 _AT_REST = {"HEALTHY", "UPSCALING", "DOWNSCALING"}  # statuses in which a deployment may be scaled to zero replicas
-_KV = b"images"
-_DRAINING = b"draining"
+_DRAINING = "draining"
 _UNANSWERED = (TimeoutError, RayError, RayServeException)
-_REPLICA = "SERVE_REPLICA::"  # the names of Serve's actors begin with these
-_PROXY = "SERVE_PROXY_ACTOR-"
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Readiness:
         a dead replica at once, but does not distinguish replicas that load from those that run. A replica counts if
         both list it, and if it existed when the controller was asked.
         """
-        known = [name.removeprefix(_REPLICA).rpartition("#")[0] for name in alive & deployments.started]
+        known = [ray_internals.deployment_of(name) for name in alive & deployments.started]
         replicas = {key: min(running, known.count(key)) for key, running in deployments.running.items()}
         missing = sorted(
             key.partition("#")[2]
@@ -121,7 +119,9 @@ class Watch:
         told = False  # that this watch is here
         while True:
             with suppress(*_UNANSWERED):  # `readiness` notices when the last result is too old
-                alive, draining = await self._call(lambda: (_replicas(), _internal_kv_get(_DRAINING, namespace=_KV)))
+                alive, draining = await self._call(
+                    lambda: (ray_internals.list_replicas(), ray_internals.get(_DRAINING))
+                )
                 self._seen = time.monotonic()
                 if alive != self._alive:
                     self._alive = alive
@@ -131,7 +131,7 @@ class Watch:
                     self.draining = True  # from here on nothing is accepted, so the count only falls
                 if draining or not told:
                     says = str(self._in_flight()).encode() if draining else b"here"
-                    await self._call(partial(_internal_kv_put, self._name, says, namespace=_KV))
+                    await self._call(partial(ray_internals.put, self._name, says))
                     told = True
             await asyncio.sleep(_LOOK_PERIOD_S)
 
@@ -147,11 +147,6 @@ class Watch:
                     await self._changed.wait()
 
 
-def _replicas() -> frozenset[str]:
-    """Return the names of the replicas' actors that are alive, including those that still load."""
-    return frozenset(name for name in ray.util.list_named_actors() if name.startswith(_REPLICA))
-
-
 def _ask_controller(started: frozenset[str]) -> Deployments:
     running, resting = {}, set()
     for application, overview in serve.status().applications.items():
@@ -165,12 +160,12 @@ def _ask_controller(started: frozenset[str]) -> Deployments:
 
 def begin() -> None:
     """Forget an earlier `drain` of this cluster."""
-    _internal_kv_del(_DRAINING, namespace=_KV)
+    ray_internals.delete(_DRAINING)
 
 
 def followed() -> bool:
     """Whether every proxy has a watch, which only the environment of its node gives it."""
-    return all(_internal_kv_get(name, namespace=_KV) is not None for name in _proxies())
+    return all(ray_internals.get(name) is not None for name in ray_internals.list_proxies())
 
 
 def drain(timeout_s: float, cut_short: Callable[[], bool]) -> bool:
@@ -183,14 +178,10 @@ def drain(timeout_s: float, cut_short: Callable[[], bool]) -> bool:
     Returns:
         Whether all requests were done in time.
     """
-    _internal_kv_put(_DRAINING, b"1", namespace=_KV)
+    ray_internals.put(_DRAINING, b"1")
     deadline = time.monotonic() + timeout_s
-    while any(_internal_kv_get(name, namespace=_KV) != b"0" for name in _proxies()):
+    while any(ray_internals.get(name) != b"0" for name in ray_internals.list_proxies()):
         if time.monotonic() > deadline or cut_short():
             return False
         time.sleep(_LOOK_PERIOD_S / 2)
     return True
-
-
-def _proxies() -> list[str]:
-    return [name for name in ray.util.list_named_actors() if name.startswith(_PROXY)]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from torch import nn
 from torch.nn.utils import parametrize
 
+from stages.internals.diffusers import QwenImageCausalConv3d
 from training.lib.loop import Schedule
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 
 from stages.families.qwen_image.rotary import Rotary, RotaryEmbedding, rotate
+from stages.internals.diffusers import attention_backend, dispatch_attention_fn, rotary_axes
 from stages.text import NegativeBatch
 
 
@@ -111,7 +111,6 @@ def replace_attention(transformer: QwenImageTransformer2DModel) -> None:
     """
     if isinstance(transformer.pos_embed, RotaryEmbedding):
         return
-    transformer.pos_embed = RotaryEmbedding(transformer.pos_embed.theta, transformer.pos_embed.axes_dim)
+    transformer.pos_embed = RotaryEmbedding(*rotary_axes(transformer))
     for block in transformer.transformer_blocks:
-        # With the backend that `set_attention_backend` chose.
-        block.attn.set_processor(GuidedAttention(block.attn.processor._attention_backend))
+        block.attn.set_processor(GuidedAttention(attention_backend(block.attn)))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
 from stages.families.base import Autoencoder
+from stages.internals.diffusers import QwenImageCausalConv3d, image_padding
 from stages.latents import unpack
 
 
@@ -51,8 +51,7 @@ class _ImageConv(QwenImageCausalConv3d):
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         image = x.squeeze(2).contiguous(memory_format=torch.channels_last)
         weight = self.weight[:, :, -1].contiguous(memory_format=torch.channels_last)
-        padding = (self._padding[2], self._padding[0])
-        return F.conv2d(image, weight, self.bias, self.stride[1:], padding).unsqueeze(2)
+        return F.conv2d(image, weight, self.bias, self.stride[1:], image_padding(self)).unsqueeze(2)
 
 
 def convolve_images(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:

@@ -1,0 +1,41 @@
+"""What the engine uses of Ray and Serve beyond what they promise; `tests/test_internals.py` checks each."""
+
+from __future__ import annotations
+
+import ray
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+
+_NAMESPACE = b"images"
+# The names of Serve's actors begin with these.
+_REPLICA = "SERVE_REPLICA::"
+_PROXY = "SERVE_PROXY_ACTOR-"
+
+
+def get(key: str) -> bytes | None:
+    """Read a value from the store that all of the cluster's processes share."""
+    return _internal_kv_get(key, namespace=_NAMESPACE)
+
+
+def put(key: str, value: bytes) -> None:
+    """Write a value to the store that all of the cluster's processes share."""
+    _internal_kv_put(key, value, namespace=_NAMESPACE)
+
+
+def delete(key: str) -> None:
+    """Delete a value from the store that all of the cluster's processes share."""
+    _internal_kv_del(key, namespace=_NAMESPACE)
+
+
+def list_replicas() -> frozenset[str]:
+    """List the names of the replicas' actors that are alive, including those that still load."""
+    return frozenset(name for name in ray.util.list_named_actors() if name.startswith(_REPLICA))
+
+
+def list_proxies() -> list[str]:
+    """List the names of the proxies' actors that are alive."""
+    return [name for name in ray.util.list_named_actors() if name.startswith(_PROXY)]
+
+
+def deployment_of(replica: str) -> str:
+    """Return `application#deployment` of a replica's actor."""
+    return replica.removeprefix(_REPLICA).rpartition("#")[0]
