@@ -12,3 +12,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute", category=UserWarning)
+
+# Of every node's environment: Serve's HTTP proxies read it when they start.
+PROXY_CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.http.front:middlewares"}

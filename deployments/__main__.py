@@ -11,9 +11,11 @@ import os
 import sys
 from pathlib import Path
 
+from deployments import PROXY_CALLBACK
+
 # Ray and Serve read these when they are imported, here and in every process that they start.
 _ENVIRONMENT = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.http.front:middlewares",
+    **PROXY_CALLBACK,
     "RAY_SERVE_LOG_TO_STDERR": "0",  # into files alone, which the dashboard shows; see `deployments.console`
     "RAY_SCHEDULER_EVENTS": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -36,7 +38,7 @@ def main() -> int:
         if not arguments.check:
             from deployments.launch import Server
 
-            Server(arguments.config, config).run()
+            Server(config).run()
     except StartError as error:
         print(f"cannot start: {error}", file=sys.stderr)
         return 1

@@ -13,12 +13,17 @@ def build(settings: Settings) -> Application:
     """Build the ingress and the deployments of `settings.placement`.
 
     By default these are TextEncoder, Base, Bridge, Distilled and VAEDecoder: one class under several names, so that
-    each can have its own pool, replicas and autoscaling in `serve_config.yaml`.
+    each can have its own pool, replicas and autoscaling in `serve_config.yaml`. Replicas ask for what their pool says,
+    unless the config has `ray_actor_options` for them, which Serve takes in place of these.
     """
-    model = settings.read_model()
+    model, pools = settings.read_model(), settings.read_pools()
     replicas = {
-        # A constructor that raises would raise again, so do not retry.
-        name: serve.deployment(StageReplica, name=name, max_constructor_retry_count=1).bind(model, placement)
+        name: serve.deployment(
+            StageReplica,
+            name=name,
+            max_constructor_retry_count=1,  # a constructor that raises would raise again
+            ray_actor_options=pools[placement.pool].actor_options,
+        ).bind(model, placement)
         for name, placement in settings.placement.items()
     }
     return serve.deployment(Ingress, max_constructor_retry_count=1).bind(settings, replicas)

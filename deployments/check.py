@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ray.serve.config import AutoscalingConfig, ProxyLocation
 from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
 from backends import get_backend
+from cluster.pools import Pool, read_pools
+from deployments.fit import actor_options, contradictions, overfull, weights_gib
 from deployments.settings import Settings
 from stages.config import ModelConfig
 from stages.yaml_file import ConfigError, read_mapping, validate
@@ -26,86 +27,143 @@ class StartError(Exception):
     """An error that keeps the server from starting; the message is one sentence that names the key or the file."""
 
 
-def check(path: Path) -> ServeDeploySchema:
-    """Read Serve's config at `path` and check it, the port, the application's arguments and the model's files.
+@dataclass(frozen=True)
+class Config:
+    """A config of Serve that is right in itself.
+
+    Attributes:
+        path: the file.
+        serve: what it says, in Serve's schema.
+        application: the application of this project.
+        settings: the application's arguments.
+        pools: the pools that it is placed on, by name.
+    """
+
+    path: Path
+    serve: ServeDeploySchema
+    application: ServeApplicationSchema
+    settings: Settings
+    pools: Mapping[str, Pool]
+
+    @property
+    def where(self) -> str:
+        """File and key of the application, for messages."""
+        return f"{self.path}: applications.{self.application.name}"
+
+
+def check(path: Path) -> Config:
+    """Read Serve's config at `path`; check it, the port, this machine's devices and the model's files.
+
+    Raises:
+        StartError: the first error.
+    """
+    config = read_config(path)
+    _check_http(config.serve, path)
+    # From here on torch and diffusers are imported, which takes seconds, so the errors above are reported first.
+    if not os.environ.get("RAY_ADDRESS"):  # else other machines run the replicas
+        _check_devices(config)
+    from stages.check import check_files
+
+    with _refusing(f"{config.settings.model}: "):
+        check_files(config.settings.read_model())
+        _check_memory(config)
+    return config
+
+
+def read_config(path: Path) -> Config:
+    """Read Serve's config at `path`, and check it by Serve's schema, the application's and the pools'.
 
     Raises:
         StartError: the first error.
     """
     with _refusing():
         content = read_mapping(path)
-        config = validate(path, ServeDeploySchema, content, strict=False)  # as Serve itself does
-    _check_keys(path, content, config.model_dump(exclude_unset=True))
-    ours = [application for application in config.applications if application.import_path == IMPORT_PATH]
+        serve = validate(path, ServeDeploySchema, content, strict=False)  # as Serve itself does
+    _check_keys(path, content, serve.model_dump(exclude_unset=True))
+    ours = [application for application in serve.applications if application.import_path == IMPORT_PATH]
     if not ours:
         raise StartError(f"{path}: applications: one must have the import_path {IMPORT_PATH}")
     if len(ours) > 1:
         raise StartError(f"{path}: applications: only one may have the import_path {IMPORT_PATH}")
-    _check_http(config, path)
-    check_application(ours[0], f"{path}: applications.{ours[0].name}", config.http_options.request_timeout_s)
-    return config
-
-
-def check_application(application: ServeApplicationSchema, where: str, http_timeout_s: float | None) -> None:
-    """Check the application's arguments, its deployments and its model's files.
-
-    Args:
-        application: the application, as Serve's config has it.
-        where: file and key of the application, for messages.
-        http_timeout_s: seconds after which Serve's proxy gives up on a request, or None.
-
-    Raises:
-        StartError: the first error.
-    """
+    (application,) = ours
+    where = f"{path}: applications.{application.name}"
+    settings = _read_settings(application, where)
     if not (application.route_prefix or "").startswith("/") or "{" in (application.route_prefix or ""):
         raise StartError(
             f"{where}.route_prefix: must begin with / and have no braces, not {application.route_prefix!r}"
         )
-    if isinstance(model := application.args.get("model"), str):
-        with _refusing(named_by=f"{where}.args.model: "):
-            config = ModelConfig.read(Path(model))  # separately, so that the message begins with its file
-        with _refusing(f"{model}: "):
-            config.check_plans()
-    with _refusing():
-        settings = validate(f"{where}.args", Settings, application.args)
+    http_timeout_s = serve.http_options.request_timeout_s
     if http_timeout_s is not None and settings.request_timeout_s >= http_timeout_s:
         raise StartError(
             f"{where}.args.request_timeout_s: must be below http_options.request_timeout_s, {http_timeout_s:g}, "
             f"not {settings.request_timeout_s:g}"
         )
-    configured = [deployment.name for deployment in application.deployments]
-    expected = {"Ingress", *settings.placement}
-    if unknown := set(configured) - expected:
+    config = Config(path, serve, application, settings, settings.read_pools())
+    _check_deployments(config)
+    return config
+
+
+def _read_settings(application: ServeApplicationSchema, where: str) -> Settings:
+    """Read the application's arguments, and first the files that they name, so that errors begin with the file."""
+    model, pools = application.args.get("model"), application.args.get("pools")
+    if isinstance(model, str):
+        with _refusing(named_by=f"{where}.args.model: "):
+            config = ModelConfig.read(Path(model))
+        with _refusing(f"{model}: "):
+            config.check_plans()
+    if isinstance(pools, str):
+        with _refusing(named_by=f"{where}.args.pools: "):
+            read_pools(Path(pools))
+    with _refusing():
+        return validate(f"{where}.args", Settings, application.args)
+
+
+def _check_deployments(config: Config) -> None:
+    """Check that `deployments` and `placement` name the same, and that each deployment goes with its pool."""
+    where, placement = config.where, config.settings.placement
+    names = [deployment.name for deployment in config.application.deployments]
+    expected = {"Ingress", *placement}
+    if unknown := set(names) - expected:
         raise StartError(f"{where}.deployments: {min(unknown)} is not in args.placement, whose are {sorted(expected)}")
-    if missing := expected - set(configured):
+    if missing := expected - set(names):
         raise StartError(f"{where}.deployments: {min(missing)} of args.placement is missing")
-    if twice := [name for name in configured if configured.count(name) > 1]:
+    if twice := [name for name in names if names.count(name) > 1]:
         raise StartError(f"{where}.deployments: {twice[0]} is there twice")
-    for deployment in application.deployments:
-        _check_deployment(deployment, f"{where}.deployments.{deployment.name}")
-    # From here on torch and diffusers are imported, which takes seconds, so the errors above are reported first.
-    if not os.environ.get("RAY_ADDRESS"):  # else other machines run the replicas
-        for name, placement in settings.placement.items():
-            if not get_backend(placement.backend).available:
+    deployments = {deployment.name: deployment for deployment in config.application.deployments}
+    for name, deployment in deployments.items():
+        _check_deployment(deployment, f"{where}.deployments.{name}")
+        if name in placement:
+            pool = placement[name].pool
+            for complaint in contradictions(actor_options(deployment, config.pools[pool]), pool, config.pools[pool]):
                 raise StartError(
-                    f"{where}.args.placement.{name}.backend: this machine has no device for {placement.backend!r}"
+                    f"{where}.deployments.{name}.ray_actor_options: {complaint} of {config.settings.pools}; "
+                    "without this key the deployment has the pool's"
                 )
-    from stages.check import check_files
-
-    with _refusing(f"{settings.model}: "):
-        check_files(settings.read_model())
+    for complaint in overfull(deployments, placement, config.pools):
+        raise StartError(f"{where}.deployments: {complaint} in {config.settings.pools}")
 
 
-def resources(deployment: DeploymentSchema) -> Counter[str]:
-    """What the replicas that a deployment starts with ask for, by Ray's names of resources."""
-    options = deployment.model_dump(exclude_unset=True)
-    scaling = options.get("autoscaling_config") or {}
-    fixed = options.get("num_replicas")
-    least = scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
-    replicas = fixed if isinstance(fixed, int) else least
-    actor = options.get("ray_actor_options") or {}
-    asked = {"CPU": actor.get("num_cpus", 1), "GPU": actor.get("num_gpus", 0), **(actor.get("resources") or {})}
-    return Counter({name: replicas * amount for name, amount in asked.items() if amount and math.isfinite(amount)})
+def _check_devices(config: Config) -> None:
+    """Check that this machine has the devices, as far as this Python can tell."""
+    for name, placement in config.settings.placement.items():
+        elsewhere = config.pools[placement.pool].environment.py_executable
+        if not elsewhere and not get_backend(placement.backend).available:
+            raise StartError(
+                f"{config.where}.args.placement.{name}.pool: this machine has no device for "
+                f"{placement.backend!r}, the backend of {placement.pool}"
+            )
+
+
+def _check_memory(config: Config) -> None:
+    """Check that weights fit into the memory of the devices that hold them."""
+    model = config.settings.read_model()
+    for name, placement in config.settings.placement.items():
+        memory = config.pools[placement.pool].memory_gib
+        if memory is not None and (held := weights_gib(model, placement)) > memory:
+            raise StartError(
+                f"{config.where}.args.placement.{name}.pool: its weights take {held:.3g} GiB, and a device of "
+                f"{placement.pool} has {memory:g}, memory_gib in {config.settings.pools}"
+            )
 
 
 def _check_deployment(deployment: DeploymentSchema, where: str) -> None:

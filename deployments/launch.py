@@ -10,17 +10,17 @@ import signal
 import time
 from collections import Counter
 from contextlib import redirect_stdout
-from pathlib import Path
 from types import FrameType
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import ray
 from ray import serve
-from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import cli as serve_cli
 
-from deployments.check import IMPORT_PATH, StartError, resources
+from cluster.nodes import check_address, find_lack, live_nodes
+from deployments.check import Config, StartError
+from deployments.fit import starting_resources
 from deployments.http import readiness
 
 _POLL_S = 0.25
@@ -31,8 +31,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Server:
     """Serves a config on the Ray cluster at `RAY_ADDRESS`, or else on a cluster of its own."""
 
-    def __init__(self, path: Path, config: ServeDeploySchema) -> None:
-        self._path = path
+    def __init__(self, config: Config) -> None:
         self._config = config
         self._stops = 0
 
@@ -75,36 +74,49 @@ class Server:
         """Start Ray and deploy the config; return the dashboard's address."""
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        address = os.environ.get("RAY_ADDRESS", "local")  # by name, or Ray would join whatever cluster runs here
         try:
-            # By name, or Ray would join whatever cluster runs on this machine.
-            context = ray.init(os.environ.get("RAY_ADDRESS", "local"), namespace="serve", logging_level=logging.ERROR)
+            check_address(address)
+            context = ray.init(address, namespace="serve", logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             hint = "; if it asks for a token, set RAY_AUTH_MODE=token" if os.environ.get("RAY_ADDRESS") else ""
             raise StartError(f"Ray: {error}{hint}") from error
         self._listen()
         if not os.environ.get("RAY_ADDRESS"):
             self._check_resources()
+        self._check_pools()
         readiness.begin()
         with redirect_stdout(io.StringIO()) as output:
             try:
-                serve_cli.main(args=["run", "--non-blocking", str(self._path)], standalone_mode=False)
+                serve_cli.main(args=["run", "--non-blocking", str(self._config.path)], standalone_mode=False)
             except SystemExit as error:  # after printing a traceback
-                raise StartError(f"serve run {self._path}: {output.getvalue().strip().splitlines()[-1]}") from error
+                raise StartError(
+                    f"serve run {self._config.path}: {output.getvalue().strip().splitlines()[-1]}"
+                ) from error
         return context.dashboard_url
 
     def _check_resources(self) -> None:
         """Check that this machine has the resources of all replicas; Ray would wait for them forever."""
+        placement = self._config.settings.placement
         required: Counter[str] = Counter()
-        for application in self._config.applications:
+        for application in self._config.serve.applications:
             for deployment in application.deployments:
-                required.update(resources(deployment))
+                placed = application is self._config.application and placement.get(deployment.name)
+                required.update(starting_resources(deployment, self._config.pools[placed.pool] if placed else None))
         has = ray.cluster_resources()
         for name, amount in required.items():
             if amount > has.get(name, 0) + 1e-6:
                 raise StartError(
-                    f"{self._path}: deployments.*.ray_actor_options ask for {amount:g} {name} together, "
+                    f"{self._config.path}: deployments.*.ray_actor_options ask for {amount:g} {name} together, "
                     f"and this machine has {has.get(name, 0):g}"
                 )
+
+    def _check_pools(self) -> None:
+        """Check that the cluster has nodes for each pool, with room for the replicas that it must have."""
+        nodes = live_nodes()
+        for name, pool in self._config.pools.items():
+            if lack := find_lack(pool, nodes):
+                raise StartError(f"{self._config.settings.pools}: {name}: {lack}")
 
     def _wait_until_ready(self) -> bool:
         """Wait until the server is ready; return False if a signal arrives first. Raises StartError."""
@@ -121,20 +133,19 @@ class Server:
         return False
 
     def _address(self) -> str:
-        options = self._config.http_options
+        options = self._config.serve.http_options
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(options.host, options.host)
         return f"http://{host}:{options.port}"
 
     def _prefix(self) -> str:
         """Where the application is, `/` left out."""
-        (prefix,) = {app.route_prefix for app in self._config.applications if app.import_path == IMPORT_PATH}
-        return (prefix or "").rstrip("/")
+        return (self._config.application.route_prefix or "").rstrip("/")
 
     def _grace(self) -> float:
         """Return the longest `graceful_shutdown_timeout_s` of any application's ingress."""
         found = [
             deployment.graceful_shutdown_timeout_s
-            for application in self._config.applications
+            for application in self._config.serve.applications
             for deployment in application.deployments
             if deployment.name == "Ingress" and isinstance(deployment.graceful_shutdown_timeout_s, int | float)
         ]

@@ -5,24 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, field_validator, model_validator
 
 from backends import Quantization, get_backend
+from cluster.pools import BackendName, Pool, read_pools
 from stages.config import ModelConfig
 from stages.plan import STAGES, Name, StageName
-
-
-def _known_backend(name: str) -> str:
-    get_backend(name)
-    return name
-
 
 ServedStage = Literal["encode", StageName, "decode"]
 ENCODE: ServedStage = "encode"
 DECODE: ServedStage = "decode"
 SERVED_STAGES: tuple[ServedStage, ...] = get_args(ServedStage)
-
-BackendName = Annotated[str, AfterValidator(_known_backend)]
 
 
 class Placement(BaseModel):
@@ -30,7 +23,8 @@ class Placement(BaseModel):
 
     Attributes:
         stages: stages to run; those that denoise share one set of weights, and each image selects its LoRA.
-        backend: name of the backend that replicas run on.
+        pool: name of the pool whose devices and environment replicas have.
+        backend: name of the backend that replicas run on; settings take it from the pool.
         fuse: adapter to fuse into the weights, where it costs nothing extra; for a deployment of one denoising stage.
         compile: whether to compile the transformer's blocks before the replica reports ready.
         max_batch_tokens: most image tokens in a forward pass; a guided image counts twice.
@@ -39,6 +33,7 @@ class Placement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stages: Annotated[tuple[ServedStage, ...], Field(min_length=1)]
+    pool: str = "cpu"
     backend: BackendName = "cpu"
     fuse: Name | None = None
     compile: StrictBool = False
@@ -70,6 +65,7 @@ class Settings(BaseModel):
     Attributes:
         model: path of the model's config, relative to the working directory.
         default_plan: name of the model's plan for requests that name none.
+        pools: path of the file of pools, relative to the working directory.
         placement: deployments by name; together they run each stage, and those of the same stage share its images.
         max_images: largest `n` of a request.
         max_body_bytes: largest body of a request, in bytes.
@@ -80,7 +76,8 @@ class Settings(BaseModel):
 
     model: Path
     default_plan: str = "hybrid"
-    placement: dict[Name, Placement] = {
+    pools: Path = Path("cluster/pools.yaml")
+    placement: Annotated[dict[Name, Placement], Field(validate_default=True)] = {
         "TextEncoder": Placement(stages=("encode",)),
         **{stage.capitalize(): Placement(stages=(stage,)) for stage in STAGES},
         "VAEDecoder": Placement(stages=("decode",)),
@@ -88,6 +85,23 @@ class Settings(BaseModel):
     max_images: Annotated[int, Field(strict=True, ge=1, le=64)] = 10
     max_body_bytes: Annotated[int, Field(strict=True, ge=1, le=2**30)] = 1024 * 1024
     request_timeout_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 120.0
+
+    @field_validator("placement")
+    @classmethod
+    def _on_pools(cls, value: dict[str, Placement], info: ValidationInfo) -> dict[str, Placement]:
+        if "pools" not in info.data:  # it is wrong itself
+            return value
+        path = info.data["pools"]
+        pools = read_pools(path)
+        for name, placement in value.items():
+            if "backend" in placement.model_fields_set:
+                raise ValueError(f"{name}.backend is the pool's: name a pool in place of it, one of {sorted(pools)}")
+            if placement.pool not in pools:
+                raise ValueError(f"{name}.pool must be one of {sorted(pools)} of {path}, not {placement.pool!r}")
+        return {
+            name: placement.model_copy(update={"backend": pools[placement.pool].backend})
+            for name, placement in value.items()
+        }
 
     @model_validator(mode="after")
     def _runnable(self) -> Settings:
@@ -124,3 +138,8 @@ class Settings(BaseModel):
     def read_model(self) -> ModelConfig:
         """Read the model's config; raises FileNotFoundError or `stages.yaml_file.ConfigError`."""
         return ModelConfig.read(self.model)
+
+    def read_pools(self) -> dict[str, Pool]:
+        """Read the pools that are placed on, by name; raises FileNotFoundError or `stages.yaml_file.ConfigError`."""
+        used = {placement.pool for placement in self.placement.values()}
+        return {name: pool for name, pool in read_pools(self.pools).items() if name in used}

@@ -25,7 +25,8 @@ import torch
 import yaml
 
 from bench.serving.servers import ROOT, Running, servers, started
-from deployments.check import StartError, check, resources
+from deployments.check import StartError, check
+from deployments.fit import starting_resources
 from deployments.http.readiness import Deployments, Readiness
 
 MODEL = ROOT / "configs" / "scenes.yaml"
@@ -105,7 +106,7 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
         lambda config, app: app["deployments"][2]["autoscaling_config"].update(min_replicas=3)
     )
     assert "Base.ray_actor_options.resources.x: must be a number, not 'y'" in refusal(
-        lambda config, app: app["deployments"][2]["ray_actor_options"].update(resources={"x": "y"})
+        lambda config, app: app["deployments"][2].update(ray_actor_options={"resources": {"x": "y"}})
     )
     assert "Bridge is there twice" in refusal(lambda config, app: app["deployments"].append(app["deployments"][3]))
 
@@ -113,8 +114,8 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
 def test_replicas_that_serve_counts_itself_are_accepted(tmp_path: Path) -> None:
     config = shipped()
     config["applications"][0]["deployments"][1]["num_replicas"] = "auto"
-    (application,) = check(written(tmp_path, config)).applications
-    assert resources(application.deployments[1])["CPU"] == pytest.approx(0.1)
+    application = check(written(tmp_path, config)).application
+    assert starting_resources(application.deployments[1])["CPU"] == 1
 
 
 @pytest.mark.parametrize(
@@ -197,9 +198,12 @@ def test_unreadable_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has such a device")
 def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    pools = tmp_path / "pools.yaml"
+    pools.write_text("cpu: {backend: cpu}\ngpu: {backend: cuda, resources: {}}")
     config = shipped()
-    config["applications"][0]["args"]["placement"]["Bridge"]["backend"] = "cuda"
-    with pytest.raises(StartError, match=r"placement\.Bridge\.backend: this machine has no device for 'cuda'"):
+    config["applications"][0]["args"]["pools"] = str(pools)
+    config["applications"][0]["args"]["placement"]["Bridge"]["pool"] = "gpu"
+    with pytest.raises(StartError, match=r"placement\.Bridge\.pool: this machine has no device for 'cuda'"):
         check(written(tmp_path, config))
 
 
