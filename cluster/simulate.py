@@ -1,7 +1,5 @@
 """A discrete-event simulation of the stages under load: latency, throughput and cost of pools of devices.
 
-`python -m cluster.simulate cluster/published.yaml`
-
 Images arrive at random (a Poisson process), pass the stages of a plan in order, and at each go to the replica with
 the fewest images. A replica works as `stages.batching.StepBatcher` does: before each step it takes the images that
 are there, oldest first, up to its largest batch, and all of them move on by one step.
@@ -9,19 +7,16 @@ are there, oldest first, up to its largest batch, and all of them move on by one
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from random import Random
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import simpy
-import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.costs import Device, StepCost
 
@@ -71,6 +66,18 @@ class Scenario(_Strict):
     megapixels: Positive
     deadline: Positive
     hop: Annotated[float, Field(ge=0.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _on_devices(self) -> Scenario:
+        for name, stage in self.stages.items():
+            if stage.device not in self.devices:
+                raise ValueError(f"stages.{name}.device must be one of {sorted(self.devices)}, not {stage.device!r}")
+        return self
+
+    @property
+    def replicas(self) -> dict[str, int | None]:
+        """Numbers of replicas by stage; None where they are to be planned."""
+        return {name: stage.replicas for name, stage in self.stages.items()}
 
     @property
     def price(self) -> float:
@@ -282,7 +289,7 @@ def plan_replicas(scenario: Scenario, most: int = 1000) -> Scenario:
     latency = simulate(planned).p95
     while latency > scenario.deadline:
         if not free or sum(stage.count for stage in planned.stages.values()) >= most:
-            raise ValueError(f"95 % of the images take {latency:.2f} s with {_replicas(planned)}")
+            raise ValueError(f"95 % of the images take {latency:.2f} s with {planned.replicas}")
         grown = [planned.with_replicas({name: planned.stages[name].count + 1}) for name in free]
         latencies = [simulate(candidate).p95 for candidate in grown]
         gains = [
@@ -292,32 +299,3 @@ def plan_replicas(scenario: Scenario, most: int = 1000) -> Scenario:
         best = gains.index(max(gains))
         planned, latency = grown[best], latencies[best]
     return planned
-
-
-def _replicas(scenario: Scenario) -> dict[str, int | None]:
-    return {name: stage.replicas for name, stage in scenario.stages.items()}
-
-
-def read_scenarios(path: Path) -> dict[str, Scenario]:
-    """Read scenarios by name; raises pydantic.ValidationError, which names the key that is wrong."""
-    content: dict[str, Any] = yaml.safe_load(path.read_text())
-    return {name: Scenario(devices=content["devices"], **values) for name, values in content["scenarios"].items()}
-
-
-def main() -> None:
-    """Plan and simulate the scenarios of a file, and print a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenarios", type=Path)
-    arguments = parser.parse_args()
-    for name, scenario in read_scenarios(arguments.scenarios).items():
-        planned = plan_replicas(scenario)
-        outcome = simulate(planned)
-        replicas = ", ".join(f"{count} {stage}" for stage, count in _replicas(planned).items())
-        print(
-            f"{name}: {replicas}; p50 {outcome.p50:.2f} s, p95 {outcome.p95:.2f} s, {outcome.throughput:.2f} images/s, "
-            f"${outcome.dollars_per_megapixel:.5f} a megapixel"
-        )
-
-
-if __name__ == "__main__":
-    main()
