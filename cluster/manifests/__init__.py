@@ -1,0 +1,1 @@
+"""Manifests of a cluster, from a config of Serve and the pools that it is placed on."""

@@ -1,0 +1,121 @@
+"""A `RayService` of KubeRay: the cluster and what it serves."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from cluster.manifests.layout import HEAD_CPUS, HEAD_MEMORY_GIB, Group, Layout
+from cluster.manifests.vendors import VENDORS
+from deployments import PROXY_CALLBACK
+
+Manifest = dict[str, Any]
+
+_AGENT_PORT = 52365  # Ray's agent, which answers for its node's health
+_SPARE_S = 60  # beyond the drain, before Kubernetes kills
+
+
+def render(layout: Layout, name: str) -> Manifest:
+    """Render the service called `name`."""
+    groups = [_worker_group(group, layout) for group in layout.groups]
+    cluster: Manifest = {
+        "rayVersion": version("ray"),
+        "enableInTreeAutoscaling": layout.scales,
+        "authOptions": {"mode": "token"},
+        "headGroupSpec": {
+            # Within the cluster alone: whoever reaches the dashboard can run code.
+            "serviceType": "ClusterIP",
+            "enableIngress": False,
+            "rayStartParams": {},
+            "template": _head_template(layout),
+        },
+        "workerGroupSpecs": groups,
+    }
+    if layout.scales:
+        cluster["autoscalerOptions"] = {"version": "v2", "idleTimeoutSeconds": layout.drain_s}
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": name},
+        "spec": {
+            "serveConfigV2": yaml.safe_dump(layout.serve_config, sort_keys=False),
+            # After an upgrade the old cluster stays until it has answered what it was asked.
+            "rayClusterDeletionDelaySeconds": layout.drain_s,
+            "rayClusterConfig": cluster,
+        },
+    }
+
+
+def _head_template(layout: Layout) -> Manifest:
+    resources = {"cpu": str(HEAD_CPUS), "memory": f"{HEAD_MEMORY_GIB}Gi"}
+    container = _container("ray-head", layout.head.image, resources, layout)
+    # Not of the application: KubeRay deploys it when the head is ready, and asks the head's proxy by itself.
+    container["readinessProbe"] = _probe("/api/healthz", _AGENT_PORT, failures=10)
+    container["lifecycle"] = _before_end(f"sleep {layout.drain_s}")
+    return {"spec": _pod_spec(container, layout)}
+
+
+def _worker_group(group: Group, layout: Layout) -> Manifest:
+    pool, vendor = group.pool, VENDORS.get(group.pool.backend)
+    resources = {"cpu": str(pool.node.cpus), "memory": f"{pool.node.memory_gib:g}Gi"}
+    if vendor:
+        resources[vendor.plugin] = str(group.resources[vendor.resource])
+    container = _container("ray-worker", group.image, resources, layout)
+    # Requests go to ready workers; of those, only where replicas run is there a proxy.
+    container["readinessProbe"] = _probe("/-/healthz", layout.config.serve.http_options.port, failures=1)
+    container["lifecycle"] = _before_end(
+        # Serve moves the replicas of a node that is drained, and they answer what they were asked.
+        "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the pod ends' "
+        f"--deadline-remaining-seconds {layout.drain_s}; sleep {layout.drain_s}"
+    )
+    spec = _pod_spec(container, layout)
+    if pool.node.selector:
+        spec["nodeSelector"] = dict(pool.node.selector)
+    if vendor:
+        spec["tolerations"] = [{"key": vendor.plugin, "operator": "Exists", "effect": "NoSchedule"}]
+    manifest: Manifest = {
+        "groupName": group.name,
+        "replicas": group.least,
+        "minReplicas": group.least,
+        "maxReplicas": group.most,
+        "rayStartParams": {},
+        "template": {"spec": spec},
+    }
+    if pool.labels:
+        manifest["labels"] = dict(pool.labels)
+    # Those that KubeRay does not derive from the container's resources.
+    known = vendor.resource if vendor and vendor.known_to_kuberay else None
+    if told := {name: str(amount) for name, amount in group.resources.items() if name != known}:
+        manifest["resources"] = told
+    return manifest
+
+
+def _container(name: str, image: str, resources: dict[str, str], layout: Layout) -> Manifest:
+    return {
+        "name": name,
+        "image": image,
+        "env": [{"name": variable, "value": value} for variable, value in PROXY_CALLBACK.items()],
+        "ports": [{"name": "serve", "containerPort": layout.config.serve.http_options.port}],
+        "resources": {"requests": resources, "limits": dict(resources)},
+        "livenessProbe": _probe("/api/healthz", _AGENT_PORT, delay=30, failures=120),
+    }
+
+
+def _pod_spec(container: Manifest, layout: Layout) -> Manifest:
+    return {"terminationGracePeriodSeconds": layout.drain_s + _SPARE_S, "containers": [container]}
+
+
+def _probe(path: str, port: int, *, delay: int = 10, failures: int) -> Manifest:
+    return {
+        "httpGet": {"path": path, "port": port},
+        "initialDelaySeconds": delay,
+        "periodSeconds": 5,
+        "timeoutSeconds": 5,
+        "failureThreshold": failures,
+    }
+
+
+def _before_end(command: str) -> Manifest:
+    return {"preStop": {"exec": {"command": ["bash", "-c", command]}}}
