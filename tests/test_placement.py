@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from stages.pipeline import Pipeline
 from stages.yaml_file import ConfigError
 
 ROOT = Path(__file__).parent.parent
-TWO = {"cpu": {"backend": "cpu"}, "h100": {"backend": "cuda", "labels": {"pool": "h100"}}}
+TWO: dict[str, dict[str, Any]] = {"cpu": {"backend": "cpu"}, "h100": {"backend": "cuda", "labels": {"pool": "h100"}}}
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -230,6 +231,17 @@ def test_what_a_cluster_lacks_is_a_sentence() -> None:
     assert find_lack(thirds, [node({})]) is None
 
 
+def test_the_documentation_shows_pools_and_a_placement(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "pools.md").read_text()
+    pool, placement = (yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S))
+    (tmp_path / "pools.yaml").write_text(yaml.safe_dump(pool))
+    assert list(read_pools(tmp_path / "pools.yaml")) == ["h100"]
+    settings = Settings.model_validate(
+        {"model": "configs/scenes.yaml", **placement, "pools": "cluster/example-pools.yaml"}
+    )
+    assert list(settings.read_pools()) == ["cpu", "h100", "mi300", "gaudi2"]
+
+
 def test_settings_have_the_shipped_pools_by_default() -> None:
     settings = Settings.model_validate({"model": "configs/scenes.yaml"})
     assert {placed.backend for placed in settings.placement.values()} == {"cpu"}
@@ -243,7 +255,9 @@ def test_a_stage_runs_in_its_pools_own_python(tmp_path: Path, pipeline: Pipeline
     python.write_text(f'#!/bin/sh\nSTARTED_BY="$0" exec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     environment = {"py_executable": str(python), "env_vars": {"POOL": "other"}}
-    pools = {name: {"backend": "cpu", "resources": {"CPU": 0.3}, "replicas": 5} for name in ("cpu", "other")}
+    pools: dict[str, dict[str, Any]] = {
+        name: {"backend": "cpu", "resources": {"CPU": 0.3}, "replicas": 5} for name in ("cpu", "other")
+    }
     pools["other"]["environment"] = environment
     config = yaml.safe_load(written(tmp_path, pools, base_on("other")).read_text())
     model = ROOT / "configs" / "scenes.yaml"
