@@ -97,7 +97,7 @@ class Pool(_Strict):
     Attributes:
         backend: name of the backend that replicas run on.
         resources: Ray resources of a device, for which a replica asks; by default the backend's.
-        labels: Ray labels of the pool's nodes, which replicas select; by default the backend's.
+        labels: Ray labels of the pool's nodes, which replicas select; none if any node will do.
         environment: what replicas run in.
         replicas: number of replicas that have room, a device each; a range if the cluster scales.
         price: dollars an hour for a device.
@@ -121,7 +121,7 @@ class Pool(_Strict):
             backend = get_backend(content["backend"])
         except (TypeError, KeyError, ValueError):  # which the field's own check tells
             return content
-        return {"resources": dict(backend.resources), "labels": dict(backend.labels), **content}
+        return {"resources": dict(backend.resources), **content}
 
     @property
     def needed_resources(self) -> dict[str, float]:

@@ -38,19 +38,21 @@ def find_versions(py_executable: str | None, timeout_s: float) -> tuple[str, str
 
 
 def find_flaws(backend: str, *, on_device: bool) -> list[str]:
-    """Import what a replica imports; return a sentence for each thing that fails.
+    """Import what a replica imports, and compute on its device; return a sentence for what fails.
 
     Args:
         backend: name of the backend.
-        on_device: whether this process has a device, which the backend must then see.
+        on_device: whether this process has a device, on which the backend then computes.
     """
-    flaws = []
+    doing = "import what replicas import"
     try:
         import_module("deployments.replica")
-        available = import_module("backends").get_backend(backend).available
+        there = import_module("backends").get_backend(backend)
+        if on_device:
+            if there.missing:
+                return [f"backend {backend}: {there.missing}"]
+            doing = f"compute on {backend}"
+            there.probe()
     except Exception as error:  # of whatever kind, since libraries of devices raise as they like
-        flaws.append(f"cannot import what replicas on {backend} import: {type(error).__name__}: {error}")
-    else:
-        if on_device and not available:
-            flaws.append(f"backend {backend} sees no device")
-    return flaws
+        return [f"cannot {doing}: {type(error).__name__}: {error}"]
+    return []

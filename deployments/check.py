@@ -147,10 +147,10 @@ def _check_devices(config: Config) -> None:
     """Check that this machine has the devices, as far as this Python can tell."""
     for name, placement in config.settings.placement.items():
         elsewhere = config.pools[placement.pool].environment.py_executable
-        if not elsewhere and not get_backend(placement.backend).available:
+        missing = None if elsewhere else get_backend(placement.backend).missing
+        if missing:
             raise StartError(
-                f"{config.where}.args.placement.{name}.pool: this machine has no device for "
-                f"{placement.backend!r}, the backend of {placement.pool}"
+                f"{config.where}.args.placement.{name}.pool: this machine cannot run {placement.pool!r}: {missing}"
             )
 
 

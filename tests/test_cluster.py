@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -81,14 +82,14 @@ def test_an_environment_must_import_what_replicas_import(cluster: str, tmp_path:
     (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('no driver')")
     broken = executable(tmp_path / "python", f'PYTHONPATH="{tmp_path}:$PYTHONPATH" exec "{sys.executable}" "$@"')
     (sentence,) = lacks(environment={"py_executable": broken})
-    assert sentence.endswith("cannot import what replicas on cpu import: RuntimeError: no driver")
+    assert sentence.endswith("cannot import what replicas import: RuntimeError: no driver")
     whole = executable(tmp_path / "whole", f'exec "{sys.executable}" "$@"')
     assert lacks(environment={"py_executable": whole}) == []
 
 
 def test_a_backend_must_see_its_device(cluster: str) -> None:
     (sentence,) = lacks(backend="cuda", resources={"HPU": 1}, labels={"pool": "gaudi2"})
-    assert sentence.endswith("backend cuda sees no device")
+    assert re.search(r"node \w+: backend cuda: \w+", sentence)
 
 
 def test_a_node_that_does_not_answer_is_told(cluster: str, tmp_path: Path) -> None:

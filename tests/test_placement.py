@@ -66,7 +66,7 @@ def test_a_pool_is_what_its_backend_says_unless_it_says_otherwise(tmp_path: Path
     path.write_text("a: {backend: cuda}\nb: {backend: cuda, resources: {GPU: 2, x: 1}, labels: {pool: b}, replicas: 3}")
     default, other = read_pools(path).values()
     assert default.resources == dict(get_backend("cuda").resources) == {"GPU": 1}
-    assert default.labels == dict(get_backend("cuda").labels)
+    assert default.labels == {}
     assert default.actor_options == {"num_gpus": 1}
     assert other.actor_options == {"num_gpus": 2, "resources": {"x": 1}, "label_selector": {"pool": "b"}}
     assert (default.replicas.min, other.replicas.min, other.replicas.max) == (1, 3, 3)
