@@ -11,7 +11,9 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers import transformer_z_image
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformerBlock
 from peft import LoraConfig
+from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.experimental import internal_kv
+from ray.scripts.scripts import cli
 from ray.serve._private import common, constants
 from torch.fx.experimental import _config as shapes_config
 
@@ -84,3 +86,10 @@ def test_rays_store_and_names_of_actors() -> None:
     assert replica.to_full_id_str().startswith(f"{ray_internals._REPLICA}images#Base#")
     assert constants.SERVE_PROXY_NAME.startswith(ray_internals._PROXY.rstrip("-"))
     assert hasattr(constants, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")
+
+
+def test_rays_commands_for_nodes() -> None:
+    """`cluster.manifests.kuberay`."""
+    options = {option.name for option in cli.commands["drain-node"].params}
+    assert {"reason", "reason_message", "deadline_remaining_seconds"} <= options
+    assert "/api/healthz" in PUBLIC_EXACT_PATHS  # which the probes ask without a token
