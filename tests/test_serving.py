@@ -365,7 +365,7 @@ def test_wrong_settings_stop_the_start_and_are_named(tmp_path: Path) -> None:
         ({"A": ends, "Ingress": {"stages": ["base", "bridge", "distilled"]}}, "placement.Ingress must have another"),
         ({"A": {"stages": ["base"], "max_batch_tokens": 2**25}}, "(?s)placement.A.max_batch_tokens"),
         ({"A": {"stages": ["refiner"]}}, r"(?s)placement.A.stages.0.*'encode', 'base', 'bridge', 'distilled' or"),
-        ({"A": {**ends, "backend": "abacus"}}, r"(?s)A.backend.*must be one of \['cpu', 'cuda'\], not 'abacus'"),
+        ({"A": {**ends, "pool": "abacus"}}, r"(?s)A.pool must be one of \['cpu'\] of .*pools.yaml, not 'abacus'"),
     ):
         with pytest.raises(ValidationError, match=message):
             Settings.model_validate({"model": "configs/scenes.yaml", "placement": placement})
