@@ -8,7 +8,7 @@ from importlib import import_module
 
 from stages.yaml_file import ConfigError
 
-COMMANDS = ("check", "plan", "render")
+COMMANDS = ("check", "local", "plan", "render")
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from deployments import PROXY_CALLBACK
 
 # Ray and Serve read these when they are imported, here and in every process that they start.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     **PROXY_CALLBACK,
     "RAY_SERVE_LOG_TO_STDERR": "0",  # into files alone, which the dashboard shows; see `deployments.console`
     "RAY_SCHEDULER_EVENTS": "0",
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("config", type=Path, nargs="?", default=Path("serve_config.yaml"), help="in Serve's own schema")
     parser.add_argument("--check", action="store_true", help="check the config and what it names, and start nothing")
     arguments = parser.parse_args()
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
 
     from deployments.check import StartError, check
 

@@ -1,0 +1,75 @@
+"""Serve a config on a Ray cluster of several nodes on this machine: a head, and nodes for each of the config's pools.
+
+`python -m cluster local cluster/local/serve.yaml` gives each node its pool's labels and the resources of its devices,
+whether it has such devices or not, and then serves as `python -m deployments` does: several environments, and hops from
+node to node, without several machines. What a pool's replicas run in must be here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.pools import Pool
+from deployments.__main__ import ENVIRONMENT
+from deployments.check import StartError, read_config
+from stages.yaml_file import ConfigError
+
+_STORE_BYTES = 128 * 1024 * 1024  # of a node's object store; packets go from replica to replica without it
+_DRAIN_S = 60.0  # after which a server that was asked to end is killed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("config", type=Path, help="in Serve's own schema")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal arrives; return the server's status.
+
+    Raises:
+        ConfigError: the config or its pools are wrong.
+    """
+    os.environ.update(ENVIRONMENT)  # the nodes' processes have it from here
+    try:
+        pools = read_config(arguments.config).pools
+    except StartError as error:
+        raise ConfigError(str(error)) from error
+    with started(pools.values()) as address:
+        command = [sys.executable, "-m", "deployments", str(arguments.config)]
+        server = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": address})
+        try:
+            return server.wait()
+        except KeyboardInterrupt:  # which the server has from the terminal as well
+            return server.wait(_DRAIN_S)
+        finally:
+            server.kill()
+
+
+@contextmanager
+def started(pools: Iterable[Pool]) -> Iterator[str]:
+    """Run a head with a core, and for each pool a node with room for as many replicas as it must have; its address."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": _STORE_BYTES, "include_dashboard": True}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for pool in pools:
+            replicas = max(1, pool.replicas.min)
+            rooms = {name: math.ceil(replicas * amount) for name, amount in pool.needed_resources.items()}
+            cluster.add_node(
+                num_cpus=rooms.pop("CPU"),
+                num_gpus=rooms.pop("GPU", 0),
+                resources=rooms,
+                labels=dict(pool.labels),
+                object_store_memory=_STORE_BYTES,
+            )
+        yield cluster.address
+    finally:
+        cluster.shutdown()
