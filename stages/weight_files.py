@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,17 @@ def check_finite(key: str, file: Path, dtype: torch.dtype | None = None) -> None
             raise BadFile(key, file, f"holds numbers that are not finite, in {name!r}")
 
 
-def load_component(kind: Any, source: str, component: str, **options: Any) -> Any:
+def load_component(
+    kind: Any, source: str, component: str, *, dtype: torch.dtype | None = None, device_map: str | None = None
+) -> Any:
     """Load a pipeline's component by its library's `from_pretrained`, whose warnings about weights are errors here.
 
     Args:
         kind: class of the component.
         source: directory or repo id of the pipeline.
         component: name of the component's directory.
-        options: options of `from_pretrained`, among them the dtype.
+        dtype: dtype of the weights, by default the library's choice.
+        device_map: where to load it, by default the processor.
 
     Raises:
         BadFile: the component's files are missing or truncated, or their weights do not match the component, in which
@@ -98,8 +102,14 @@ def load_component(kind: Any, source: str, component: str, **options: Any) -> An
     directory = find_component(source, component)
     files = weights_of(directory)
     try:
+        _check_release(directory)
         module, info = kind.from_pretrained(
-            directory, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **options
+            directory,
+            torch_dtype=dtype,  # the name that the libraries' older releases know, too
+            device_map=device_map,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:  # of whatever kind: libraries take their configs as they come
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -114,6 +124,17 @@ def load_component(kind: Any, source: str, component: str, **options: Any) -> An
         if keys:
             raise BadFile("source", where, f"{verb} {list_keys(keys)}")
     return module
+
+
+def _check_release(directory: Path) -> None:
+    """Raise ValueError if the component was saved by a later major release of transformers than is installed.
+
+    Release 4 does not look for release 5's `rope_parameters`, and would rotate by frequencies of its own.
+    """
+    here = version("transformers")
+    saved_by = json.loads((directory / "config.json").read_text()).get("transformers_version", here)
+    if int(saved_by.partition(".")[0]) > int(here.partition(".")[0]):
+        raise ValueError(f"transformers {saved_by} saved it, whose config {here}, which is installed, would misread")
 
 
 def check_loaded(module: nn.Module, source: str, component: str) -> None:

@@ -92,8 +92,11 @@ def test_a_module_is_placed_for_inference(here: Pipeline, device: Backend) -> No
     assert not any(parameter.requires_grad for parameter in parameters)
 
 
-def test_the_device_answers_a_probe_and_knows_its_memory(here: Pipeline, device: Backend) -> None:
+def test_the_device_answers_a_probe(device: Backend) -> None:
     device.probe()
+
+
+def test_the_device_knows_its_memory(here: Pipeline, device: Backend) -> None:
     memory = device.memory()
     assert memory.in_use > 0
     assert memory.free > 0
@@ -189,19 +192,24 @@ def compilations(device: Backend) -> Callable[[], int]:
     """Count the graphs that were compiled so far."""
     if device.shapes is None:
         pytest.skip(f"{device.name}: runs any shape")
-    if device.name != "xla":
-        pytest.skip(f"{device.name}: its library has no count of compilations")
-    from torch_xla.debug import metrics
-
-    return lambda: (metrics.metric_data("CompileTime") or (0,))[0]
+    if device.name == "tpu":
+        return lambda: torch.tpu._get_cache_stats().num_compilations  # type: ignore[attr-defined]
+    return xla_metric(device, "CompileTime")
 
 
 @pytest.fixture
-def reads(device: Backend, compilations: Callable[[], int]) -> Callable[[], int]:
+def reads(device: Backend) -> Callable[[], int]:
     """Count the transfers from the device to the host so far."""
+    return xla_metric(device, "TransferFromDeviceTime")
+
+
+def xla_metric(device: Backend, name: str) -> Callable[[], int]:
+    """Count what PyTorch/XLA has timed under `name` so far."""
+    if device.name != "xla":
+        pytest.skip(f"{device.name}: its library does not count that")
     from torch_xla.debug import metrics
 
-    return lambda: (metrics.metric_data("TransferFromDeviceTime") or (0,))[0]
+    return lambda: (metrics.metric_data(name) or (0,))[0]
 
 
 @pytest.fixture(scope="module")

@@ -132,6 +132,7 @@ def test_replicas_that_serve_counts_itself_are_accepted(tmp_path: Path) -> None:
         ),
         ("transformer/config.json", {"use_layer3d_rope": True}, "use_layer3d_rope must be false"),
         ("text_encoder/config.json", {"text_config": {"hidden_act": "foo"}}, "text_encoder cannot be loaded"),
+        ("text_encoder/config.json", {"transformers_version": "6.1.0"}, r"transformers 6\.1\.0 saved it"),
         ("tokenizer/tokenizer_config.json", "{}", "names no pad_token|cannot be loaded"),
     ],
 )

