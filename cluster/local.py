@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,6 @@ from deployments.check import StartError, read_config
 from stages.yaml_file import ConfigError
 
 _STORE_BYTES = 128 * 1024 * 1024  # of a node's object store; packets go from replica to replica without it
-_DRAIN_S = 60.0  # after which a server that was asked to end is killed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from error
     with started(pools.values()) as address:
         command = [sys.executable, "-m", "deployments", str(arguments.config)]
-        server = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": address})
+        server = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": address}, start_new_session=True)
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda signum, frame: server.send_signal(signum))
         try:
             return server.wait()
-        except KeyboardInterrupt:  # which the server has from the terminal as well
-            return server.wait(_DRAIN_S)
         finally:
             server.kill()
 
@@ -72,4 +72,5 @@ def started(pools: Iterable[Pool]) -> Iterator[str]:
             )
         yield cluster.address
     finally:
-        cluster.shutdown()
+        for node in list(cluster.list_all_nodes):  # each would drain for half a minute, one after the other
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
