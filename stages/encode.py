@@ -78,6 +78,7 @@ class Encoder:
         size: str,
         prompt: str,
         negative_prompt: str | None,
+        scale: float = 1.0,
     ) -> LatentPacket:
         """Make the packet of pure noise that an image starts as.
 
@@ -88,6 +89,7 @@ class Encoder:
             size: one of the config's sizes.
             prompt: prompt to embed.
             negative_prompt: see `Plan.negative_prompt`.
+            scale: share of the size at which the plan's first stage works.
 
         Raises:
             PromptTooLong: one of the prompts is too long.
@@ -98,8 +100,19 @@ class Encoder:
         if negative_prompt is not None:
             negative, negative_tokens = self._encode_and_count(negative_prompt, "negative_prompt")
             text_tokens += negative_tokens if avoids else 0
+        rows, columns = self._config.grid(size)
+        grid = round(rows * scale), round(columns * scale)
         packet = pure_noise(
-            self._config, request_id, image_index, seed, size, self._channels, embeds, negative, text_tokens, avoids
+            self._config.name,
+            request_id,
+            image_index,
+            seed,
+            grid,
+            self._channels,
+            embeds,
+            negative,
+            text_tokens,
+            avoids,
         )
         return replace(packet, spans=(Span("encode", start, time.time()),))
 
@@ -114,11 +127,11 @@ def _embed(encoder: TextEncoder, backend: Backend, prompt: str) -> torch.Tensor:
 
 
 def pure_noise(
-    config: ModelConfig,
+    model: str,
     request_id: str,
     image_index: int,
     seed: int,
-    size: str,
+    grid: tuple[int, int],
     channels: int,
     prompt_embeds: torch.Tensor,
     negative_embeds: torch.Tensor | None,
@@ -126,9 +139,8 @@ def pure_noise(
     avoids: bool,
 ) -> LatentPacket:
     """Make the packet that an image starts as; its latent has `channels` channels and the embeddings' dtype."""
-    grid = config.grid(size)
     return LatentPacket(
-        model=config.name,
+        model=model,
         request_id=request_id,
         image_index=image_index,
         seed=seed,

@@ -119,6 +119,7 @@ class Pipeline:
         empty = get_family(self.config.family).empty_prompt
         if size not in self.config.sizes:
             raise ValueError(f"size must be one of {list(self.config.sizes)}, not {size!r}")
+        plan.check_grid(self.config.grid(size))
         return [
             self.encoder.begin(
                 "local",
@@ -127,6 +128,7 @@ class Pipeline:
                 size,
                 image.prompt,
                 plan.negative_prompt(image.negative_prompt, empty),
+                plan.stages[0].scale,
             )
             for index, image in enumerate(images)
         ]

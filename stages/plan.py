@@ -152,6 +152,8 @@ class StageSpec(_Strict):
             trained to read the negative prompt.
         cache: reuse between steps, or None.
         skip_blocks: indices of the transformer's blocks to skip.
+        scale: share of the image's width and height that the stage works at, 1 or 1/2; what is drawn where takes no
+            fine grid. The latent is enlarged where the next stage works at 1, see `stages.lift`.
     """
 
     name: StageName
@@ -166,6 +168,7 @@ class StageSpec(_Strict):
     attention_guidance: AttentionGuidanceSpec | None = None
     cache: CacheSpec | None = None
     skip_blocks: frozenset[Annotated[int, Field(ge=0, lt=1000)]] = frozenset()
+    scale: float = 1.0
 
     @property
     def guided(self) -> bool:
@@ -192,6 +195,8 @@ class StageSpec(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.scale not in (0.5, 1.0):
+            raise PlanError("scale", f"must be 1 or 0.5, not {self.scale}")
         if self.sigma_end >= self.sigma_start:
             raise PlanError("sigma_end", f"must be below sigma_start, {self.sigma_start}, not {self.sigma_end}")
         if self.guided and self.adapter is not None:
@@ -221,12 +226,16 @@ class Plan(_Strict):
             raise PlanError("stages.0.sigma_start", f"must be 1 (pure noise), not {first.sigma_start}")
         if last.sigma_end != 0.0:
             raise PlanError(f"stages.{len(self.stages) - 1}.sigma_end", f"must be 0 (clean), not {last.sigma_end}")
+        if last.scale != 1.0:
+            raise PlanError(f"stages.{len(self.stages) - 1}.scale", f"must be 1 at the end, not {last.scale}")
         for index, (before, after) in enumerate(zip(self.stages, self.stages[1:], strict=False), start=1):
             if after.sigma_start != before.sigma_end:
                 raise PlanError(
                     f"stages.{index}.sigma_start",
                     f"must be {before.sigma_end}, where {before.name} ends, not {after.sigma_start}",
                 )
+            if after.scale < before.scale:
+                raise PlanError(f"stages.{index}.scale", f"must not be below {before.scale}, which is {before.name}'s")
             if STAGES.index(after.name) < STAGES.index(before.name):
                 raise PlanError(f"stages.{index}.name", f"must not be before {before.name} in {', '.join(STAGES)}")
         return self
@@ -235,6 +244,11 @@ class Plan(_Strict):
     def nfe(self) -> int:
         """Network evaluations of one image if no cache hits."""
         return sum(stage.nfe for stage in self.stages)
+
+    @property
+    def work(self) -> float:
+        """Network evaluations of one image if no cache hits, each weighted by its share of the image's tokens."""
+        return sum(stage.nfe * stage.scale**2 for stage in self.stages)
 
     @property
     def guided(self) -> bool:
@@ -287,6 +301,16 @@ class Plan(_Strict):
                 raise PlanError(f"stages.{index}.skip_blocks", f"must leave one of {blocks} blocks")
             if stage.attention_guidance is not None and not guides_attention:
                 raise PlanError(f"stages.{index}.attention_guidance", "is not known to the model's family")
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raise PlanError if a stage works at half an image's size and the image's rows or columns are odd.
+
+        Args:
+            grid: rows and columns of the image's tokens.
+        """
+        for index, stage in enumerate(self.stages):
+            if any(side * stage.scale % 1 for side in grid):
+                raise PlanError(f"stages.{index}.scale", f"must be 1 for {grid[0]}x{grid[1]} tokens, not {stage.scale}")
 
     def with_adapters(self, available: Collection[str]) -> Plan:
         """Return the plan as a model with these adapters can run it.

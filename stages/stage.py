@@ -16,6 +16,7 @@ from stages.config import ModelConfig
 from stages.denoise import ImageState, join_negative, step
 from stages.families import get_family
 from stages.finite import check_finite
+from stages.lift import lift
 from stages.loading import load_scheduler
 from stages.network import Network
 from stages.packet import LatentPacket
@@ -33,6 +34,7 @@ class StageRun:
         stage: the stage that it is in.
         state: its progress.
         keep_negative: whether a later stage still needs the negative prompt.
+        lifts: whether the next stage works at twice the rows and columns.
         started: seconds since the epoch.
     """
 
@@ -40,14 +42,19 @@ class StageRun:
     stage: StageSpec
     state: ImageState
     keep_negative: bool
+    lifts: bool
     started: float
 
     def finish(self) -> LatentPacket:
         """Return the packet after the last step; raises NotFinite if its latent is not finite."""
-        dtype = self.packet.latent.dtype
+        latent, (rows, columns) = self.state.latent, self.packet.grid
+        if self.lifts:
+            latent = lift(latent, self.state.denoised, self.stage.sigma_end, (rows, columns), self.packet.seed)
+            rows, columns = 2 * rows, 2 * columns
         return replace(
             self.packet,
-            latent=check_finite(self.state.latent.to(dtype), self.stage.name),
+            grid=(rows, columns),
+            latent=check_finite(latent.to(self.packet.latent.dtype), self.stage.name),
             negative_embeds=self.packet.negative_embeds if self.keep_negative else None,
             sigma=self.stage.sigma_end,
             position=self.packet.position + 1,
@@ -181,8 +188,10 @@ class Denoiser:
             cache=make_cache(stage.cache, stage.steps) if stage.cache else None,
             negative_cache=make_cache(stage.cache, stage.steps) if stage.cache and stage.guided else None,
         )
-        needed_after = any(later.needs_negative(packet.avoids) for later in plan.stages[packet.position + 1 :])
-        return StageRun(packet, stage, state, needed_after, time.time())
+        after = plan.stages[packet.position + 1 :]
+        needed_after = any(later.needs_negative(packet.avoids) for later in after)
+        lifts = bool(after) and after[0].scale > stage.scale
+        return StageRun(packet, stage, state, needed_after, lifts, time.time())
 
     def step(self, runs: Sequence[StageRun]) -> None:
         """Advance runs of one grid, of any plans and stages, by one denoising step in one forward pass."""

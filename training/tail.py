@@ -48,7 +48,8 @@ def main() -> None:
         model = model_config(arguments.pipeline, loras, size_of(config["pairs"]))
         teacher = teacher_stages(levels, config["teacher_steps"], config["guidance_scale"], tail[0].name)
         way = Plan(stages=(*before, *teacher))
-        draw_trajectories(Pipeline(model, backend), way, Prompts.read(config), config["pairs"]).save(kept)
+        drawn = draw_trajectories(Pipeline(model, backend), way, Prompts.read(config), config["pairs"], len(before))
+        drawn.save(kept)
     taught = Trajectories.load(kept)
     passed = [taught.level(sigma) for sigma in levels]
 

@@ -101,9 +101,9 @@ class RandomModel:
         """Make a packet of pure noise, with random embeddings of `length` tokens for each of its two prompts."""
         width, dtype = self._transformer.text_width, self._transformer.dtype
         prompt, negative = torch.randn(2, length, width, dtype=dtype)
-        channels = self._transformer.token_channels // 4
+        channels, grid = self._transformer.token_channels // 4, self._config.grid(size)
         return pure_noise(
-            self._config, "latency", 0, 0, size, channels, prompt, negative, text_tokens=length, avoids=True
+            self._config.name, "latency", 0, 0, grid, channels, prompt, negative, text_tokens=length, avoids=True
         )
 
     @torch.inference_mode()

@@ -102,15 +102,18 @@ def size_of(config: dict[str, Any]) -> str:
     return f"{config['width']}x{config['height']}"
 
 
-def draw_trajectories(pipeline: Pipeline, plan: Plan, prompts: Prompts, config: dict[str, Any]) -> Trajectories:
-    """Sample images by a plan, and keep their latents before the first stage and after each.
+def draw_trajectories(
+    pipeline: Pipeline, plan: Plan, prompts: Prompts, config: dict[str, Any], first: int = 0
+) -> Trajectories:
+    """Sample images by a plan, and keep their latents before stage number `first` and after each from there on.
 
     Args:
         pipeline: the model, with a single size.
-        plan: the plan.
+        plan: the plan, whose stages from `first` on work at scale 1.
         prompts: source of prompts and negative prompts.
         config: `count`, number of images; `batch_size`; `seed` of prompts and noise; and `negative_share`, share of the
             images that have a negative prompt.
+        first: position of the first latent that is kept.
     """
     rng = Random(config["seed"])
     images: list[Prompted] = []
@@ -123,10 +126,10 @@ def draw_trajectories(pipeline: Pipeline, plan: Plan, prompts: Prompts, config: 
         passed = [pipeline.enter(plan, batch)]
         for _ in plan.stages:
             passed.append(pipeline.denoise(passed[-1], plan))
-        latents.append(torch.stack([_stack(packets) for packets in passed], dim=1))
+        latents.append(torch.stack([_stack(packets) for packets in passed[first:]], dim=1))
         images += batch
         print(f"{len(images)} of {config['count']}", flush=True)
-    sigmas = torch.tensor([1.0, *(stage.sigma_end for stage in plan.stages)])
+    sigmas = torch.tensor([1.0, *(stage.sigma_end for stage in plan.stages)][first:])
     texts = [image.prompt for image in images]
     negative_texts = [image.negative_prompt or EMPTY_PROMPT for image in images]
     grid = pipeline.config.grid(pipeline.config.sizes[0])
