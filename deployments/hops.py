@@ -29,7 +29,7 @@ def plan_hops(plan: Plan, deployments: Mapping[ServedStage, str], partial_images
             start = done
         hop, previews = hops[-1], [step - start for step in preview_steps if done < step <= done + stage.steps]
         hops[-1] = hop.model_copy(
-            update={"stages": hop.stages + 1, "nfe": hop.nfe + stage.nfe, "previews": (*hop.previews, *previews)}
+            update={"stages": hop.stages + 1, "work": hop.work + stage.work, "previews": (*hop.previews, *previews)}
         )
         done += stage.steps
     if hops[-1].deployment != deployments[DECODE]:

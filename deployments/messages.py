@@ -65,14 +65,14 @@ class Hop(_Message):
     Attributes:
         deployment: name of the deployment.
         stages: number of the plan's stages that it runs, each part counted.
-        nfe: network evaluations that they take if no cache hits.
+        work: network evaluations that they take if no cache hits, weighted by their share of the image's tokens.
         previews: steps of the hop, counted from 1, after which to send the image that the step predicts.
         decodes: whether the call ends with the image.
     """
 
     deployment: str
     stages: int = 0
-    nfe: int = 0
+    work: float = 0.0
     previews: tuple[int, ...] = ()
     decodes: bool = False
 

@@ -37,7 +37,7 @@ class Pools:
         here = ""
         for stage in (ENCODE, *dict.fromkeys(part.name for part in plan.stages), DECODE):
             candidates = self._running[stage]
-            work = megapixels * (sum(part.nfe for part in plan.stages if part.name == stage) or 1)
+            work = megapixels * (sum(part.work for part in plan.stages if part.name == stage) or 1)
             if here not in candidates:
                 here = min(candidates, key=lambda name: (self._costs[name].expect(work), self._costs[name].expected))
             assigned[stage] = here

@@ -74,12 +74,14 @@ class StageReplica:
             current = LatentPacket.from_bytes(packet)
         else:
             assert self._encoder, "no encoder here"
-            current = await self._encoder.encode(call.route.image)
+            current = await self._encoder.encode(call.route.image, call.route.plan.stages[0].scale)
         if call.hop.stages:
             assert self._transformer, "no transformer here"
             current = await self._transformer.denoise(current, call, show)
         if call.hop.decodes:
             assert self._decoder, "no decoder here"
-            reply, data = await self._decoder.decode(current, call.route.format, call.route.quality)
+            reply, data = await self._decoder.decode(
+                current, call.route.image.size, call.route.format, call.route.quality
+            )
             return reply.model_dump_json(), data
         return PacketReply().model_dump_json(), current.to_bytes()

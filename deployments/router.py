@@ -160,7 +160,7 @@ class Router:
         Raises:
             APIError: the replica refused the image.
         """
-        with self._pools.at_work(hop.deployment, _megapixels(route) * (hop.nfe or 1)):
+        with self._pools.at_work(hop.deployment, _megapixels(route) * (hop.work or 1)):
             reply, data = await self._send(Call(route=route, hop=hop).to_json(), hop, packet, show)
         if isinstance(reply, RefusalReply):
             raise APIError.from_refusal(reply)

@@ -21,7 +21,7 @@ from stages.config import ModelConfig
 from stages.decode import Decoder, to_file
 from stages.encode import Encoder
 from stages.errors import NotFinite
-from stages.image import ImageFormat
+from stages.image import ImageFormat, parse_size
 from stages.packet import LatentPacket
 from stages.spans import Span
 from stages.stage import Denoiser
@@ -38,8 +38,13 @@ class EncodeWorker:
         self._encoder = Encoder(model, backend)
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
 
-    async def encode(self, image: ImageRequest) -> LatentPacket:
-        """Make the packet of pure noise that `image` starts as; raises `stages.errors.PromptTooLong`."""
+    async def encode(self, image: ImageRequest, scale: float) -> LatentPacket:
+        """Make the packet of pure noise that `image` starts as; raises `stages.errors.PromptTooLong`.
+
+        Args:
+            image: the image.
+            scale: share of its size at which the plan's first stage works.
+        """
         return await asyncio.get_running_loop().run_in_executor(
             self._device,
             self._encoder.begin,
@@ -49,6 +54,7 @@ class EncodeWorker:
             image.size,
             image.prompt,
             image.negative_prompt,
+            scale,
         )
 
 
@@ -112,12 +118,23 @@ class DecodeWorker:
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
 
-    async def decode(self, packet: LatentPacket, format: ImageFormat, quality: int) -> tuple[ImageReply, bytes]:
-        """Decode a packet's latent into a file; raises NotFinite."""
+    async def decode(
+        self, packet: LatentPacket, size: str, format: ImageFormat, quality: int
+    ) -> tuple[ImageReply, bytes]:
+        """Decode a packet's latent into a file; raises NotFinite.
+
+        Args:
+            packet: the packet to decode.
+            size: the image's size, to which a preview of a stage at half of it is enlarged.
+            format: format of the file.
+            quality: 1 to 100, for lossy formats.
+        """
         start = time.time()
         image = await self._to_pixels((packet.latent, packet.grid))
         if isinstance(image, NotFinite):
             raise image
+        if image.size != parse_size(size):
+            image = image.resize(parse_size(size), Image.Resampling.BICUBIC)
         data = await asyncio.get_running_loop().run_in_executor(self._files, to_file, image, format, quality)
         reply = ImageReply(
             index=packet.image_index,

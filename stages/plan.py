@@ -193,6 +193,11 @@ class StageSpec(_Strict):
         """Network evaluations if no cache hits; evaluations that skip blocks count in full."""
         return self.steps * self.evaluations
 
+    @property
+    def work(self) -> float:
+        """Network evaluations if no cache hits, weighted by their share of the image's tokens."""
+        return self.nfe * self.scale**2
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.scale not in (0.5, 1.0):
@@ -247,8 +252,8 @@ class Plan(_Strict):
 
     @property
     def work(self) -> float:
-        """Network evaluations of one image if no cache hits, each weighted by its share of the image's tokens."""
-        return sum(stage.nfe * stage.scale**2 for stage in self.stages)
+        """Network evaluations of one image if no cache hits, weighted by their share of the image's tokens."""
+        return sum(stage.work for stage in self.stages)
 
     @property
     def guided(self) -> bool:

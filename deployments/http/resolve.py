@@ -119,6 +119,10 @@ def resolve(body: ImagesRequest, offer: Offer) -> Job:
     if size not in offer.model.sizes:
         raise _invalid("size", f"must be one of {', '.join(('auto', *offer.model.sizes))}, not {size!r}")
     plan, preset = _plan(body, offer)
+    try:
+        plan.check_grid(offer.model.grid(size))
+    except PlanError as error:
+        raise _invalid("size", f"must suit the plan, whose {error}") from error
     seed = secrets.randbelow(MAX_SEED - body.n + 2) if body.seed is None else body.seed
     if seed + body.n - 1 > MAX_SEED:
         raise _invalid("seed", f"must be at most {MAX_SEED - body.n + 1} for {body.n} images")
