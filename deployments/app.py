@@ -18,7 +18,14 @@ def build(settings: Settings) -> Application:
     model = settings.read_model()
     replicas = {
         # A constructor that raises would raise again, so do not retry.
-        name: serve.deployment(StageReplica, name=name, max_constructor_retry_count=1).bind(model, placement)
+        name: serve.deployment(
+            StageReplica,
+            name=name,
+            max_constructor_retry_count=1,
+            # Serve replaces a replica that died after one period, and one that stalls after three.
+            health_check_period_s=2.0,
+            health_check_timeout_s=10.0,
+        ).bind(model, placement, settings.stall_timeout_s)
         for name, placement in settings.placement.items()
     }
     return serve.deployment(Ingress, max_constructor_retry_count=1).bind(settings, replicas)

@@ -236,6 +236,14 @@ class Plan(_Strict):
         """Network evaluations of one image if no cache hits."""
         return sum(stage.nfe for stage in self.stages)
 
+    def steps_left(self, done: int) -> list[int]:
+        """Return how many steps of each stage are left once the plan's first `done` steps are done."""
+        left = []
+        for stage in self.stages:
+            left.append(stage.steps - min(done, stage.steps))
+            done -= stage.steps - left[-1]
+        return left
+
     @property
     def guided(self) -> bool:
         """Whether a guidance scale affects any stage."""
