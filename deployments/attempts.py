@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.messages import Call, FinalReply, ImageReply, PacketReply, RefusalReply, StepReply, read_reply
 
-Reason = Literal["died", "hung", "stalled", "unavailable"]
+Reason = Literal["died", "stalled", "hung", "refused"]
 
 
 class Lost(Exception):
@@ -21,8 +21,8 @@ class Lost(Exception):
 
     Attributes:
         deployment: where it was.
-        reason: `died` if its replica did while it had the image, `hung` if it took too long, which may have been in a
-            queue. Nothing was begun if the replica's device was `stalled`, or if the deployment was `unavailable`.
+        reason: `died` if its replica did while it had the image, `stalled` if the replica's device did, `hung` if it
+            took too long, which may have been in a queue, and `refused` if nothing was begun.
     """
 
     def __init__(self, deployment: str, reason: Reason) -> None:
@@ -59,13 +59,13 @@ async def attempt(
     except (RayActorError, grpc.RpcError) as error:
         raise Lost(call.hop.deployment, "died") from error
     except DeploymentUnavailableError as error:
-        raise Lost(call.hop.deployment, "unavailable") from error
+        raise Lost(call.hop.deployment, "refused") from error
     except TimeoutError as error:
         if not limit.expired():
             raise
         raise Lost(call.hop.deployment, "hung") from error
     if reply.kind == "stalled":
-        raise Lost(call.hop.deployment, "stalled")
+        raise Lost(call.hop.deployment, "stalled" if reply.begun else "refused")
     return reply, data
 
 

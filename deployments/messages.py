@@ -152,10 +152,15 @@ class RefusalReply(_Message):
 
 
 class StalledReply(_Message):
-    """The reply of a replica whose device makes no progress, and which therefore takes no work."""
+    """The reply of a replica whose device makes no progress.
+
+    Attributes:
+        begun: whether the replica had begun with the call; it takes no new ones.
+    """
 
     version: int = VERSION
     kind: Literal["stalled"] = "stalled"
+    begun: bool
 
 
 FinalReply = PacketReply | ImageReply | RefusalReply | StalledReply  # the last reply to a call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 from backends import get_backend
 from deployments import console
@@ -28,16 +29,22 @@ class StageReplica:
         """
         console.attach()
         self._stall_timeout_s = stall_timeout_s
+        self._at_work: set[asyncio.Task[Any]] = set()
         backend = get_backend(placement.backend)
         self._encoder = EncodeWorker(model, backend) if ENCODE in placement.stages else None
         self._transformer = DenoiseWorker(model, backend, placement) if placement.denoises else None
         self._decoder = DecodeWorker(model, backend) if DECODE in placement.stages else None
 
     def check_health(self) -> None:
-        """Raise if the replica cannot work; Serve calls this, and replaces a replica that raises several times."""
+        """Raise if the replica cannot work; Serve calls this, and replaces a replica that raises several times.
+
+        What a stalled device has is handed back at once, since Serve lets a replica that it replaces end its work.
+        """
         if self._transformer:
             self._transformer.check_health()
         if self._stalled:
+            for task in self._at_work:
+                task.cancel()
             raise RuntimeError(f"the device has been at one piece of work for more than {self._stall_timeout_s:g} s")
 
     async def run(self, call: str, packet: bytes) -> Wire:
@@ -80,15 +87,25 @@ class StageReplica:
     async def _reply(self, call: Call, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
         """Run a call; errors of a single image become replies, since Serve would log a traceback of an exception."""
         if self._stalled:
-            return StalledReply().model_dump_json(), b""
+            return StalledReply(begun=False).model_dump_json(), b""
+        task = asyncio.current_task()
+        assert task
+        self._at_work.add(task)
         try:
             return await self._run(call, packet, hand_out)
+        except asyncio.CancelledError:
+            if not self._stalled:
+                raise
+            task.uncancel()
+            return StalledReply(begun=True).model_dump_json(), b""
         except PromptTooLong as error:
             refusal = RefusalReply(code="prompt_too_long", message=str(error), param=error.parameter)
         except NotFinite as error:
             refusal = RefusalReply(code="not_finite", message=str(error))
         except Exception as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        finally:
+            self._at_work.discard(task)
         return refusal.model_dump_json(), b""
 
     async def _run(self, call: Call, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:

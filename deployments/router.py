@@ -53,7 +53,7 @@ class _Held:
         packet: its last packet; empty before it is encoded.
         done: steps of the plan that the packet has behind it; None before it is encoded.
         shown: step of the last preview.
-        suspect: whether a replica died with the image, which has come no further since.
+        suspect: whether a replica died or stalled with the image, which has come no further since.
     """
 
     packet: bytes = b""
@@ -176,10 +176,9 @@ class Router:
 
         Each call is awaited here, so that a failure shows where it happened (ray issue 61594).
 
-        An image may itself be what kills replicas. All images that were in a replica when it died are suspects until
-        they get further than they were. Suspects enter a deployment one at a time, and each is alone among suspects
-        until it is none, so that a second death is blamed on one image only. That one is given up; others that were
-        in the replica are resumed.
+        An image may itself be what kills replicas. All images that were in a replica when it died or stalled are
+        suspects until they get further than they were. Of its suspects a deployment has one at a time, so that the
+        next death is blamed on that one alone, which is given up; all others that were in the replica are resumed.
 
         Args:
             route: the image's route.
@@ -187,7 +186,7 @@ class Router:
             show: called with the packets of previews.
 
         Raises:
-            APIError: a replica refused the image, or two died with it and it came no further in between.
+            APIError: a replica refused the image, or two were lost with it and it came no further in between.
         """
         while True:
             with self._pools.assign(route.plan, _megapixels(route), held.done) as deployments:
@@ -237,17 +236,18 @@ class Router:
 
     async def _resume(self, route: Route, held: _Held, lost: Lost) -> None:
         """Take note of a lost attempt, and return when it is time for the next; raises APIError if there is none."""
+        self._probe(lost.deployment)
+        if lost.reason == "refused":  # and may be chosen again
+            await asyncio.sleep(_PAUSE_S)
+            return
         image = f"image {route.image.image_index} of {route.image.request_id}"
-        if lost.reason == "died":
+        if lost.reason != "hung":
             if held.suspect:
-                logger.error(f"{image}: two replicas died with it, the last in {lost.deployment}")
+                logger.error(f"{image}: {lost.deployment} {lost.reason}, the second replica that was lost with it")
                 raise APIError(503, "replica_lost", REPLICA_LOST, headers=RETRY) from lost
             held.suspect = True
         logger.warning(f"{image}: {lost.deployment} {lost.reason}; it goes on after step {held.done or 0}")
         self._resumed.inc(tags={"lost_in": lost.deployment, "reason": lost.reason})
-        self._probe(lost.deployment)
-        if lost.reason in ("stalled", "unavailable"):  # and may be chosen again at once
-            await asyncio.sleep(_PAUSE_S)
 
     def _probe(self, deployment: str) -> None:
         """Let a deployment that is avoided come back once it answers; a task does so in the background."""

@@ -44,7 +44,7 @@ REPLIES = [
     PacketReply(),
     StepReply(kind="preview", step=3),
     StepReply(kind="checkpoint", step=10),
-    StalledReply(),
+    StalledReply(begun=True),
     ImageReply(
         index=0, seed=3, text_tokens=5, image_tokens=64, spans=(Span("encode", 1.25, 2.5), Span("base", 2, 3, 4.5))
     ),

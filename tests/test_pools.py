@@ -128,7 +128,7 @@ def test_an_image_on_its_way_is_assigned_for_what_is_left_of_it() -> None:
         assert routing._costs[deployments["base"]].expected == 0.5 * 2
 
 
-@pytest.mark.parametrize("reason", ["died", "hung", "stalled", "unavailable"])
+@pytest.mark.parametrize("reason", ["died", "stalled", "hung", "refused"])
 def test_a_deployment_that_lost_an_attempt_is_avoided_until_it_has_done_one(clock: list[float], reason: Reason) -> None:
     routing = Pools(TWO, FACTOR, FLOOR)
     measure(routing, clock, "Slow", 3.0)

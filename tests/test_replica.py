@@ -12,7 +12,7 @@ import pytest
 import torch
 from plans import PLANS
 
-from deployments.messages import Call, Hop, ImageRequest, Reply, Route, Wire, read_reply
+from deployments.messages import Call, Hop, ImageRequest, Reply, Route, StalledReply, Wire, read_reply
 from deployments.replica import StageReplica
 from deployments.settings import SERVED_STAGES, Placement
 from deployments.workers import DecodeWorker
@@ -138,14 +138,17 @@ def test_a_replica_whose_device_stands_still_fails_its_health_check_and_takes_no
         pass_time(2.0)
         with pytest.raises(RuntimeError, match="at one piece of work for more than 30 s"):
             replica.check_health()
+        handed_back = await held
         refused = await replica.run(call, b"")
-        assert [reply.kind for reply, _ in await stream(replica, call)] == ["stalled"]
+        assert await stream(replica, call) == [(StalledReply(begun=False), b"")]
         gate.opened.set()
-        return refused, await held
+        return refused, handed_back
 
-    refused, held = run(play())
-    assert (read_reply(refused[0]).kind, refused[1]) == ("stalled", b"")
-    assert read_reply(held[0]).kind == "image"
+    refused, handed_back = run(play())
+    assert (read_reply(refused[0]), refused[1]) == (StalledReply(begun=False), b"")
+    assert (read_reply(handed_back[0]), handed_back[1]) == (StalledReply(begun=True), b"")
+    while replica_pulse(replica):  # what the device is still at is for nobody
+        time.sleep(0.001)
     replica.check_health()
     assert read_reply(run(replica.run(call, b""))[0]).kind == "image"
 

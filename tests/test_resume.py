@@ -448,6 +448,22 @@ def test_a_hang_is_blamed_on_nobody_since_it_may_have_been_a_queue() -> None:
     assert cluster["Base"].cancelled == 1
 
 
+def test_a_stall_is_blamed_as_a_death_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster()
+    stalls = 0
+
+    async def stalls_twice(call: Call, packet: bytes) -> AsyncGenerator[Wire]:
+        nonlocal stalls
+        stalls += 1
+        yield StalledReply(begun=stalls <= 2).model_dump_json(), b""
+
+    monkeypatch.setattr(cluster["Base"], "work", stalls_twice)
+    with pytest.raises(APIError) as caught:
+        run(cluster.image())
+    assert caught.value.code == "replica_lost"
+    assert stalls == 2
+
+
 @pytest.mark.parametrize("reply", ["stalled", "unavailable"])
 def test_a_deployment_that_takes_no_work_is_asked_again(reply: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More often than replicas may die, since nothing was begun."""
@@ -460,7 +476,7 @@ def test_a_deployment_that_takes_no_work_is_asked_again(reply: str, monkeypatch:
             refusals -= 1
             if reply == "unavailable":
                 raise DeploymentUnavailableError("Base")  # type: ignore[arg-type]
-            yield StalledReply().model_dump_json(), b""
+            yield StalledReply(begun=False).model_dump_json(), b""
             return
         async for wire in work(call, packet):
             yield wire

@@ -22,7 +22,7 @@ _CODES = {
     "json_invalid": "invalid_json",
 }
 REPLICA_DIED = "the replica that had the request died; try again"
-REPLICA_LOST = "two replicas died with the image, one after the other; the request may be the reason"
+REPLICA_LOST = "two replicas were lost with the image, one after the other; the request may be the reason"
 RETRY = {"Retry-After": "1"}
 _LONGEST = 1000  # characters of a message or a parameter, both of which may quote the request
 
