@@ -23,7 +23,10 @@ def build(settings: Settings) -> Application:
             name=name,
             max_constructor_retry_count=1,  # a constructor that raises would raise again
             ray_actor_options=pools[placement.pool].actor_options,
-        ).bind(model, placement)
+            # Serve replaces a replica that died after one period, and one that stalls after three.
+            health_check_period_s=2.0,
+            health_check_timeout_s=10.0,
+        ).bind(model, placement, settings.stall_timeout_s)
         for name, placement in settings.placement.items()
     }
     return serve.deployment(Ingress, max_constructor_retry_count=1).bind(settings, replicas)

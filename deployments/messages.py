@@ -15,7 +15,7 @@ from stages.spans import Span
 
 T = TypeVar("T")
 
-VERSION = 1
+VERSION = 2
 
 
 class MessageError(ValueError):
@@ -46,7 +46,7 @@ class Route(_Message):
         preset: name of the model's plan that `plan` is or derives from; None for a request's own.
         format: format of the file.
         quality: 1 to 100, for lossy formats.
-        partial_images: number of partial images to send, see `deployments.hops.plan_hops`.
+        partial_images: number of partial images to send, see `deployments.hops.next_hop`.
         deadline: seconds since the epoch, after which to give up.
     """
 
@@ -64,16 +64,18 @@ class Hop(_Message):
 
     Attributes:
         deployment: name of the deployment.
-        stages: number of the plan's stages that it runs, each part counted.
-        work: network evaluations that they take if no cache hits, weighted by their share of the image's tokens.
-        previews: steps of the hop, counted from 1, after which to send the image that the step predicts.
+        end: number of the plan's stages that are done after it, each part counted.
+        work: network evaluations that it takes if no cache hits, weighted by their share of the image's tokens.
+        previews: steps of the plan, counted from 1, after which to send the image that the step predicts.
+        checkpoints: steps of the plan, counted likewise, after which to send the packet.
         decodes: whether the call ends with the image.
     """
 
     deployment: str
-    stages: int = 0
+    end: int = 0
     work: float = 0.0
     previews: tuple[int, ...] = ()
+    checkpoints: tuple[int, ...] = ()
     decodes: bool = False
 
 
@@ -94,11 +96,23 @@ class Call(_Message):
         return _read(TypeAdapter(cls), data)
 
 
-class PacketReply(_Message):
-    """The reply with an image's packet beside it: the packet after the hop, or a preview during the hop."""
+class StepReply(_Message):
+    """A reply during a hop, with a packet beside it: a preview, to decode, or a checkpoint, to go on from.
+
+    Attributes:
+        step: the step of the plan after which the packet was made, counted from 1.
+    """
 
     version: int = VERSION
-    kind: Literal["packet", "preview"] = "packet"
+    kind: Literal["preview", "checkpoint"]
+    step: int
+
+
+class PacketReply(_Message):
+    """The reply with an image's packet after the hop beside it."""
+
+    version: int = VERSION
+    kind: Literal["packet"] = "packet"
 
 
 class ImageReply(_Message):
@@ -137,14 +151,27 @@ class RefusalReply(_Message):
     param: str | None = None
 
 
-Reply = Annotated[PacketReply | ImageReply | RefusalReply, Field(discriminator="kind")]
-_REPLY: TypeAdapter[PacketReply | ImageReply | RefusalReply] = TypeAdapter(Reply)
+class StalledReply(_Message):
+    """The reply of a replica whose device makes no progress.
+
+    Attributes:
+        begun: whether the replica had begun with the call; it takes no new ones.
+    """
+
+    version: int = VERSION
+    kind: Literal["stalled"] = "stalled"
+    begun: bool
+
+
+FinalReply = PacketReply | ImageReply | RefusalReply | StalledReply  # the last reply to a call
+Reply = StepReply | FinalReply
+_REPLY: TypeAdapter[Reply] = TypeAdapter(Annotated[Reply, Field(discriminator="kind")])
 
 # A reply on the wire: its JSON, and a packet, a file or nothing.
 Wire = tuple[str, bytes]
 
 
-def read_reply(data: str) -> PacketReply | ImageReply | RefusalReply:
+def read_reply(data: str) -> Reply:
     """Read a reply's JSON; raises MessageError."""
     return _read(_REPLY, data)
 

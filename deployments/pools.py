@@ -1,4 +1,4 @@
-"""Which deployment does a stage of an image, where several run it."""
+"""Which deployment does a stage of an image, where several run it, and how long it may take."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from cluster.costs import MeasuredCost
+from deployments.attempts import Lost
 from deployments.settings import DECODE, ENCODE, Placement, ServedStage
 from stages.plan import Plan
 
@@ -17,46 +18,89 @@ class Pools:
 
     What a deployment takes is measured here, as seconds for a network evaluation of a megapixel. Encoding and decoding
     count as one evaluation.
+
+    A deployment that lost an attempt is avoided where another runs the stage, until it has done an image or was
+    readmitted.
     """
 
-    def __init__(self, placement: Mapping[str, Placement]) -> None:
+    def __init__(self, placement: Mapping[str, Placement], hang_factor: float, hang_floor_s: float) -> None:
+        """Start without measurements.
+
+        Args:
+            placement: the deployments by name.
+            hang_factor: times as long as expected that an attempt may take.
+            hang_floor_s: seconds that an attempt may take in any case.
+        """
+        self._hang_factor, self._hang_floor_s = hang_factor, hang_floor_s
         self._running: dict[ServedStage, list[str]] = defaultdict(list)
         for name, placed in placement.items():
             for stage in placed.stages:
                 self._running[stage].append(name)
         self._costs = {name: MeasuredCost() for name in placement}
+        self._avoided: set[str] = set()
+
+    def avoids(self, deployment: str) -> bool:
+        """Whether the deployment lost an attempt and has not proved since that it works."""
+        return deployment in self._avoided
+
+    def readmit(self, deployment: str) -> None:
+        """Avoid a deployment no longer."""
+        self._avoided.discard(deployment)
 
     @contextmanager
-    def assign(self, plan: Plan, megapixels: float) -> Iterator[dict[ServedStage, str]]:
-        """Choose a deployment for every stage of an image, whose work they expect until the block ends.
+    def assign(self, plan: Plan, megapixels: float, done: int | None = None) -> Iterator[dict[ServedStage, str]]:
+        """Choose a deployment for every stage that is left of an image, whose work they expect until the block ends.
 
         An image stays in a deployment that also runs its next stage.
+
+        Args:
+            plan: the image's plan.
+            megapixels: size of the image.
+            done: number of the plan's steps that are done; None before encoding.
         """
+        evaluations: dict[ServedStage, float] = {ENCODE: 1.0} if done is None else {}
+        for stage, steps in zip(plan.stages, plan.steps_left(done or 0), strict=True):
+            if steps:
+                evaluations[stage.name] = evaluations.get(stage.name, 0) + steps * stage.step_work
+        evaluations[DECODE] = 1.0
         assigned: dict[ServedStage, str] = {}
         expected: dict[str, float] = defaultdict(float)
         here = ""
-        for stage in (ENCODE, *dict.fromkeys(part.name for part in plan.stages), DECODE):
-            candidates = self._running[stage]
-            work = megapixels * (sum(part.work for part in plan.stages if part.name == stage) or 1)
+        for name, amount in evaluations.items():
+            running, work = self._running[name], megapixels * amount
+            candidates = [deployment for deployment in running if not self.avoids(deployment)] or running
             if here not in candidates:
-                here = min(candidates, key=lambda name: (self._costs[name].expect(work), self._costs[name].expected))
-            assigned[stage] = here
+                here = min(candidates, key=lambda each: (self._costs[each].expect(work), self._costs[each].expected))
+            assigned[name] = here
             expected[here] += work
-        for name, work in expected.items():
-            self._costs[name].expected += work
+        for deployment, work in expected.items():
+            self._costs[deployment].expected += work
         try:
             yield assigned
         finally:
-            for name, work in expected.items():
-                self._costs[name].expected -= work
+            for deployment, work in expected.items():
+                self._costs[deployment].expected -= work
 
     @contextmanager
-    def at_work(self, deployment: str, work: float) -> Iterator[None]:
-        """Count `work`, in evaluations of a megapixel, as in flight at a deployment within the block."""
+    def at_work(self, deployment: str, work: float) -> Iterator[float | None]:
+        """Count `work`, in evaluations of a megapixel, as in flight at a deployment within the block, an attempt.
+
+        Yields:
+            Seconds after which the attempt hangs. None for a deployment that nobody has measured or that is avoided: it
+            may have no replica yet, so that only the deadline of the image counts.
+        """
         cost = self._costs[deployment]
         together, start, elapsed = cost.begin(work), time.monotonic(), None
+        expected = together * cost.seconds
+        known = cost.seconds > 0 and not self.avoids(deployment)
         try:
-            yield
+            yield max(self._hang_floor_s, self._hang_factor * expected) if known else None
             elapsed = time.monotonic() - start
+            self.readmit(deployment)
+        except Lost as lost:
+            self._avoided.add(deployment)
+            if lost.reason == "hung":  # it takes at least as long, so a slow deployment gets fewer images from now on
+                elapsed = time.monotonic() - start
+            raise
         finally:
             cost.end(work, elapsed=elapsed, together=together)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 from backends import get_backend
 from deployments import console
-from deployments.messages import Call, PacketReply, RefusalReply, Wire
+from deployments.messages import Call, PacketReply, RefusalReply, StalledReply, StepReply, Wire
 from deployments.settings import DECODE, ENCODE, Placement
 from deployments.workers import DecodeWorker, DenoiseWorker, EncodeWorker
 from stages.config import ModelConfig
@@ -18,17 +19,33 @@ from stages.packet import LatentPacket
 class StageReplica:
     """Holds the components that its stages need; encoding, denoising and decoding of different images overlap."""
 
-    def __init__(self, model: ModelConfig, placement: Placement) -> None:
+    def __init__(self, model: ModelConfig, placement: Placement, stall_timeout_s: float) -> None:
+        """Load the components.
+
+        Args:
+            model: the model's config.
+            placement: the stages to run, and how.
+            stall_timeout_s: seconds that a device may be at one piece of work.
+        """
         console.attach()
+        self._stall_timeout_s = stall_timeout_s
+        self._at_work: set[asyncio.Task[Any]] = set()
         backend = get_backend(placement.backend)
         self._encoder = EncodeWorker(model, backend) if ENCODE in placement.stages else None
         self._transformer = DenoiseWorker(model, backend, placement) if placement.denoises else None
         self._decoder = DecodeWorker(model, backend) if DECODE in placement.stages else None
 
     def check_health(self) -> None:
-        """Raise if the replica cannot work; Serve calls this, and replaces a replica that raises."""
+        """Raise if the replica cannot work; Serve calls this, and replaces a replica that raises several times.
+
+        What a stalled device has is handed back at once, since Serve lets a replica that it replaces end its work.
+        """
         if self._transformer:
             self._transformer.check_health()
+        if self._stalled:
+            for task in self._at_work:
+                task.cancel()
+            raise RuntimeError(f"the device has been at one piece of work for more than {self._stall_timeout_s:g} s")
 
     async def run(self, call: str, packet: bytes) -> Wire:
         """Run a hop of an image; a caller that cancels stops the work before its next step.
@@ -43,41 +60,63 @@ class StageReplica:
         Raises:
             RuntimeError: work failed; the message names the error, whose own class the caller may not know.
         """
-        return await self._reply(Call.from_json(call), packet, show=lambda preview: None)
+        return await self._reply(Call.from_json(call), packet, hand_out=lambda reply, packet: None)
 
-    async def run_with_previews(self, call: str, packet: bytes) -> AsyncGenerator[Wire]:
-        """Yield the hop's previews, each as soon as its step is done, then what `run` would return."""
-        previews: asyncio.Queue[LatentPacket | None] = asyncio.Queue()
-        result = asyncio.create_task(self._reply(Call.from_json(call), packet, previews.put_nowait))
-        result.add_done_callback(lambda _: previews.put_nowait(None))
+    async def stream(self, call: str, packet: bytes) -> AsyncGenerator[Wire]:
+        """Yield the hop's previews and checkpoints, each as soon as its step is done, then what `run` would return."""
+        handed_out: asyncio.Queue[tuple[StepReply, LatentPacket] | None] = asyncio.Queue()
+        result = asyncio.create_task(
+            self._reply(
+                Call.from_json(call), packet, hand_out=lambda reply, packet: handed_out.put_nowait((reply, packet))
+            )
+        )
+        result.add_done_callback(lambda _: handed_out.put_nowait(None))
         try:
-            while preview := await previews.get():
-                yield PacketReply(kind="preview").model_dump_json(), preview.to_bytes()
+            while item := await handed_out.get():
+                reply, current = item
+                yield reply.model_dump_json(), current.to_bytes()
             yield await result
         finally:
             result.cancel()
 
-    async def _reply(self, call: Call, packet: bytes, show: Callable[[LatentPacket], None]) -> Wire:
+    @property
+    def _stalled(self) -> bool:
+        workers = (self._encoder, self._transformer, self._decoder)
+        return any(worker.pulse.seconds > self._stall_timeout_s for worker in workers if worker)
+
+    async def _reply(self, call: Call, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
         """Run a call; errors of a single image become replies, since Serve would log a traceback of an exception."""
+        if self._stalled:
+            return StalledReply(begun=False).model_dump_json(), b""
+        task = asyncio.current_task()
+        assert task
+        self._at_work.add(task)
         try:
-            return await self._run(call, packet, show)
+            return await self._run(call, packet, hand_out)
+        except asyncio.CancelledError:
+            if not self._stalled:
+                raise
+            task.uncancel()
+            return StalledReply(begun=True).model_dump_json(), b""
         except PromptTooLong as error:
             refusal = RefusalReply(code="prompt_too_long", message=str(error), param=error.parameter)
         except NotFinite as error:
             refusal = RefusalReply(code="not_finite", message=str(error))
         except Exception as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        finally:
+            self._at_work.discard(task)
         return refusal.model_dump_json(), b""
 
-    async def _run(self, call: Call, packet: bytes, show: Callable[[LatentPacket], None]) -> Wire:
+    async def _run(self, call: Call, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
         if packet:
             current = LatentPacket.from_bytes(packet)
         else:
             assert self._encoder, "no encoder here"
             current = await self._encoder.encode(call.route.image, call.route.plan.stages[0].scale)
-        if call.hop.stages:
+        if current.position < call.hop.end:
             assert self._transformer, "no transformer here"
-            current = await self._transformer.denoise(current, call, show)
+            current = await self._transformer.denoise(current, call, hand_out)
         if call.hop.decodes:
             assert self._decoder, "no decoder here"
             reply, data = await self._decoder.decode(

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Histogram
 
 from deployments import console
-from deployments.hops import plan_hops
-from deployments.http.errors import APIError
-from deployments.messages import Call, Hop, ImageReply, PacketReply, RefusalReply, Route, read_reply
+from deployments.attempts import Lost, attempt
+from deployments.hops import next_hop
+from deployments.http.errors import REPLICA_LOST, RETRY, APIError
+from deployments.messages import Call, Hop, ImageReply, PacketReply, RefusalReply, Route, StepReply
 from deployments.pools import Pools
-from deployments.settings import DECODE
 from stages.image import parse_size
 
+logger = logging.getLogger("ray.serve")
+
+_PAUSE_S = 1.0  # before a deployment that takes no work is asked again
+_PROBE_TIMEOUT_S = 5.0
 _SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
 
 
@@ -38,6 +45,27 @@ class Partial:
     image: DecodedImage
 
 
+@dataclass
+class _Held:
+    """What the router holds of an image.
+
+    Attributes:
+        packet: its last packet; empty before it is encoded.
+        done: steps of the plan that the packet has behind it; None before it is encoded.
+        shown: step of the last preview.
+        suspect: whether a replica died or stalled with the image, which has come no further since.
+    """
+
+    packet: bytes = b""
+    done: int | None = None
+    shown: int = 0
+    suspect: bool = False
+
+    def keep(self, done: int, packet: bytes) -> None:
+        """Go on from here from now on."""
+        self.packet, self.done, self.suspect = packet, done, False
+
+
 def _megapixels(route: Route) -> float:
     width, height = parse_size(route.image.size)
     return width * height / 1e6
@@ -50,21 +78,33 @@ def _ignore(preview: bytes) -> None:
 class Router:
     """Sends many images at once through their plans' stages.
 
-    Packets pass through the router as bytes, which it does not read, so a packet outlives the replica that made it.
+    Packets pass through the router as bytes, which it does not read. It keeps the last one of each image, so that an
+    image outlives the replicas that it is in.
     """
 
-    def __init__(self, replicas: Mapping[str, DeploymentHandle], pools: Pools) -> None:
+    def __init__(
+        self, replicas: Mapping[str, DeploymentHandle], pools: Pools, checkpoint_steps: int | None = None
+    ) -> None:
         """Route to deployments.
 
         Args:
             replicas: handle of each deployment, by its name.
             pools: choose the deployments of each image.
+            checkpoint_steps: steps after which a hop hands its packet back, or None for never.
         """
         self._replicas = replicas
         self._pools = pools
+        self._checkpoint_steps = checkpoint_steps
+        self._suspects: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._probes: dict[str, asyncio.Task[None]] = {}
         self._images = Counter("images", description="Images by plan and outcome.", tag_keys=("plan", "outcome"))
         self._seconds = Histogram(
             "stage_seconds", description="Work on an image by stage.", boundaries=_SECONDS, tag_keys=("stage",)
+        )
+        self._resumed = Counter(
+            "resumed_hops",
+            description="Hops that were lost and tried again, by deployment and reason.",
+            tag_keys=("lost_in", "reason"),  # Serve keeps "deployment" for that of the router
         )
 
     async def generate(self, route: Route) -> AsyncGenerator[Partial | DecodedImage]:
@@ -112,78 +152,114 @@ class Router:
     async def _run_hops(self, route: Route, show: Callable[[Partial], None]) -> DecodedImage:
         """Take an image through its hops.
 
-        Each call is awaited here, so that a failure shows where it happened (ray issue 61594).
-
         Args:
             route: the image's route.
             show: called with the partial images in order; they are decoded while later stages run.
         """
         orders, in_order = itertools.count(), asyncio.Lock()
-        with self._pools.assign(route.plan, _megapixels(route)) as deployments:
-            hops = plan_hops(route.plan, deployments, route.partial_images)
+        steps = sum(stage.steps for stage in route.plan.stages)
 
-            async def decode(preview: bytes) -> None:
-                async with in_order:
-                    image = await self._decode(route, Hop(deployment=deployments[DECODE], decodes=True), preview)
-                    show(Partial(next(orders), image))
+        async def decode(preview: bytes) -> None:
+            async with in_order:
+                image = await self._take(route, _Held(preview, done=steps))
+                show(Partial(next(orders), image))
 
-            async with asyncio.timeout(route.deadline - time.time()), asyncio.TaskGroup() as decoding:
+        async with asyncio.timeout(route.deadline - time.time()), asyncio.TaskGroup() as decoding:
 
-                def decode_beside(preview: bytes) -> None:
-                    decoding.create_task(decode(preview))
+            def decode_beside(preview: bytes) -> None:
+                decoding.create_task(decode(preview))
 
-                packet = b""
-                for hop in hops[:-1]:
-                    _, packet = await self._call(route, hop, packet, decode_beside)
-                return await self._decode(route, hops[-1], packet, decode_beside)
+            return await self._take(route, _Held(), decode_beside)
 
-    async def _decode(
-        self, route: Route, hop: Hop, packet: bytes, show: Callable[[bytes], object] = _ignore
-    ) -> DecodedImage:
-        """Call a deployment for a hop that decodes."""
-        reply, data = await self._call(route, hop, packet, show)
-        if not isinstance(reply, ImageReply):
-            raise RuntimeError(f"{hop.deployment} ended with a {reply.kind} in place of the image")
-        return DecodedImage(reply, data)
+    async def _take(self, route: Route, held: _Held, show: Callable[[bytes], object] = _ignore) -> DecodedImage:
+        """Take an image through what is left of its plan, hop by hop; a hop that is lost is tried again.
 
-    async def _call(
-        self, route: Route, hop: Hop, packet: bytes, show: Callable[[bytes], object] = _ignore
-    ) -> tuple[PacketReply | ImageReply, bytes]:
-        """Call a replica; cancelling this cancels the replica's work.
+        Each call is awaited here, so that a failure shows where it happened (ray issue 61594).
+
+        An image may itself be what kills replicas. All images that were in a replica when it died or stalled are
+        suspects until they get further than they were. Of its suspects a deployment has one at a time, so that the
+        next death is blamed on that one alone, which is given up; all others that were in the replica are resumed.
 
         Args:
             route: the image's route.
-            hop: the hop to run.
-            packet: the packet after the previous hop.
-            show: called with the packets of the hop's previews.
+            held: the image so far.
+            show: called with the packets of previews.
 
         Raises:
-            APIError: the replica refused the image.
+            APIError: a replica refused the image, or two were lost with it and it came no further in between.
         """
-        with self._pools.at_work(hop.deployment, _megapixels(route) * (hop.work or 1)):
-            reply, data = await self._send(Call(route=route, hop=hop).to_json(), hop, packet, show)
+        while True:
+            with self._pools.assign(route.plan, _megapixels(route), held.done) as deployments:
+                hop = next_hop(
+                    route.plan,
+                    deployments,
+                    done=held.done,
+                    partial_images=route.partial_images,
+                    shown=held.shown,
+                    checkpoint_steps=self._checkpoint_steps,
+                )
+                try:
+                    reply, data = await self._call(route, hop, held, show)
+                except Lost as lost:
+                    await self._resume(route, held, lost)
+                    continue
+            if isinstance(reply, ImageReply) != hop.decodes:
+                raise RuntimeError(f"{hop.deployment} ended with a {reply.kind}")
+            if isinstance(reply, ImageReply):
+                return DecodedImage(reply, data)
+            held.keep(sum(stage.steps for stage in route.plan.stages[: hop.end]), data)
+
+    async def _call(
+        self, route: Route, hop: Hop, held: _Held, show: Callable[[bytes], object]
+    ) -> tuple[PacketReply | ImageReply, bytes]:
+        """Attempt a hop; raises Lost, or APIError if the replica refused the image."""
+        with ExitStack() as alone:
+            if held.suspect:
+                await self._suspects[hop.deployment].acquire()
+                alone.callback(self._suspects[hop.deployment].release)
+
+            def on_step(reply: StepReply, data: bytes) -> None:
+                if reply.kind == "preview":
+                    held.shown = reply.step
+                    show(data)
+                else:
+                    held.keep(reply.step, data)
+                    alone.close()
+
+            with self._pools.at_work(hop.deployment, _megapixels(route) * (hop.work or 1)) as limit_s:
+                reply, data = await attempt(
+                    self._replicas[hop.deployment], Call(route=route, hop=hop), held.packet, limit_s, on_step
+                )
         if isinstance(reply, RefusalReply):
             raise APIError.from_refusal(reply)
         return reply, data
 
-    async def _send(
-        self, call: str, hop: Hop, packet: bytes, show: Callable[[bytes], object]
-    ) -> tuple[PacketReply | ImageReply | RefusalReply, bytes]:
-        replica = self._replicas[hop.deployment]
-        if not hop.previews:
-            response = replica.run.remote(call, packet)
-            try:
-                header, data = await response
-                return read_reply(header), data
-            finally:
-                response.cancel()  # no effect if it is done
-        results = replica.options(stream=True).run_with_previews.remote(call, packet)
-        try:
-            async for header, data in results:
-                reply = read_reply(header)
-                if reply.kind != "preview":
-                    return reply, data
-                show(data)
-            raise RuntimeError(f"{hop.deployment} ended without a reply")
-        finally:
-            results.cancel()
+    async def _resume(self, route: Route, held: _Held, lost: Lost) -> None:
+        """Take note of a lost attempt, and return when it is time for the next; raises APIError if there is none."""
+        self._probe(lost.deployment)
+        if lost.reason == "refused":  # and may be chosen again
+            await asyncio.sleep(_PAUSE_S)
+            return
+        image = f"image {route.image.image_index} of {route.image.request_id}"
+        if lost.reason != "hung":
+            if held.suspect:
+                logger.error(f"{image}: {lost.deployment} {lost.reason}, the second replica that was lost with it")
+                raise APIError(503, "replica_lost", REPLICA_LOST, headers=RETRY) from lost
+            held.suspect = True
+        logger.warning(f"{image}: {lost.deployment} {lost.reason}; it goes on after step {held.done or 0}")
+        self._resumed.inc(tags={"lost_in": lost.deployment, "reason": lost.reason})
+
+    def _probe(self, deployment: str) -> None:
+        """Let a deployment that is avoided come back once it answers; a task does so in the background."""
+        if deployment not in self._probes:
+            self._probes[deployment] = asyncio.create_task(self._probe_until_healthy(deployment))
+            self._probes[deployment].add_done_callback(lambda _: self._probes.pop(deployment))
+
+    async def _probe_until_healthy(self, deployment: str) -> None:
+        while self._pools.avoids(deployment):
+            await asyncio.sleep(_PAUSE_S)
+            with suppress(Exception):  # that it fails is its answer
+                async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                    await self._replicas[deployment].check_health.remote()
+                    self._pools.readmit(deployment)
+        logger.info(f"{deployment} is no longer avoided")

@@ -70,6 +70,12 @@ class Settings(BaseModel):
         max_images: largest `n` of a request.
         max_body_bytes: largest body of a request, in bytes.
         request_timeout_s: longest time that a request may take, in seconds, queues included.
+        checkpoint_steps: steps after which a stage hands the image's packet back to the router, so that another replica
+            can go on from there; None for never, and then it goes on from the stage's start.
+        hang_factor, hang_floor_s: times as long as expected, and seconds, after both of which an attempt at a stage is
+            given up and made elsewhere.
+        stall_timeout_s: seconds that a replica's device may be at one step, prompt or batch of images; after that the
+            replica takes no more work, and Serve replaces it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,6 +91,10 @@ class Settings(BaseModel):
     max_images: Annotated[int, Field(strict=True, ge=1, le=64)] = 10
     max_body_bytes: Annotated[int, Field(strict=True, ge=1, le=2**30)] = 1024 * 1024
     request_timeout_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 120.0
+    checkpoint_steps: Annotated[int, Field(strict=True, ge=1, le=1000)] | None = 10
+    hang_factor: Annotated[float, Field(strict=True, ge=2.0, le=1000.0)] = 10.0
+    hang_floor_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 45.0
+    stall_timeout_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 30.0
 
     @field_validator("placement")
     @classmethod
@@ -118,6 +128,10 @@ class Settings(BaseModel):
             raise ValueError(f"placement must run each of {', '.join(SERVED_STAGES)}; it lacks {', '.join(missing)}")
         if "Ingress" in self.placement:
             raise ValueError("placement.Ingress must have another name: the deployment that speaks HTTP has this one")
+        if self.stall_timeout_s >= self.hang_floor_s:  # what is given up would go to the same replica again
+            raise ValueError(
+                f"stall_timeout_s must be below hang_floor_s, {self.hang_floor_s:g}, not {self.stall_timeout_s:g}"
+            )
         for name, placement in self.placement.items():
             if placement.fuse not in (None, *adapters):
                 raise ValueError(f"placement.{name}.fuse must be one of {sorted(adapters)}, not {placement.fuse!r}")

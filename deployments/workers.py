@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
+from typing import Literal
 
 import torch
 from PIL import Image
 from ray import serve
 
 from backends import Backend
-from deployments.messages import Call, ImageReply, ImageRequest
+from deployments.messages import Call, ImageReply, ImageRequest, StepReply
 from deployments.settings import Placement
 from stages.batching import StepBatcher
 from stages.config import ModelConfig
@@ -23,6 +24,7 @@ from stages.encode import Encoder
 from stages.errors import NotFinite
 from stages.image import ImageFormat, parse_size
 from stages.packet import LatentPacket
+from stages.pulse import Pulse
 from stages.spans import Span
 from stages.stage import Denoiser
 
@@ -37,6 +39,7 @@ class EncodeWorker:
     def __init__(self, model: ModelConfig, backend: Backend) -> None:
         self._encoder = Encoder(model, backend)
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        self.pulse = Pulse()
 
     async def encode(self, image: ImageRequest, scale: float) -> LatentPacket:
         """Make the packet of pure noise that `image` starts as; raises `stages.errors.PromptTooLong`.
@@ -47,7 +50,7 @@ class EncodeWorker:
         """
         return await asyncio.get_running_loop().run_in_executor(
             self._device,
-            self._encoder.begin,
+            self.pulse.during(self._encoder.begin),
             image.request_id,
             image.image_index,
             image.seed,
@@ -70,28 +73,41 @@ class DenoiseWorker:
         self._device = Thread(target=self._batcher.run, name="denoise", daemon=True)
         self._device.start()
 
+    @property
+    def pulse(self) -> Pulse:
+        """How long the step at hand has taken."""
+        return self._batcher.pulse
+
     def check_health(self) -> None:
         """Raise RuntimeError if the thread that uses the device has died."""
         if not self._device.is_alive():
             raise RuntimeError("the thread that uses the device has died")
 
-    async def denoise(self, packet: LatentPacket, call: Call, show: Callable[[LatentPacket], None]) -> LatentPacket:
-        """Take a packet through the stages of `call.hop`; see `stages.stage.Denoiser.begin`.
+    async def denoise(
+        self, packet: LatentPacket, call: Call, hand_out: Callable[[StepReply, LatentPacket], object]
+    ) -> LatentPacket:
+        """Take a packet through what is left of the stages of `call.hop`; see `stages.stage.Denoiser.begin`.
 
         A caller that cancels stops the work before its next step.
 
         Args:
             packet: the packet to denoise.
             call: the plan, the hop and the deadline; earlier deadlines go first.
-            show: called in the event loop's thread with the packets of the hop's previews.
+            hand_out: called in the event loop's thread with the hop's previews and checkpoints.
         """
         loop = asyncio.get_running_loop()
+
+        def from_device(kind: Literal["preview", "checkpoint"]) -> Callable[[int, LatentPacket], object]:
+            return lambda step, made: loop.call_soon_threadsafe(hand_out, StepReply(kind=kind, step=step), made)
+
         submitted = self._batcher.submit(
             packet,
             call.route.plan,
-            stages=call.hop.stages,
+            stages=call.hop.end - packet.position,
             previews=call.hop.previews,
-            show=lambda preview: loop.call_soon_threadsafe(show, preview),
+            checkpoints=call.hop.checkpoints,
+            show=from_device("preview"),
+            keep=from_device("checkpoint"),
             deadline=call.route.deadline,
         )
         try:
@@ -101,7 +117,7 @@ class DenoiseWorker:
             raise
         work = ", ".join(
             f"{span.stage} {span.nfe:g} evaluations {1000 * (span.end - span.start):.0f} ms"
-            for span in done.spans[-call.hop.stages :]
+            for span in done.spans[len(packet.spans) :]
         )
         logger.info(f"image {done.image_index} of {done.request_id}, sigma {packet.sigma:g} to {done.sigma:g}: {work}")
         return done
@@ -117,6 +133,7 @@ class DecodeWorker:
         self._decoder = Decoder(model, backend)
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
+        self.pulse = Pulse()
 
     async def decode(
         self, packet: LatentPacket, size: str, format: ImageFormat, quality: int
@@ -154,7 +171,7 @@ class DecodeWorker:
         images: dict[int, Image.Image | NotFinite] = {}
         for grid, indices in groups.items():
             stacked = torch.stack([latents[index][0] for index in indices])
-            decode = self._decoder.decode
+            decode = self.pulse.during(self._decoder.decode)
             decoded = await asyncio.get_running_loop().run_in_executor(self._device, decode, stacked, grid)
             images |= dict(zip(indices, decoded, strict=True))
         return [images[index] for index in range(len(latents))]

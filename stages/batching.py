@@ -12,10 +12,11 @@ from threading import Condition
 from stages.errors import NotFinite
 from stages.packet import LatentPacket
 from stages.plan import Plan
+from stages.pulse import Pulse
 from stages.stage import Denoiser, StageRun
 
 
-def _ignore(preview: LatentPacket) -> None:
+def _ignore(step: int, packet: LatentPacket) -> None:
     pass
 
 
@@ -29,10 +30,12 @@ class _Entry:
     plan: Plan = field(compare=False)
     end: int = field(compare=False)  # position of the packet when it leaves
     previews: Collection[int] = field(compare=False)
-    show: Callable[[LatentPacket], object] = field(compare=False)
+    checkpoints: Collection[int] = field(compare=False)
+    show: Callable[[int, LatentPacket], object] = field(compare=False)
+    keep: Callable[[int, LatentPacket], object] = field(compare=False)
+    done: int = field(compare=False)  # steps of the plan
     future: Future[LatentPacket] = field(compare=False, default_factory=Future)
     run: StageRun | None = field(compare=False, default=None)
-    steps: int = field(compare=False, default=0)  # done since it arrived
 
     @property
     def tokens(self) -> int:
@@ -46,6 +49,9 @@ class StepBatcher:
     Before each step the most urgent packet is chosen: the one with the earliest deadline, and among equals the first
     to arrive. Others of its grid, in the same order, fill the batch up to a number of image tokens. Packets with
     another grid wait until every more urgent packet has finished; less urgent newcomers never overtake them.
+
+    Attributes:
+        pulse: how long the step at hand has taken, of `run`.
     """
 
     def __init__(self, denoiser: Denoiser, max_tokens: int) -> None:
@@ -62,6 +68,7 @@ class StepBatcher:
         self._numbers = itertools.count()
         self._changed = Condition()
         self._closed = False
+        self.pulse = Pulse()
 
     def submit(
         self,
@@ -70,7 +77,9 @@ class StepBatcher:
         *,
         stages: int = 1,
         previews: Collection[int] = (),
-        show: Callable[[LatentPacket], object] = _ignore,
+        checkpoints: Collection[int] = (),
+        show: Callable[[int, LatentPacket], object] = _ignore,
+        keep: Callable[[int, LatentPacket], object] = _ignore,
         deadline: float = math.inf,
     ) -> Future[LatentPacket]:
         """Queue a packet for its next stages, from any thread.
@@ -79,19 +88,33 @@ class StepBatcher:
 
         Args:
             packet: the packet to denoise.
-            plan: the plan whose stage number `packet.position` is the next one.
+            plan: the plan whose stage number `packet.position` is the next one, after `packet.step` of its steps.
             stages: number of stages to run, each part counted.
-            previews: steps, counted from 1 over all these stages, after which to call `show`.
-            show: called on the device's thread with a packet to decode, see `StageRun.preview`.
+            previews: steps, counted from 1 over the plan, after which to call `show`.
+            checkpoints: steps, counted likewise, after which to call `keep`; see `StageRun.checkpoint`.
+            show: called on the device's thread with the step and a packet to decode, see `StageRun.preview`.
+            keep: called on the device's thread with the step and a packet from which the image goes on.
             deadline: seconds since the epoch; the earliest goes first.
 
         Returns:
-            A future of the packet after these stages; it may raise NotFinite and the errors of `Denoiser.begin`.
+            A future of the packet after these stages; it may raise NotFinite and the errors of `Denoiser.begin` and
+            `StageRun.checkpoint`.
 
         Raises:
             RuntimeError: the batcher is closed.
         """
-        entry = _Entry(deadline, next(self._numbers), packet, plan, packet.position + stages, previews, show)
+        entry = _Entry(
+            deadline,
+            next(self._numbers),
+            packet,
+            plan,
+            end=packet.position + stages,
+            previews=previews,
+            checkpoints=checkpoints,
+            show=show,
+            keep=keep,
+            done=sum(stage.steps for stage in plan.stages[: packet.position]) + packet.step,
+        )
         with self._changed:
             if self._closed:
                 raise RuntimeError("this replica takes no more work")
@@ -101,12 +124,13 @@ class StepBatcher:
 
     def run(self) -> None:
         """Run steps until closed and empty; for the one thread that uses the device."""
+        step = self.pulse.during(self.step)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._entries or self._closed)
                 if not self._entries:
                     return
-            self.step()
+            step()
 
     def close(self) -> None:
         """Take no more packets, and let `run` return once those that are here are done."""
@@ -131,23 +155,25 @@ class StepBatcher:
         return packets
 
     def _advance(self, entry: _Entry, run: StageRun) -> None:
-        entry.steps += 1
-        if entry.steps in entry.previews:
-            entry.show(run.preview())
-        if run.state.done:
-            self._finish(entry, run)
-
-    def _finish(self, entry: _Entry, run: StageRun) -> None:
-        """End a stage: the entry goes on to its next stage, or leaves."""
+        """Count a step and hand out what is due after it; at a stage's end, the entry goes on to the next or leaves."""
+        entry.done += 1
+        if entry.done in entry.previews:
+            entry.show(entry.done, run.preview())
+        keeps = entry.done in entry.checkpoints
+        if not (keeps or run.state.done):
+            return
         try:
-            packet = run.finish()
-        except NotFinite as error:
+            packet = run.finish() if run.state.done else run.checkpoint()
+        except (NotFinite, ValueError) as error:
             self._leave([entry], error)
             return
-        if packet.position < entry.end:
-            entry.packet, entry.run = packet, None
-        else:
+        if packet.position == entry.end:
             self._leave([entry], packet)
+            return
+        if keeps:
+            entry.keep(entry.done, packet)
+        if run.state.done:  # the next stage begins with the next step
+            entry.packet, entry.run = packet, None
 
     def _choose(self) -> list[_Entry]:
         with self._changed:

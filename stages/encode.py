@@ -147,6 +147,7 @@ def pure_noise(
         grid=grid,
         sigma=1.0,
         position=0,
+        step=0,
         text_tokens=text_tokens,
         avoids=avoids,
         spans=(),

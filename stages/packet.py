@@ -1,4 +1,4 @@
-"""The format of an image between two stages: a versioned header and raw tensors, as bytes.
+"""The format of an image between two stages, or two steps: a versioned header and raw tensors, as bytes.
 
 Pools run different versions of torch and diffusers, so none of their objects are pickled. Layout, little-endian:
 magic (4 bytes), version (u16), CRC-32 of all that follows (u32), length of the header (u32), the header as JSON, then
@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 
 from stages.spans import Span
 
-VERSION = 4
+VERSION = 5
 _MAGIC = b"LTNT"
 _PREFIX = struct.Struct("<4sHI")
 _LENGTH = struct.Struct("<I")
@@ -32,7 +32,7 @@ class PacketError(ValueError):
 
 @dataclass(frozen=True)
 class LatentPacket:
-    """One image between two stages.
+    """One image between two stages, or between two steps of a stage.
 
     Attributes:
         model: name of the model that generates the image.
@@ -41,10 +41,11 @@ class LatentPacket:
         grid: (rows, columns) of latent tokens.
         sigma: noise level of `latent`.
         position: number of the plan's stages that are done, each part counted.
+        step: number of steps that are done of the stage after these.
         text_tokens: tokens of the request's prompts, for its bill.
         avoids: whether the request has a negative prompt; if not, `negative_embeds` are the empty prompt's.
         spans: work done so far, for timings and traces.
-        latent: (rows * columns, channels).
+        latent: (rows * columns, channels); in the embeddings' dtype between stages, in float32 between steps.
         prompt_embeds: (length, width), without padding.
         negative_embeds: (length, width), or None where no later stage needs it.
     """
@@ -56,6 +57,7 @@ class LatentPacket:
     grid: tuple[int, int]
     sigma: float
     position: int
+    step: int
     text_tokens: int
     avoids: bool
     spans: tuple[Span, ...]
@@ -85,6 +87,7 @@ class LatentPacket:
                 "grid": self.grid,
                 "sigma": self.sigma,
                 "position": self.position,
+                "step": self.step,
                 "text_tokens": self.text_tokens,
                 "avoids": self.avoids,
                 "spans": [asdict(span) for span in self.spans],

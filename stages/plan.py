@@ -194,9 +194,14 @@ class StageSpec(_Strict):
         return self.steps * self.evaluations
 
     @property
+    def step_work(self) -> float:
+        """Network evaluations of one step, weighted by their share of the image's tokens."""
+        return self.evaluations * self.scale**2
+
+    @property
     def work(self) -> float:
-        """Network evaluations if no cache hits, weighted by their share of the image's tokens."""
-        return self.nfe * self.scale**2
+        """Network evaluations if no cache hits, weighted likewise."""
+        return self.steps * self.step_work
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -249,6 +254,14 @@ class Plan(_Strict):
     def nfe(self) -> int:
         """Network evaluations of one image if no cache hits."""
         return sum(stage.nfe for stage in self.stages)
+
+    def steps_left(self, done: int) -> list[int]:
+        """Return how many steps of each stage are left once the plan's first `done` steps are done."""
+        left = []
+        for stage in self.stages:
+            left.append(stage.steps - min(done, stage.steps))
+            done -= stage.steps - left[-1]
+        return left
 
     @property
     def work(self) -> float:

@@ -54,10 +54,27 @@ class StageRun:
         return replace(
             self.packet,
             grid=(rows, columns),
-            latent=check_finite(latent.to(self.packet.latent.dtype), self.stage.name),
+            latent=check_finite(latent.to(self._dtype), self.stage.name),
             negative_embeds=self.packet.negative_embeds if self.keep_negative else None,
             sigma=self.stage.sigma_end,
             position=self.packet.position + 1,
+            step=0,
+            spans=self._spans(),
+        )
+
+    def checkpoint(self) -> LatentPacket:
+        """Return the packet between the last step and the next, from which another replica goes on to the same image.
+
+        Raises:
+            ValueError: the stage has a cache, whose state a packet does not hold.
+        """
+        if self.stage.cache:
+            raise ValueError(f"{self.stage.name} has a cache, and no checkpoints")
+        return replace(
+            self.packet,
+            latent=self.state.latent.cpu(),  # here, on the thread that has just waited for the device
+            sigma=self.state.sigma,
+            step=self.state.index,
             spans=self._spans(),
         )
 
@@ -65,12 +82,16 @@ class StageRun:
         """Return the clean latent that the last step predicted, as a packet to decode, without its prompts."""
         return replace(
             self.packet,
-            latent=self.state.denoised.to(self.packet.latent.dtype),
+            latent=self.state.denoised.to(self._dtype),
             prompt_embeds=self.packet.prompt_embeds[:0],
             negative_embeds=None,
             sigma=0.0,
             spans=self._spans(),
         )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.packet.prompt_embeds.dtype
 
     def _spans(self) -> tuple[Span, ...]:
         return (*self.packet.spans, Span(self.stage.name, self.started, time.time(), self.state.nfe))
@@ -149,18 +170,22 @@ class Denoiser:
         return self._network.blocks
 
     def begin(self, packet: LatentPacket, plan: Plan) -> StageRun:
-        """Let a packet enter its next stage, number `packet.position` of `plan`.
+        """Let a packet enter its next stage, number `packet.position` of `plan`, after `packet.step` of its steps.
 
         Raises:
-            ValueError: the packet belongs to another model, is not at the noise level that the stage starts from, or
-                lacks the negative prompt that the stage needs; or the model lacks an adapter, a block to skip or
-                attention guidance.
+            ValueError: the packet belongs to another model, is not at the noise level that the stage has at this step,
+                is amid a stage that has a cache, or lacks the negative prompt that the stage needs; or the model lacks
+                an adapter, a block to skip or attention guidance.
         """
         if packet.model != self._config.name:
             raise ValueError(f"packet of model {packet.model!r} cannot enter {self._config.name!r}")
         stage = plan.stages[packet.position]
-        if packet.sigma != stage.sigma_start:
-            raise ValueError(f"packet at sigma {packet.sigma} cannot enter {stage.name} at {stage.sigma_start}")
+        if not 0 <= packet.step < (1 if stage.cache else stage.steps):
+            raise ValueError(f"packet at step {packet.step} cannot enter {stage.name}")
+        sigmas = stage_sigmas(stage, self._scheduler, tokens=len(packet.latent))
+        sigma = float(sigmas[packet.step]) if packet.step else stage.sigma_start
+        if packet.sigma != sigma:
+            raise ValueError(f"packet at sigma {packet.sigma} cannot enter {stage.name} at {sigma}")
         if stage.adapter not in (None, *self._network.adapters):
             raise ValueError(f"adapter must be one of {self._network.adapters}, not {stage.adapter!r}")
         plan.check_transformer(self.blocks, guides_attention=get_family(self._config.family).guides_attention)
@@ -176,7 +201,7 @@ class Denoiser:
                 prompt, negative = join_negative(prompt, negative), None
         state = ImageState(
             latent=packet.latent.to(device, torch.float32),
-            sigmas=stage_sigmas(stage, self._scheduler, tokens=len(packet.latent)),
+            sigmas=sigmas,
             grid=packet.grid,
             prompt_embeds=prompt,
             negative_embeds=negative,
@@ -187,6 +212,7 @@ class Denoiser:
             skip_blocks=stage.skip_blocks,
             cache=make_cache(stage.cache, stage.steps) if stage.cache else None,
             negative_cache=make_cache(stage.cache, stage.steps) if stage.cache and stage.guided else None,
+            index=packet.step,
         )
         after = plan.stages[packet.position + 1 :]
         needed_after = any(later.needs_negative(packet.avoids) for later in after)

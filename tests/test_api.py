@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from openai.types import image_generate_params
-from ray.exceptions import ActorUnavailableError, RayTaskError
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError
 
 from deployments.http.errors import APIError
 from deployments.http.resolve import Job, Offer, resolve
@@ -299,8 +300,8 @@ def test_a_failure_of_several_images_is_told_as_the_first_one() -> None:
     refused = APIError.from_refusal(RefusalReply(code="prompt_too_long", message="long", param="negative_prompt"))
     assert (refused.status, refused.body["error"]["param"]) == (400, "negative_prompt")
     assert APIError.from_failure(TimeoutError()).status == 504
-    died = APIError.from_failure(ActorUnavailableError("gone", b"0" * 16))
-    assert (died.status, died.code, died.headers) == (503, "replica_died", {"Retry-After": "1"})
+    full = APIError.from_failure(BackPressureError(num_queued_requests=3, max_queued_requests=3))
+    assert (full.status, full.code, full.headers) == (503, "overloaded", {"Retry-After": "1"})
     wrapped = RayTaskError("run", "traceback", TimeoutError())
     assert APIError.from_failure(wrapped).status == 504
     assert APIError.from_failure(KeyError("secret")).body["error"]["message"].startswith("the request failed")

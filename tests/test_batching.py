@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from threading import Thread
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from threading import Event, Thread
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from stages.batching import StepBatcher
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline
 from stages.plan import (
+    AttentionGuidanceSpec,
     CacheSpec,
     FirstBlockSpec,
     MagCacheSpec,
@@ -23,24 +26,20 @@ from stages.plan import (
     TaylorSeerSpec,
     TeaCacheSpec,
 )
+from stages.stage import StageRun
 
 TOLERANCE = 1e-5  # of the latent's largest value: float32 orders its sums by the shape of the batch
 SMALL, LARGE = "64x64", "128x128"  # 16 and 64 tokens
 
 
+STAGE = StageSpec(name="base", sigma_start=1.0, sigma_end=0.0, steps=1)
+
+
 def plan_of(
     steps: int, *, guidance_scale: float = 1.0, adapter: str | None = None, cache: CacheSpec | None = None
 ) -> Plan:
-    stage = StageSpec(
-        name="base",
-        sigma_start=1.0,
-        sigma_end=0.0,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        adapter=adapter,
-        cache=cache,
-    )
-    return Plan(stages=(stage,))
+    own = {"steps": steps, "guidance_scale": guidance_scale, "adapter": adapter, "cache": cache}
+    return Plan(stages=(STAGE.model_copy(update=own),))
 
 
 GUIDED = plan_of(3, guidance_scale=4.0)
@@ -230,7 +229,7 @@ def test_previews_of_steps_leave_the_image_and_its_caches_as_they_were(
 ) -> None:
     plan, packet = plan_of(7, guidance_scale=4.0, cache=cache), packet_of(pipeline, 3)
     previews: list[LatentPacket] = []
-    future = batcher.submit(packet, plan, previews=(2, 5), show=previews.append)
+    future = batcher.submit(packet, plan, previews=(2, 5), show=lambda step, preview: previews.append(preview))
     steps(batcher)
     alone = batcher.submit(packet, plan)
     steps(batcher)
@@ -243,11 +242,134 @@ def test_previews_of_steps_leave_the_image_and_its_caches_as_they_were(
         assert torch.equal(preview.latent, task.state.denoised)
 
 
-def test_steps_of_previews_are_counted_from_where_a_packet_came_in(pipeline: Pipeline, batcher: StepBatcher) -> None:
+class Handed(list[tuple[int, LatentPacket]]):
+    """What a batcher hands out during its steps, each with its step of the plan."""
+
+    def __call__(self, step: int, packet: LatentPacket) -> None:
+        self.append((step, packet))
+
+
+def test_steps_of_previews_are_counted_over_the_plan(pipeline: Pipeline, batcher: StepBatcher) -> None:
     """The hybrid plan's base takes a step, a guided one and two more."""
-    seen: list[LatentPacket] = []
+    seen, later = Handed(), Handed()
     packet = packet_of(pipeline, 3)
-    future = batcher.submit(packet, PLANS["hybrid"], stages=4, previews=(1, 3, 5), show=seen.append)
+    future = batcher.submit(packet, PLANS["hybrid"], stages=4, previews=(1, 3, 5), show=seen)
     steps(batcher)
-    assert [preview.position for preview in seen] == [0, 2, 3]
+    assert [(step, preview.position) for step, preview in seen] == [(1, 0), (3, 2), (5, 3)]
     assert future.result(0).position == 4
+    (bridged,) = pipeline.denoiser.denoise([packet], PLANS["hybrid"])
+    batcher.submit(bridged, PLANS["hybrid"], stages=3, previews=(1, 3, 5), show=later)
+    steps(batcher)
+    assert [step for step, _ in later] == [3, 5]
+    assert torch.equal(later[0][1].latent, seen[1][1].latent)
+
+
+def plan_like(**own: Any) -> Plan:
+    return Plan(stages=(StageSpec(name="base", sigma_start=1.0, sigma_end=0.0, steps=6, **own),))
+
+
+LONG = {
+    "plain": plan_of(6),
+    "guided": plan_of(6, guidance_scale=4.0),
+    "guided by attention": plan_like(attention_guidance=AttentionGuidanceSpec()),
+    "reading the negative prompt": plan_like(adapter="bridge", reads_negative=True),
+    "by a student": plan_like(adapter="distilled", shift=3.0, skip_blocks=frozenset({1})),
+}
+
+
+@pytest.mark.parametrize("plan", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_that_goes_on_from_a_checkpoint_is_bit_for_bit_the_same(
+    pipeline: Pipeline, batcher: StepBatcher, plan: Plan, dtype: torch.dtype
+) -> None:
+    """Whatever the packets' dtype, since a checkpoint is in float32 as the steps are; and more than once."""
+    packet, kept = packet_of(pipeline, 3), Handed()
+    assert packet.negative_embeds is not None
+    packet = replace(
+        packet,
+        latent=packet.latent.to(dtype),
+        prompt_embeds=packet.prompt_embeds.to(dtype),
+        negative_embeds=packet.negative_embeds.to(dtype),
+    )
+    future = batcher.submit(packet, plan, checkpoints=(2, 4), keep=kept)
+    steps(batcher)
+    whole = future.result(0)
+    assert [(step, checkpoint.step, checkpoint.position) for step, checkpoint in kept] == [(2, 2, 0), (4, 4, 0)]
+    again = Handed()
+    resumed = batcher.submit(LatentPacket.from_bytes(kept[0][1].to_bytes()), plan, checkpoints=(4,), keep=again)
+    assert steps(batcher) == [[3]] * 4
+    once_more = batcher.submit(LatentPacket.from_bytes(again[0][1].to_bytes()), plan)
+    assert steps(batcher) == [[3]] * 2
+    for done in (resumed.result(0), once_more.result(0)):
+        assert torch.equal(done.latent, whole.latent)
+        assert done.latent.dtype == dtype
+        assert (done.sigma, done.position, done.step) == (0.0, 1, 0)
+        assert sum(span.nfe for span in done.spans) == whole.spans[-1].nfe
+
+
+def test_a_checkpoint_after_a_stage_is_the_packet_of_the_next_one(pipeline: Pipeline, batcher: StepBatcher) -> None:
+    """The hybrid plan's first part of base has one step; a cache that has done its work is in nobody's way."""
+    packet, kept = packet_of(pipeline, 3), Handed()
+    future = batcher.submit(packet, PLANS["hybrid"], stages=4, checkpoints=(1, 3), keep=kept)
+    steps(batcher)
+    assert [(step, checkpoint.position, checkpoint.step) for step, checkpoint in kept] == [(1, 1, 0), (3, 2, 1)]
+    for _, checkpoint in kept:
+        resumed = batcher.submit(checkpoint, PLANS["hybrid"], stages=4 - checkpoint.position)
+        steps(batcher)
+        assert torch.equal(resumed.result(0).latent, future.result(0).latent)
+    first = STAGE.model_copy(update={"sigma_end": 0.5, "steps": 5, "cache": CACHED.stages[0].cache})
+    cached = Plan(stages=(first, STAGE.model_copy(update={"sigma_start": 0.5, "steps": 2})))
+    batcher.submit(packet, cached, stages=2, checkpoints=(5,), keep=kept)
+    steps(batcher)
+    assert (kept[-1][1].position, kept[-1][1].step) == (1, 0)
+
+
+def test_a_cache_has_no_checkpoints_since_a_packet_does_not_hold_its_state(
+    pipeline: Pipeline, batcher: StepBatcher
+) -> None:
+    asked = batcher.submit(packet_of(pipeline, 0), CACHED, checkpoints=(2,))
+    amid = batcher.submit(replace(packet_of(pipeline, 1), step=2), CACHED)
+    steps(batcher)
+    with pytest.raises(ValueError, match="base has a cache, and no checkpoints"):
+        asked.result(0)
+    with pytest.raises(ValueError, match="packet at step 2 cannot enter base"):
+        amid.result(0)
+
+
+def test_a_packet_enters_a_stage_only_at_the_noise_level_of_its_step(pipeline: Pipeline, batcher: StepBatcher) -> None:
+    packet, kept = packet_of(pipeline, 0), Handed()
+    batcher.submit(packet, plan_of(5), checkpoints=(2,), keep=kept)
+    steps(batcher)
+    ((_, checkpoint),) = kept
+    other = batcher.submit(replace(checkpoint, step=3), plan_of(5))
+    past = batcher.submit(replace(checkpoint, step=5), plan_of(5))
+    steps(batcher)
+    with pytest.raises(ValueError, match=r"packet at sigma 0\.\d+ cannot enter base at 0\.\d+"):
+        other.result(0)
+    with pytest.raises(ValueError, match="packet at step 5 cannot enter base"):
+        past.result(0)
+
+
+def test_the_pulse_tells_how_long_a_step_has_taken(
+    pipeline: Pipeline, running: StepBatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, entered, released = [100.0], Event(), Event()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    step = pipeline.denoiser.step
+
+    def stops(runs: Sequence[StageRun]) -> None:
+        entered.set()
+        assert released.wait(60)
+        step(runs)
+
+    monkeypatch.setattr(pipeline.denoiser, "step", stops)
+    assert running.pulse.seconds == 0
+    future = running.submit(packet_of(pipeline, 0), plan_of(1))
+    assert entered.wait(60)
+    now[0] = 142.0
+    assert running.pulse.seconds == 42
+    released.set()
+    future.result(60)
+    running.close()
+    while running.pulse.seconds:
+        time.sleep(0.001)

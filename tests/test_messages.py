@@ -18,7 +18,10 @@ from deployments.messages import (
     MessageError,
     PacketReply,
     RefusalReply,
+    Reply,
     Route,
+    StalledReply,
+    StepReply,
     read_reply,
 )
 from stages.spans import Span
@@ -35,11 +38,13 @@ CALL = Call(
         partial_images=2,
         deadline=1234567890.123456,
     ),
-    hop=Hop(deployment="Base", stages=3, previews=(1, 3)),
+    hop=Hop(deployment="Base", end=3, work=4, previews=(1, 3), checkpoints=(2,)),
 )
 REPLIES = [
     PacketReply(),
-    PacketReply(kind="preview"),
+    StepReply(kind="preview", step=3),
+    StepReply(kind="checkpoint", step=10),
+    StalledReply(begun=True),
     ImageReply(
         index=0, seed=3, text_tokens=5, image_tokens=64, spans=(Span("encode", 1.25, 2.5), Span("base", 2, 3, 4.5))
     ),
@@ -54,7 +59,7 @@ def test_a_call_is_json_and_comes_back_whole() -> None:
 
 
 @pytest.mark.parametrize("reply", REPLIES, ids=lambda reply: reply.kind)
-def test_a_reply_comes_back_whole(reply: PacketReply | ImageReply | RefusalReply) -> None:
+def test_a_reply_comes_back_whole(reply: Reply) -> None:
     assert read_reply(reply.model_dump_json()) == reply
 
 

@@ -28,6 +28,7 @@ def make_packet(dtype: torch.dtype = torch.float32, *, negative: bool = True) ->
         grid=(2, 3),
         sigma=0.9,
         position=1,
+        step=2,
         text_tokens=5,
         avoids=negative,
         spans=(Span("encode", 1764000000.125, 1764000000.25), Span("base", 1764000001.0, 1764000002.5, nfe=3.5)),

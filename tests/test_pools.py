@@ -1,11 +1,11 @@
-"""Which of several deployments of a stage gets an image."""
+"""Which of several deployments of a stage gets an image, and for how long."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from served import log_lines, pixels
 
 from bench.serving.servers import servers, started
 from cluster.costs import MeasuredCost
+from deployments.attempts import Lost, Reason
 from deployments.pools import Pools
 from deployments.settings import Placement, ServedStage
 from stages.pipeline import Pipeline
 
 HYBRID = PLANS["hybrid"]
+FACTOR, FLOOR = 10.0, 45.0
 ENDS = {"Text": Placement(stages=("encode",)), "Pixels": Placement(stages=("decode",))}
 TWO = {
     **ENDS,
@@ -60,17 +62,29 @@ def test_what_did_not_end_is_not_measured() -> None:
     assert (cost.in_flight, cost.seconds) == (0, 0)
 
 
-def assigned(routing: Pools) -> dict[ServedStage, str]:
-    """Deployments of one more image, which is not begun."""
-    with routing.assign(HYBRID, 1.0) as deployments:
+def assigned(routing: Pools, done: int | None = None) -> dict[ServedStage, str]:
+    """Deployments of one more image, which is not begun, or has so many steps behind it."""
+    with routing.assign(HYBRID, 1.0, done) as deployments:
         return dict(deployments)
 
 
+def measure(routing: Pools, clock: list[float], deployment: str, seconds: float) -> None:
+    """Let a deployment do a unit of work."""
+    with routing.at_work(deployment, 1.0):
+        clock[0] += seconds
+
+
+def lose(routing: Pools, clock: list[float], deployment: str, reason: Reason, seconds: float = 1.0) -> None:
+    """Let an attempt at a unit of work be lost after so many seconds."""
+    with suppress(Lost), routing.at_work(deployment, 1.0):
+        clock[0] += seconds
+        raise Lost(deployment, reason)
+
+
 def test_images_go_where_they_are_expected_to_be_done_first(clock: list[float]) -> None:
-    routing = Pools(TWO)
+    routing = Pools(TWO, FACTOR, FLOOR)
     for deployment, seconds in (("Slow", 3.0), ("Fast", 1.0)):
-        with routing.at_work(deployment, 1.0):
-            clock[0] += seconds
+        measure(routing, clock, deployment, seconds)
     with ExitStack() as images:
         chosen = [images.enter_context(routing.assign(HYBRID, 1.0))["base"] for _ in range(8)]
     assert chosen.count("Fast") == 6  # three times as fast, three times as many
@@ -78,26 +92,116 @@ def test_images_go_where_they_are_expected_to_be_done_first(clock: list[float]) 
 
 
 def test_a_deployment_that_nobody_has_measured_is_tried(clock: list[float]) -> None:
-    routing = Pools(TWO)
-    with routing.at_work("Slow", 1.0):
-        clock[0] += 1.0
+    routing = Pools(TWO, FACTOR, FLOOR)
+    measure(routing, clock, "Slow", 1.0)
     assert assigned(routing)["base"] == "Fast"
 
 
 def test_the_first_images_of_all_spread_out_before_any_is_begun() -> None:
-    routing = Pools(TWO)
+    routing = Pools(TWO, FACTOR, FLOOR)
     with routing.assign(HYBRID, 1.0) as first:
         assert {first["base"], assigned(routing)["base"]} == {"Slow", "Fast"}
 
 
 def test_an_image_stays_where_it_is_if_its_next_stage_runs_there() -> None:
-    routing = Pools(TWO)
+    routing = Pools(TWO, FACTOR, FLOOR)
     tails = []
     with ExitStack() as images:
         for _ in range(2):
             deployments = images.enter_context(routing.assign(HYBRID, 1.0))
             tails.append([deployments[stage] for stage in ("bridge", "distilled", "decode")])
     assert sorted(tails) == [["All", "All", "All"], ["Tail", "Tail", "Pixels"]]
+
+
+def test_an_image_on_its_way_is_assigned_for_what_is_left_of_it() -> None:
+    """The hybrid plan has four steps of base, one of the bridge and one of the distilled model."""
+    routing = Pools(TWO, FACTOR, FLOOR)
+    for done, stages in (
+        (None, ["encode", "base", "bridge", "distilled", "decode"]),
+        (3, ["base", "bridge", "distilled", "decode"]),
+        (4, ["bridge", "distilled", "decode"]),
+        (6, ["decode"]),
+    ):
+        with routing.assign(HYBRID, 1.0, done) as deployments:
+            assert list(deployments) == stages
+    with routing.assign(HYBRID, 0.5, 2) as deployments:  # and has two of base's five evaluations to come
+        assert routing._costs[deployments["base"]].expected == 0.5 * 2
+
+
+@pytest.mark.parametrize("reason", ["died", "stalled", "hung", "refused"])
+def test_a_deployment_that_lost_an_attempt_is_avoided_until_it_has_done_one(clock: list[float], reason: Reason) -> None:
+    routing = Pools(TWO, FACTOR, FLOOR)
+    measure(routing, clock, "Slow", 3.0)
+    measure(routing, clock, "Fast", 1.0)
+    with routing.at_work("Fast", 1.0):  # an image in another of its replicas, say
+        lose(routing, clock, "Fast", reason, seconds=0.0)
+        assert routing.avoids("Fast")
+        assert {assigned(routing)["base"] for _ in range(3)} == {"Slow"}
+        clock[0] += 1.0
+    assert not routing.avoids("Fast")
+    assert assigned(routing)["base"] == "Fast"
+
+
+def test_a_deployment_that_is_avoided_comes_back(clock: list[float]) -> None:
+    routing = Pools(TWO, FACTOR, FLOOR)
+    lose(routing, clock, "Slow", "died")
+    assert assigned(routing)["base"] == "Fast"
+    routing.readmit("Slow")
+    with routing.assign(HYBRID, 1.0) as first:
+        assert {first["base"], assigned(routing)["base"]} == {"Slow", "Fast"}
+
+
+def test_what_no_other_deployment_does_is_done_where_it_is_all_the_same(clock: list[float]) -> None:
+    routing = Pools(TWO, FACTOR, FLOOR)
+    for deployment in ("Text", "Slow", "Fast"):
+        lose(routing, clock, deployment, "died")
+    assert assigned(routing)["encode"] == "Text"
+    assert assigned(routing)["base"] in ("Slow", "Fast")
+
+
+def test_an_image_leaves_a_deployment_that_is_avoided_for_its_next_stage(clock: list[float]) -> None:
+    alone = {**TWO, "Last": Placement(stages=("distilled",))}
+    routing = Pools({name: placed for name, placed in alone.items() if name != "Tail"}, FACTOR, FLOOR)
+    assert {stage: assigned(routing)[stage] for stage in ("bridge", "distilled", "decode")} == {
+        "bridge": "All", "distilled": "All", "decode": "All"
+    }  # fmt: skip
+    lose(routing, clock, "All", "died")
+    assert {stage: assigned(routing)[stage] for stage in ("bridge", "distilled", "decode")} == {
+        "bridge": "All", "distilled": "Last", "decode": "Pixels"
+    }  # fmt: skip
+
+
+def test_an_attempt_may_take_some_times_what_its_deployment_takes_under_the_load_that_it_finds(
+    clock: list[float],
+) -> None:
+    routing = Pools(TWO, FACTOR, FLOOR)
+    measure(routing, clock, "Fast", 2.0)
+    with routing.at_work("Fast", 1.0) as short:
+        assert short == FLOOR
+        with routing.at_work("Fast", 4.0) as long:
+            assert long == FACTOR * (1.0 + 4.0) * 2.0
+
+
+def test_where_there_may_be_no_replica_only_the_deadline_counts(clock: list[float]) -> None:
+    routing = Pools(TWO, FACTOR, FLOOR)
+    with routing.at_work("Fast", 1.0) as limit_s:
+        assert limit_s is None  # nobody knows what it takes
+        clock[0] += 1.0
+    lose(routing, clock, "Fast", "died")
+    with routing.at_work("Fast", 1.0) as limit_s:
+        assert limit_s is None
+    with routing.at_work("Fast", 1.0) as limit_s:
+        assert limit_s == FLOOR
+
+
+def test_a_hung_attempt_counts_as_slow_and_one_that_died_not(clock: list[float]) -> None:
+    routing = Pools(TWO, FACTOR, FLOOR)
+    measure(routing, clock, "Fast", 1.0)
+    lose(routing, clock, "Fast", "died", seconds=100.0)
+    assert routing._costs["Fast"].seconds == 1.0
+    lose(routing, clock, "Fast", "hung", seconds=100.0)
+    assert routing._costs["Fast"].seconds > 10
+    assert routing._costs["Fast"].in_flight == 0
 
 
 @pytest.mark.slow

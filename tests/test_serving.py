@@ -347,9 +347,17 @@ def test_wrong_settings_stop_the_start_and_are_named(tmp_path: Path) -> None:
         ("max_images", 65),
         ("max_images", True),
         ("max_images", "4"),
+        ("checkpoint_steps", 0),
+        ("checkpoint_steps", 2.5),
+        ("hang_factor", 1.0),
+        ("hang_floor_s", 0),
+        ("stall_timeout_s", float("inf")),
     ):
         with pytest.raises(ValidationError, match=key):
             Settings.model_validate({"model": "configs/scenes.yaml", key: value})
+    with pytest.raises(ValidationError, match="stall_timeout_s must be below hang_floor_s, 20, not 30"):
+        Settings.model_validate({"model": "configs/scenes.yaml", "hang_floor_s": 20})
+    assert Settings.model_validate({"model": "configs/scenes.yaml", "checkpoint_steps": None}).checkpoint_steps is None
     ends, middle = {"stages": ["encode", "decode"]}, {"stages": ["base", "bridge"]}
     last, twice = {"stages": ["distilled"]}, {"stages": ["base", "base", "bridge"]}
     every = "encode, base, bridge, distilled, decode"

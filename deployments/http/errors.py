@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from deployments.messages import RefusalReply
@@ -22,6 +22,8 @@ _CODES = {
     "json_invalid": "invalid_json",
 }
 REPLICA_DIED = "the replica that had the request died; try again"
+REPLICA_LOST = "two replicas were lost with the image, one after the other; the request may be the reason"
+RETRY = {"Retry-After": "1"}
 _LONGEST = 1000  # characters of a message or a parameter, both of which may quote the request
 
 
@@ -79,10 +81,7 @@ class APIError(Exception):
         if isinstance(error, APIError):
             return error
         if isinstance(error, BackPressureError):
-            return cls(503, "overloaded", "all queues are full; try again later", headers={"Retry-After": "1"})
-        if isinstance(error, ActorDiedError | ActorUnavailableError):
-            logger.warning(f"a replica died: {str(error).splitlines()[0]}")
-            return cls(503, "replica_died", REPLICA_DIED, headers={"Retry-After": "1"})
+            return cls(503, "overloaded", "all queues are full; try again later", headers=RETRY)
         if isinstance(error, TimeoutError):
             return cls(504, "deadline_exceeded", "not done in the time that a request may take")
         logger.error("request failed", exc_info=error)

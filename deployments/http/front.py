@@ -16,10 +16,8 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.http.errors import REPLICA_DIED, error_body
+from deployments.http.errors import REPLICA_DIED, RETRY, error_body
 from deployments.http.readiness import Watch
-
-_RETRY = {"Retry-After": "1"}
 
 START = b"x-request-start"  # header that says when the proxy had the request, in seconds since the epoch
 
@@ -130,4 +128,4 @@ def _proxy_error(start: Message) -> JSONResponse:
 
 
 def _error(status: int, code: str, message: str) -> JSONResponse:
-    return JSONResponse(error_body(status, code, message), status, _RETRY if status == 503 else None)
+    return JSONResponse(error_body(status, code, message), status, RETRY if status == 503 else None)

@@ -96,7 +96,8 @@ class Ingress:
             "sizes": model.sizes,
         }
         # In this process: the router only waits, so a deployment of its own would merely add a call.
-        self._router = Router(replicas, Pools(settings.placement))
+        pools = Pools(settings.placement, settings.hang_factor, settings.hang_floor_s)
+        self._router = Router(replicas, pools, settings.checkpoint_steps)
 
     @app.post("/v1/images/generations")
     async def generate(self, request: Request) -> Response:

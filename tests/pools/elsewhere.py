@@ -24,6 +24,7 @@ from stages.errors import NotFinite
 from stages.packet import LatentPacket
 from stages.yaml_file import ConfigError
 
+STALL_S = 600.0  # busy processors take long
 ENCODES = Placement(stages=("encode",))
 
 
@@ -70,12 +71,12 @@ def main() -> None:
     model = model.model_copy(update={"sizes": model.sizes[:1]})
     for backend in (CPUBackend.name, StaticProcessor.name):
         placement = Placement(stages=("base", "bridge", "distilled"), backend=backend, max_batch_tokens=256)
-        asyncio.run(answer(StageReplica(model, placement), directory / "denoise", directory / backend))
+        asyncio.run(answer(StageReplica(model, placement, STALL_S), directory / "denoise", directory / backend))
         decode(model, backend, directory / backend)
     older = model.model_copy(update={"source": str(directory / "older")})
-    asyncio.run(answer(StageReplica(older, ENCODES), directory / "encode", directory / "encoded"))
+    asyncio.run(answer(StageReplica(older, ENCODES, STALL_S), directory / "encode", directory / "encoded"))
     try:
-        StageReplica(model, ENCODES)
+        StageReplica(model, ENCODES, STALL_S)
     except ConfigError as error:
         (directory / "refused.txt").write_text(str(error))
 

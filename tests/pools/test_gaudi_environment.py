@@ -54,12 +54,12 @@ def answers(
     save_as_transformers_4(Path(config.source), directory / "older")
     for name, hop in {
         "encode": Hop(deployment="Gaudi"),
-        "denoise": Hop(deployment="Gaudi", stages=len(PLAN.stages)),
+        "denoise": Hop(deployment="Gaudi", end=len(PLAN.stages)),
     }.items():
         (directory / name).mkdir()
         for number, packet in enumerate(packets):
             (directory / name / f"{number}.json").write_text(Call(route=route(number), hop=hop).to_json())
-            if hop.stages:
+            if hop.end:
                 (directory / name / f"{number}.packet").write_bytes(packet.to_bytes())
     run(python, "tests/pools/elsewhere.py", "configs/scenes.yaml", str(directory))
     return directory

@@ -1,0 +1,73 @@
+"""The application with replicas that stop and die as tests say; for `serve run` in tests alone.
+
+A directory tells both sides of each other: a replica says there that it began and which images it has, and stops its
+device for as long as it finds a file that says so.
+"""
+
+# No postponed annotations: Serve reads those of `build` to parse the config's `args`.
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from deployments import app
+from deployments.messages import Call, StepReply, Wire
+from deployments.replica import StageReplica
+from deployments.settings import Settings
+from stages.packet import LatentPacket
+
+DIRECTORY = "FAULTY_DIRECTORY"  # variable of the environment
+POISON = "poison"  # what the request ids of images begin with that kill a replica; then comes the deployment's name
+DEADLY_STEP = 3  # of a stage
+
+
+class FaultyReplica(StageReplica):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._name = serve.get_replica_context().deployment
+        self._directory = Path(os.environ[DIRECTORY])
+        if self._encoder:
+            encoder = self._encoder._encoder
+            encoder.begin = self._faulty(encoder.begin, lambda request_id, *_: [request_id])  # type: ignore[method-assign]
+        if self._transformer:
+            denoiser = self._transformer._batcher._denoiser
+            denoiser.step = self._faulty(  # type: ignore[method-assign]
+                denoiser.step,
+                lambda runs: [run.packet.request_id for run in runs if run.state.index == DEADLY_STEP],
+            )
+        if self._decoder:
+            decoder = self._decoder._decoder
+            decoder.decode = self._faulty(decoder.decode, lambda *_: [])  # type: ignore[method-assign]
+        began(self._directory, self._name, os.getpid()).touch()
+
+    async def _reply(self, call: Call, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
+        (self._directory / f"has-{os.getpid()}-{call.route.image.request_id}").touch()
+        return await super()._reply(call, packet, hand_out)
+
+    def _faulty(self, work: Callable[..., Any], deadly: Callable[..., list[str]]) -> Callable[..., Any]:
+        def stop_or_die(*args: Any) -> Any:
+            while stops(self._directory, os.getpid()).exists():
+                time.sleep(0.02)
+            if any(request_id.startswith(f"{POISON}-{self._name}") for request_id in deadly(*args)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return work(*args)
+
+        return stop_or_die
+
+
+def began(directory: Path, deployment: str, pid: int | str) -> Path:
+    return directory / f"began-{deployment}-{pid}"
+
+
+def stops(directory: Path, pid: int) -> Path:
+    return directory / f"stops-{pid}"
+
+
+def build(settings: Settings) -> Application:
+    vars(app)["StageReplica"] = FaultyReplica
+    return app.build(settings)

@@ -1,0 +1,166 @@
+"""A replica in this process: what it hands out on the way, and what it does when its device stands still."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from threading import Event
+from typing import Any, Protocol, TypeVar
+
+import pytest
+import torch
+from plans import PLANS
+
+from deployments.messages import Call, Hop, ImageRequest, Reply, Route, StalledReply, Wire, read_reply
+from deployments.replica import StageReplica
+from deployments.settings import SERVED_STAGES, Placement
+from deployments.workers import DecodeWorker
+from stages.config import ModelConfig
+from stages.packet import LatentPacket
+from stages.plan import Plan
+
+T = TypeVar("T")
+
+ALL = Placement(stages=SERVED_STAGES)
+LONG = Plan.model_validate({"stages": [{"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": 6}]})
+
+
+class Run(Protocol):
+    def __call__(self, coro: Coroutine[Any, Any, T], /) -> T: ...
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs in the one event loop of a replica's life."""
+    with asyncio.Runner() as runner:
+        yield runner.run
+
+
+@pytest.fixture(scope="module")
+def replica(config: ModelConfig) -> Iterator[StageReplica]:
+    decode_batch = DecodeWorker._to_pixels.__wrapped__  # Serve batches calls only in its own processes
+
+    async def decode_one(self: DecodeWorker, latent: tuple[torch.Tensor, tuple[int, int]]) -> Any:
+        (image,) = await decode_batch(self, [latent])
+        return image
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeWorker, "_to_pixels", decode_one)
+        yield StageReplica(config, ALL, stall_timeout_s=30.0)
+
+
+def call_of(hop: Hop, plan: Plan = LONG, seed: int = 3) -> str:
+    image = ImageRequest(
+        request_id="r", image_index=0, seed=seed, size="64x64", prompt="a ring", negative_prompt="blue"
+    )  # fmt: skip
+    route = Route(
+        image=image, plan=plan, preset=None, format="png", quality=90, partial_images=0, deadline=time.time() + 600
+    )
+    return Call(route=route, hop=hop).to_json()
+
+
+async def stream(replica: StageReplica, call: str, packet: bytes = b"") -> list[tuple[Reply, bytes]]:
+    return [(read_reply(header), data) async for header, data in replica.stream(call, packet)]
+
+
+def test_an_image_that_goes_on_from_a_checkpoint_ends_as_the_same_file(replica: StageReplica, run: Run) -> None:
+    hop = Hop(deployment="All", end=1, previews=(2, 5), checkpoints=(2, 4), decodes=True)
+    *during, (last, file) = run(stream(replica, call_of(hop)))
+    handed = [(reply.kind, reply.step) for reply, _ in during if reply.kind in ("preview", "checkpoint")]
+    assert handed == [("preview", 2), ("checkpoint", 2), ("checkpoint", 4), ("preview", 5)]
+    for _, packet in during[1:3]:
+        assert LatentPacket.from_bytes(packet).step in (2, 4)
+        resumed, same_file = run(replica.run(call_of(hop), packet))
+        assert read_reply(resumed).kind == last.kind == "image"
+        assert same_file == file
+    final = run(stream(replica, call_of(hop), during[1][1]))
+    assert [reply.kind for reply, _ in final] == ["checkpoint", "preview", "image"]
+
+
+def test_a_hop_ends_where_its_stages_do(replica: StageReplica, run: Run) -> None:
+    encoded = run(replica.run(call_of(Hop(deployment="All"), PLANS["hybrid"]), b""))[1]
+    assert LatentPacket.from_bytes(encoded).position == 0
+    based = run(replica.run(call_of(Hop(deployment="All", end=3), PLANS["hybrid"]), encoded))[1]
+    assert LatentPacket.from_bytes(based).position == 3
+    done = run(replica.run(call_of(Hop(deployment="All", end=5), PLANS["hybrid"]), based))[1]
+    assert LatentPacket.from_bytes(done).position == 5
+
+
+class Gate:
+    """Stops what passes through it until it is opened."""
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self._work = work
+        self.entered, self.opened = Event(), Event()
+
+    def __call__(self, *args: Any) -> Any:
+        self.entered.set()
+        assert self.opened.wait(600)
+        return self._work(*args)
+
+
+@pytest.fixture
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Call it to let seconds pass, as a pulse sees them."""
+    now, passed = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now() + passed[0])
+
+    def pass_seconds(seconds: float) -> None:
+        passed[0] += seconds
+
+    return pass_seconds
+
+
+@pytest.mark.parametrize("at", ["encoder", "transformer", "decoder"])
+def test_a_replica_whose_device_stands_still_fails_its_health_check_and_takes_no_work(
+    replica: StageReplica, run: Run, at: str, monkeypatch: pytest.MonkeyPatch, pass_time: Callable[[float], None]
+) -> None:
+    assert replica._encoder
+    assert replica._transformer
+    assert replica._decoder
+    owner, name = {
+        "encoder": (replica._encoder._encoder, "begin"),
+        "transformer": (replica._transformer._batcher._denoiser, "step"),
+        "decoder": (replica._decoder._decoder, "decode"),
+    }[at]
+    gate = Gate(getattr(owner, name))
+    monkeypatch.setattr(owner, name, gate)
+    call = call_of(Hop(deployment="All", end=1, decodes=True))
+
+    async def play() -> tuple[Wire, Wire]:
+        held = asyncio.create_task(replica.run(call, b""))
+        await asyncio.to_thread(gate.entered.wait, 600)
+        replica.check_health()
+        pass_time(29.0 - replica_pulse(replica))
+        replica.check_health()
+        pass_time(2.0)
+        with pytest.raises(RuntimeError, match="at one piece of work for more than 30 s"):
+            replica.check_health()
+        handed_back = await held
+        refused = await replica.run(call, b"")
+        assert await stream(replica, call) == [(StalledReply(begun=False), b"")]
+        gate.opened.set()
+        return refused, handed_back
+
+    refused, handed_back = run(play())
+    assert (read_reply(refused[0]), refused[1]) == (StalledReply(begun=False), b"")
+    assert (read_reply(handed_back[0]), handed_back[1]) == (StalledReply(begun=True), b"")
+    while replica_pulse(replica):  # what the device is still at is for nobody
+        time.sleep(0.001)
+    replica.check_health()
+    assert read_reply(run(replica.run(call, b""))[0]).kind == "image"
+
+
+def replica_pulse(replica: StageReplica) -> float:
+    """Seconds of the piece of work at hand."""
+    workers = (replica._encoder, replica._transformer, replica._decoder)
+    return max(worker.pulse.seconds for worker in workers if worker)
+
+
+def test_a_device_that_has_nothing_to_do_does_not_stall(
+    replica: StageReplica, run: Run, pass_time: Callable[[float], None]
+) -> None:
+    pass_time(3600.0)
+    replica.check_health()
+    assert read_reply(run(replica.run(call_of(Hop(deployment="All")), b""))[0]).kind == "packet"
