@@ -369,6 +369,31 @@ def test_what_kills_is_given_up_after_two_deaths_and_takes_no_third_replica_nor_
     assert poisoned.most == 7 + poisons
 
 
+def test_a_suspect_makes_room_for_the_next_as_soon_as_it_got_further() -> None:
+    """Four images die in their fifth step; each is then alone up to the tenth, its first checkpoint, and no longer."""
+    cluster = Cluster()
+    died, steps = set(), {}
+    young, old = [], []
+
+    async def before(call: Call, step: int) -> None:
+        name = call.route.image.request_id
+        if name not in died:
+            if step == 5:
+                died.add(name)
+                raise DIED
+            return
+        steps[name] = step
+        young.append(sum(1 <= each <= 10 for each in steps.values()))
+        old.append(sum(11 <= each < 30 for each in steps.values()))
+
+    async def play() -> list[bytes]:
+        cluster["Base"].before = before
+        return await asyncio.gather(*(cluster.image(f"image {number}") for number in range(4)))
+
+    assert run(play()) == [b"image after 32"] * 4
+    assert (max(young), max(old)) == (1, 2)
+
+
 def test_another_deployment_of_the_stage_takes_over() -> None:
     cluster = Cluster({**SPREAD, "Second": ("base",)})
     cluster["Base"].before = cluster["Second"].before = failing((15, DIED))
