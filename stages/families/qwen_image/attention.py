@@ -37,6 +37,10 @@ class _Stream:
         """Return the tokens from `start` to `end`."""
         return _Stream(self.query[:, start:end], self.key[:, start:end], self.value[:, start:end])
 
+    def at(self, rotations: torch.Tensor) -> _Stream:
+        """Rotate queries and keys to their positions, see `Rotary`."""
+        return _Stream(rotate(self.query, rotations), rotate(self.key, rotations), self.value)
+
     def before(self, other: _Stream) -> _Stream:
         """Join these tokens and then the other stream's."""
         pairs = ((self.query, other.query), (self.key, other.key), (self.value, other.value))
@@ -69,37 +73,31 @@ class GuidedAttention:
         """
         of_image = (attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
         of_text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
-        image = _Stream.project(hidden_states, of_image, attn.heads)
+        image = _Stream.project(hidden_states, of_image, attn.heads).at(image_rotary_emb.image)
         text = _Stream.project(encoder_hidden_states, of_text, attn.heads)
+        positions = image_rotary_emb.text
         if negatives is None:
-            text_output, output = self._attend(text, image, encoder_hidden_states_mask, image_rotary_emb)
+            text_output, output = self._attend(text.at(positions), image, encoder_hidden_states_mask)
         else:
             assert encoder_hidden_states_mask is not None  # `stages.text.collate` makes both
             total = encoder_hidden_states.shape[1]
             length = total - negatives.mask.shape[1]
-            prompt, negative = text.between(0, length), text.between(length, total)
-            prompt_mask = encoder_hidden_states_mask[:, :length]
-            prompt_output, positive_image = self._attend(prompt, image, prompt_mask, image_rotary_emb)
-            negative_output, negative_image = self._attend(negative, image, negatives.mask, image_rotary_emb)
+            prompt = text.between(0, length).at(positions[:length])
+            negative = text.between(length, total).at(positions[: total - length])
+            prompt_output, positive_image = self._attend(prompt, image, encoder_hidden_states_mask[:, :length])
+            negative_output, negative_image = self._attend(negative, image, negatives.mask)
             text_output = torch.cat([prompt_output, negative_output], dim=1)
             output = negatives.guide(positive_image, negative_image)
         for layer in attn.to_out:
             output = layer(output)
         return output, attn.to_add_out(text_output)
 
-    def _attend(
-        self, text: _Stream, image: _Stream, mask: torch.Tensor | None, rotary: Rotary
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend(self, text: _Stream, image: _Stream, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return joint attention's outputs for text and image; `mask` (batch, length) is the text's."""
         length, joint = text.key.shape[1], text.before(image)
-        positions = rotary.joint(length)
         joint_mask = None if mask is None else F.pad(mask, (0, image.key.shape[1]), value=True)[:, None, None]
         outputs = dispatch_attention_fn(
-            rotate(joint.query, positions),
-            rotate(joint.key, positions),
-            joint.value,
-            attn_mask=joint_mask,
-            backend=self._attention_backend,
+            joint.query, joint.key, joint.value, attn_mask=joint_mask, backend=self._attention_backend
         ).flatten(2)
         return outputs[:, :length], outputs[:, length:]
 

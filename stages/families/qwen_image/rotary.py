@@ -27,10 +27,6 @@ class Rotary:
     text: torch.Tensor
     image: torch.Tensor
 
-    def joint(self, length: int) -> torch.Tensor:
-        """Return the rotations of a text of `length` tokens followed by the image."""
-        return torch.cat([self.text[:length], self.image])
-
 
 class RotaryEmbedding(nn.Module):
     """Stands in for diffusers' `QwenEmbedRope`: an image's rows and columns count from its centre, text after them.
