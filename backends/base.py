@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from backends.buckets import Buckets
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 M = TypeVar("M", bound="nn.Module")
+
+_MOST_SHAPES = 2**16  # a bound above any that a warm-up meets
 
 # Of linear layers: eight bits for weights alone, or for weights and, scaled row by row at run time, activations.
 Quantization = Literal["int8_weight_only", "int8_dynamic", "fp8_dynamic"]
@@ -140,6 +142,20 @@ class Backend(ABC):
     def end_graph(self) -> None:
         """End a graph between repeated parts, which then share one compilation, on a device that records operations."""
         return
+
+
+def compile_each_shape(module: nn.Module, **options: Any) -> None:
+    """Set up `module`, in place, to be compiled on each call with new shapes, however many there are.
+
+    Args:
+        module: the module.
+        options: further options of `torch.compile`.
+    """
+    import torch._dynamo  # here, because checks of a configuration do without it
+
+    # By default the ninth shape is an error.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
+    module.compile(fullgraph=True, dynamic=False, **options)
 
 
 def host_memory() -> Memory:

@@ -1,4 +1,8 @@
-"""Intel's Gaudi accelerators, by the vendor's PyTorch with `habana_frameworks`, which only its containers have."""
+"""Intel's Gaudi accelerators, by the vendor's PyTorch with `habana_frameworks`, which only its containers have.
+
+PT_HPU_LAZY_MODE in the environment says how operations run: if it is 1, they are recorded, and compiled for every shape
+when they are waited for; if it is 0, each runs by itself, and `compile` lets blocks be compiled for every shape.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from backends.base import Backend, M, Memory, StaticShapes
+from backends.base import Backend, M, Memory, StaticShapes, compile_each_shape
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
+_LAZY = "PT_HPU_LAZY_MODE"
+
+
 class GaudiBackend(Backend):
-    """Runs in bfloat16, with the vendor's fused attention; each repeated part is a graph that is compiled per shape."""
+    """Runs in bfloat16, with the vendor's fused attention."""
 
     name: ClassVar[str] = "gaudi"
     device: ClassVar[str] = "hpu"
@@ -30,6 +37,8 @@ class GaudiBackend(Backend):
     def missing(self) -> str | None:
         if find_spec("habana_frameworks") is None:
             return "habana_frameworks is not installed; the vendor's containers have it"
+        if os.environ.get(_LAZY) not in ("0", "1"):  # what it is by default depends on the release
+            return f"{_LAZY} says neither 0 nor 1"
         from habana_frameworks.torch import hpu
 
         return None if hpu.is_available() else "habana_frameworks finds no device"
@@ -50,10 +59,13 @@ class GaudiBackend(Backend):
         return super().place(module)
 
     def compile(self, module: nn.Module) -> None:
-        """Let every shape of `module` be recorded once and replayed afterwards, without the host's work."""
-        from habana_frameworks.torch.hpu import wrap_in_hpu_graph
+        """Set up `module`, in place, to be compiled on each call with new shapes; what is recorded is so anyway.
 
-        wrap_in_hpu_graph(module, disable_tensor_cache=True)
+        The vendor's HPU graphs would spare the host even the recording. But a graph that is replayed sees only tensors
+        that are the module's own arguments, and adapters' gates reach its layers in another way.
+        """
+        if os.environ[_LAZY] == "0":
+            compile_each_shape(module, backend="hpu_backend")
 
     def keep_compilations(self, directory: Path) -> None:
         os.environ["PT_HPU_RECIPE_CACHE_CONFIG"] = f"{directory},false,8192"
@@ -81,7 +93,7 @@ def _fuse_attention() -> None:
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
-        **options: Any,
+        **options: Any,  # enable_gqa, which the kernel does without being asked
     ) -> torch.Tensor:
         if query.device.type != GaudiBackend.device:
             return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)

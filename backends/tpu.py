@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from backends.base import Backend, Memory, StaticShapes
+from backends.base import Backend, Memory, StaticShapes, compile_each_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,5 +50,5 @@ class TPUBackend(Backend):
         os.environ["TORCH_TPU_TIER3_COMPILATION_CACHE_ROOT"] = str(directory)
 
     def compile(self, module: nn.Module) -> None:
-        """Set up `module`, in place, to be compiled on its next call, for that call's shapes alone."""
-        module.compile(fullgraph=True, dynamic=False)
+        """Set up `module`, in place, to be compiled on each call with new shapes."""
+        compile_each_shape(module)

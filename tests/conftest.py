@@ -70,6 +70,14 @@ def pipeline(config: ModelConfig, backend: Backend) -> Pipeline:
 
 
 @pytest.fixture(scope="session")
+def gaudi_python() -> str:
+    """The interpreter of an environment with what Gaudi's libraries pin."""
+    if "GAUDI_PYTHON" not in os.environ:
+        pytest.skip("GAUDI_PYTHON names no interpreter; `make test-pools` does")
+    return os.environ["GAUDI_PYTHON"]
+
+
+@pytest.fixture(scope="session")
 def server() -> Iterator[Running]:
     """The application of serve_config.yaml, started once for all tests that need no other."""
     model = ROOT / "configs" / "scenes.yaml"

@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import torch
+from habana_stand_in import gaudi_on_cpu
 
-import backends
-from backends import CPUBackend, StaticShapes, get_backend
+from backends import get_backend
 from deployments.replica import StageReplica
 from deployments.settings import Placement
 from stages.config import ModelConfig
@@ -25,18 +24,6 @@ from stages.packet import LatentPacket
 from stages.yaml_file import ConfigError
 
 STALL_S = 600.0  # busy processors take long
-ENCODES = Placement(stages=("encode",))
-
-
-class StaticProcessor(CPUBackend):
-    """A processor that walks and multiplies as Gaudi does."""
-
-    name: ClassVar[str] = "static"
-    shapes: ClassVar[StaticShapes | None] = StaticShapes()
-    complex_numbers: ClassVar[bool] = False
-
-
-backends._BACKENDS[StaticProcessor.name] = StaticProcessor
 
 
 async def answer(replica: StageReplica, calls: Path, replies: Path) -> None:
@@ -68,15 +55,17 @@ def main() -> None:
     torch.set_num_threads(1)
     directory = Path(sys.argv[2])
     model = ModelConfig.read(Path(sys.argv[1]))
-    model = model.model_copy(update={"sizes": model.sizes[:1]})
-    for backend in (CPUBackend.name, StaticProcessor.name):
-        placement = Placement(stages=("base", "bridge", "distilled"), backend=backend, max_batch_tokens=256)
-        asyncio.run(answer(StageReplica(model, placement, STALL_S), directory / "denoise", directory / backend))
-        decode(model, backend, directory / backend)
-    older = model.model_copy(update={"source": str(directory / "older")})
-    asyncio.run(answer(StageReplica(older, ENCODES, STALL_S), directory / "encode", directory / "encoded"))
+    model = model.model_copy(update={"sizes": model.sizes[:1], "dtype": "float32"})
+    with gaudi_on_cpu():
+        for backend in ("cpu", "gaudi"):
+            placement = Placement(stages=("base", "bridge", "distilled"), backend=backend, max_batch_tokens=256)
+            asyncio.run(answer(StageReplica(model, placement, STALL_S), directory / "denoise", directory / backend))
+            decode(model, backend, directory / backend)
+        older = model.model_copy(update={"source": str(directory / "older")})
+        encodes = Placement(stages=("encode",), backend="gaudi")
+        asyncio.run(answer(StageReplica(older, encodes, STALL_S), directory / "encode", directory / "encoded"))
     try:
-        StageReplica(model, ENCODES, STALL_S)
+        StageReplica(model, Placement(stages=("encode",)), STALL_S)
     except ConfigError as error:
         (directory / "refused.txt").write_text(str(error))
 
