@@ -1,9 +1,12 @@
-# Sets up an environment, then serves or tests. TORCH is what pip installs first, a build for the machine's device.
+# Sets up an environment, then serves or tests. TORCH is what pip installs first, a build for the machine's device, and
+# TORCH_XLA the last release of PyTorch/XLA, with the only torch that it runs with.
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TORCH_XLA ?= torch==2.9.1 torch-xla==2.9.0
 CLIENTS = tests/clients
+GAUDI = cluster/environments/gaudi
 
-.PHONY: serve test test-slow lint lock
+.PHONY: serve test test-slow test-pools lint lock
 
 serve: $(VENV)/installed
 	$(VENV)/bin/python -m deployments serve_config.yaml
@@ -13,6 +16,11 @@ test: $(VENV)/installed $(CLIENTS)/installed lint
 
 test-slow: $(VENV)/installed
 	$(VENV)/bin/pytest -m slow
+
+# What runs in the environments of other pools, on this machine's processor.
+test-pools: $(VENV)/installed $(VENV)-xla/installed $(VENV)-gaudi/installed
+	PJRT_DEVICE=CPU $(VENV)-xla/bin/python -m pytest -m 'slow or not slow' --backend xla tests/test_backends.py
+	GAUDI_PYTHON=$(abspath $(VENV)-gaudi/bin/python) $(VENV)/bin/pytest tests/pools
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -28,7 +36,11 @@ lock:
 	CUSTOM_COMPILE_COMMAND="make lock" $(VENV)-lock/bin/pip-compile --quiet --no-config --generate-hashes --strip-extras \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
 		--output-file $(CLIENTS)/requirements.lock $(CLIENTS)/requirements.in
-	! grep --extended-regexp '^(nvidia|triton|torch)[a-z0-9-]*==' requirements.lock | grep --invert-match torchao
+	CUSTOM_COMPILE_COMMAND="make lock" $(VENV)-lock/bin/pip-compile --quiet --no-config --generate-hashes --strip-extras \
+		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options --unsafe-package torch \
+		--output-file $(GAUDI).lock $(GAUDI).in
+	! grep --extended-regexp --no-filename '^(nvidia|triton|torch)[a-z0-9-]*==' requirements.lock $(GAUDI).lock | \
+		grep --invert-match torchao
 
 $(VENV)/installed: pyproject.toml requirements.lock
 	python3 -m venv $(VENV)
@@ -43,4 +55,20 @@ $(CLIENTS)/installed: $(CLIENTS)/requirements.lock $(CLIENTS)/package-lock.json
 	python3 -m venv $(CLIENTS)/.venv
 	$(CLIENTS)/.venv/bin/pip install --quiet --require-hashes --requirement $(CLIENTS)/requirements.lock
 	! command -v npm || npm ci --silent --prefix $(CLIENTS)
+	touch $@
+
+# torchao, of which all of the lock's other packages can do without, has no release for this torch.
+$(VENV)-xla/installed: requirements.lock
+	python3 -m venv $(VENV)-xla
+	$(VENV)-xla/bin/pip install --quiet $(TORCH_XLA)
+	$(VENV)-xla/bin/pip install --quiet --require-hashes --requirement requirements.lock
+	$(VENV)-xla/bin/pip uninstall --quiet --yes torchao
+	touch $@
+
+# Without what the lock's packages depend on, which the lock has: pip finds no hash for a package with an extra.
+$(VENV)-gaudi/installed: $(GAUDI).lock
+	python3 -m venv $(VENV)-gaudi
+	$(VENV)-gaudi/bin/pip install --quiet $(TORCH)
+	$(VENV)-gaudi/bin/pip install --quiet --no-deps --require-hashes --requirement $(GAUDI).lock
+	$(VENV)-gaudi/bin/pip check
 	touch $@

@@ -15,7 +15,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous
 from openai import OpenAI
 from torch.nn.modules.module import register_module_forward_hook
 
-from backends import Backend, get_backend
+from backends import Backend, backend_names, get_backend
 from bench.serving.servers import Running, servers, started
 from stages.config import ModelConfig
 from stages.loading import load_scheduler, load_transformer
@@ -30,6 +30,10 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 # Several threads wait for each other by spinning: where another process has one of their cores, ten times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=backend_names(), help="the one backend to test, which must be able to run")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,7 @@
-"""One contract for every backend that this machine can run; `pytest -rs` says which it cannot, and why."""
+"""One contract for every backend that this machine can run; `pytest -rs` says which it cannot, and why.
+
+With `--backend NAME` that one alone is tested, and fails where it cannot run.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,17 @@ IMAGES = [
 ]
 
 
-@pytest.fixture(scope="module", params=backend_names())
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("backend")
+        metafunc.parametrize("device", [chosen] if chosen else backend_names(), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def device(request: pytest.FixtureRequest) -> Backend:
     backend = get_backend(request.param)
     if backend.missing:
-        pytest.skip(f"{backend.name}: {backend.missing}")
+        (pytest.fail if request.config.getoption("backend") else pytest.skip)(f"{backend.name}: {backend.missing}")
     return backend
 
 

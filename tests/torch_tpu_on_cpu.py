@@ -1,4 +1,4 @@
-"""A pytest plugin that runs TorchTPU on a processor: `pytest -p tests.torch_tpu_on_cpu tests/test_backends.py -k tpu`.
+"""A pytest plugin that runs TorchTPU on a processor: `pytest -p tests.torch_tpu_on_cpu --backend tpu`.
 
 TPU_LIBRARY_PATH names a PJRT plugin for processors. The only one on PyPI, `xla-cpu-pjrt`, says neither who built it nor
 from what, so it is in no lock, and this is a check to be made by hand (docs/backends.md).

@@ -93,6 +93,12 @@ def save_as_transformers_4(source: Path, copy: Path) -> None:
         (copy / name).write_text(json.dumps(content))
 
 
+def test_all_nodes_run_the_same_ray() -> None:
+    locks = [ROOT / "requirements.lock", ROOT / "cluster" / "environments" / "gaudi.lock"]
+    (version,) = {line for lock in locks for line in lock.read_text().splitlines() if line.startswith("ray==")}
+    assert version
+
+
 def test_every_node_can_build_the_application(gaudi_python: str) -> None:
     run(gaudi_python, "-c", "import deployments.app")
 
