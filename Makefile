@@ -17,10 +17,11 @@ test: $(VENV)/installed $(CLIENTS)/installed lint
 test-slow: $(VENV)/installed
 	$(VENV)/bin/pytest -m slow
 
-# What runs in the environments of other pools, on this machine's processor.
+# What runs in the environments of other pools, on this machine's processor; in minutes with POOLS='not slow'.
+POOLS ?= slow or not slow
 test-pools: $(VENV)/installed $(VENV)-xla/installed $(VENV)-gaudi/installed
-	PJRT_DEVICE=CPU $(VENV)-xla/bin/python -m pytest -m 'slow or not slow' --backend xla tests/test_backends.py
-	GAUDI_PYTHON=$(abspath $(VENV)-gaudi/bin/python) $(VENV)/bin/pytest tests/pools
+	PJRT_DEVICE=CPU $(VENV)-xla/bin/python -m pytest -m '$(POOLS)' --backend xla tests/test_backends.py
+	GAUDI_PYTHON=$(abspath $(VENV)-gaudi/bin/python) $(VENV)/bin/pytest -m '$(POOLS)' tests/pools
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -47,6 +47,7 @@ def ask(url: str, seed: int) -> dict[str, Any]:
     return image
 
 
+@pytest.mark.slow
 def test_images_cross_four_pools_in_three_environments(heterogeneous: Running, pipeline: Pipeline) -> None:
     ask(heterogeneous.url, 0)
     with ThreadPoolExecutor(8) as clients:  # more than a step's batch has room for
