@@ -114,7 +114,7 @@ class StageReplica:
         else:
             assert self._encoder, "no encoder here"
             current = await self._encoder.encode(call.route.image, call.route.plan.stages[0].scale)
-        if current.sigma and current.position < call.hop.end:  # a preview is clean wherever its image stands
+        if current.position < call.hop.end:
             assert self._transformer, "no transformer here"
             current = await self._transformer.denoise(current, call, hand_out)
         if call.hop.decodes:

@@ -31,31 +31,34 @@ class StageRun:
 
     Attributes:
         packet: the packet as it arrived.
-        stage: the stage that it is in.
+        plan: the plan whose stage number `packet.position` it is in.
         state: its progress.
-        keep_negative: whether a later stage still needs the negative prompt.
-        lifts: whether the next stage works at twice the rows and columns.
         started: seconds since the epoch.
     """
 
     packet: LatentPacket
-    stage: StageSpec
+    plan: Plan
     state: ImageState
-    keep_negative: bool
-    lifts: bool
     started: float
+
+    @property
+    def stage(self) -> StageSpec:
+        """The stage that the packet is in."""
+        return self.plan.stages[self.packet.position]
 
     def finish(self) -> LatentPacket:
         """Return the packet after the last step; raises NotFinite if its latent is not finite."""
+        later = self.plan.stages[self.packet.position + 1 :]
+        needs_negative = any(stage.needs_negative(self.packet.avoids) for stage in later)
         latent, (rows, columns) = self.state.latent, self.packet.grid
-        if self.lifts:
+        if later and later[0].scale > self.stage.scale:  # the next stage works at twice the rows and columns
             latent = lift(latent, self.state.denoised, self.stage.sigma_end, (rows, columns), self.packet.seed)
             rows, columns = 2 * rows, 2 * columns
         return replace(
             self.packet,
             grid=(rows, columns),
             latent=check_finite(latent.to(self._dtype), self.stage.name),
-            negative_embeds=self.packet.negative_embeds if self.keep_negative else None,
+            negative_embeds=self.packet.negative_embeds if needs_negative else None,
             sigma=self.stage.sigma_end,
             position=self.packet.position + 1,
             step=0,
@@ -79,13 +82,15 @@ class StageRun:
         )
 
     def preview(self) -> LatentPacket:
-        """Return the clean latent that the last step predicted, as a packet to decode, without its prompts."""
+        """Return the clean latent that the last step predicted, as a packet after the plan, without its prompts."""
         return replace(
             self.packet,
             latent=self.state.denoised.to(self._dtype),
             prompt_embeds=self.packet.prompt_embeds[:0],
             negative_embeds=None,
             sigma=0.0,
+            position=len(self.plan.stages),
+            step=0,
             spans=self._spans(),
         )
 
@@ -214,10 +219,7 @@ class Denoiser:
             negative_cache=make_cache(stage.cache, stage.steps) if stage.cache and stage.guided else None,
             index=packet.step,
         )
-        after = plan.stages[packet.position + 1 :]
-        needed_after = any(later.needs_negative(packet.avoids) for later in after)
-        lifts = bool(after) and after[0].scale > stage.scale
-        return StageRun(packet, stage, state, needed_after, lifts, time.time())
+        return StageRun(packet, plan, state, time.time())
 
     def step(self, runs: Sequence[StageRun]) -> None:
         """Advance runs of one grid, of any plans and stages, by one denoising step in one forward pass."""

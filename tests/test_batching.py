@@ -255,7 +255,7 @@ def test_steps_of_previews_are_counted_over_the_plan(pipeline: Pipeline, batcher
     packet = packet_of(pipeline, 3)
     future = batcher.submit(packet, PLANS["hybrid"], stages=4, previews=(1, 3, 5), show=seen)
     steps(batcher)
-    assert [(step, preview.position) for step, preview in seen] == [(1, 0), (3, 2), (5, 3)]
+    assert [(step, preview.position, preview.sigma) for step, preview in seen] == [(1, 5, 0), (3, 5, 0), (5, 5, 0)]
     assert future.result(0).position == 4
     (bridged,) = pipeline.denoiser.denoise([packet], PLANS["hybrid"])
     batcher.submit(bridged, PLANS["hybrid"], stages=3, previews=(1, 3, 5), show=later)

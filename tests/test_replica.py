@@ -69,6 +69,10 @@ def test_an_image_that_goes_on_from_a_checkpoint_ends_as_the_same_file(replica: 
     *during, (last, file) = run(stream(replica, call_of(hop)))
     handed = [(reply.kind, reply.step) for reply, _ in during if reply.kind in ("preview", "checkpoint")]
     assert handed == [("preview", 2), ("checkpoint", 2), ("checkpoint", 4), ("preview", 5)]
+    for _, preview in (during[0], during[3]):
+        shown, _ = run(replica.run(call_of(Hop(deployment="All", end=1, decodes=True)), preview))
+        assert read_reply(shown).kind == "image"
+        assert not LatentPacket.from_bytes(preview).prompt_embeds.numel()
     for _, packet in during[1:3]:
         assert LatentPacket.from_bytes(packet).step in (2, 4)
         resumed, same_file = run(replica.run(call_of(hop), packet))
