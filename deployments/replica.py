@@ -35,7 +35,7 @@ class StageReplica:
         self._transformer = DenoiseWorker(model, backend, placement) if placement.denoises else None
         self._decoder = DecodeWorker(model, backend) if DECODE in placement.stages else None
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Raise if the replica cannot work; Serve calls this, and replaces a replica that raises several times.
 
         What a stalled device has is handed back at once, since Serve lets a replica that it replaces end its work.
@@ -45,7 +45,7 @@ class StageReplica:
         if self._stalled:
             for task in self._at_work:
                 task.cancel()
-            raise RuntimeError(f"the device has been at one piece of work for more than {self._stall_timeout_s:g} s")
+            raise RuntimeError(f"the device has been at one piece of work for longer than {self._stall_timeout_s:g} s")
 
     async def run(self, call: str, packet: bytes) -> Wire:
         """Run a hop of an image; a caller that cancels stops the work before its next step.

@@ -22,8 +22,9 @@ from deployments.settings import Settings
 from stages.packet import LatentPacket
 
 DIRECTORY = "FAULTY_DIRECTORY"  # variable of the environment
-POISON = "poison"  # what the request ids of images begin with that kill a replica; then comes the deployment's name
-DEADLY_STEP = 3  # of a stage
+# Request ids of images that kill replicas begin with one of these, and go on with the deployment's name.
+POISON = "poison"  # kills each that begins with it, or takes its fourth step
+LATE = "late"  # kills the one that takes its 26th step first
 
 
 class FaultyReplica(StageReplica):
@@ -33,27 +34,37 @@ class FaultyReplica(StageReplica):
         self._directory = Path(os.environ[DIRECTORY])
         if self._encoder:
             encoder = self._encoder._encoder
-            encoder.begin = self._faulty(encoder.begin, lambda request_id, *_: [request_id])  # type: ignore[method-assign]
+            encoder.begin = self._faulty(  # type: ignore[method-assign]
+                encoder.begin, lambda request_id, *_: self._is_deadly(request_id, 3)
+            )
         if self._transformer:
             denoiser = self._transformer._batcher._denoiser
             denoiser.step = self._faulty(  # type: ignore[method-assign]
                 denoiser.step,
-                lambda runs: [run.packet.request_id for run in runs if run.state.index == DEADLY_STEP],
+                lambda runs: any(self._is_deadly(run.packet.request_id, run.state.index) for run in runs),
             )
         if self._decoder:
             decoder = self._decoder._decoder
-            decoder.decode = self._faulty(decoder.decode, lambda *_: [])  # type: ignore[method-assign]
+            decoder.decode = self._faulty(decoder.decode, lambda *_: False)  # type: ignore[method-assign]
         began(self._directory, self._name, os.getpid()).touch()
 
     async def _reply(self, call: Call, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
         (self._directory / f"has-{os.getpid()}-{call.route.image.request_id}").touch()
         return await super()._reply(call, packet, hand_out)
 
-    def _faulty(self, work: Callable[..., Any], deadly: Callable[..., list[str]]) -> Callable[..., Any]:
+    def _is_deadly(self, request_id: str, step: int) -> bool:
+        if request_id.startswith(f"{POISON}-{self._name}"):
+            return step == 3
+        if request_id.startswith(f"{LATE}-{self._name}") and step == 25:
+            died = self._directory / f"died-{request_id}"
+            return not died.exists() and not died.touch()
+        return False
+
+    def _faulty(self, work: Callable[..., Any], deadly: Callable[..., bool]) -> Callable[..., Any]:
         def stop_or_die(*args: Any) -> Any:
             while stops(self._directory, os.getpid()).exists():
                 time.sleep(0.02)
-            if any(request_id.startswith(f"{POISON}-{self._name}") for request_id in deadly(*args)):
+            if deadly(*args):
                 os.kill(os.getpid(), signal.SIGKILL)
             return work(*args)
 
