@@ -57,7 +57,9 @@ class FaultyReplica(StageReplica):
             return step == 3
         if request_id.startswith(f"{LATE}-{self._name}") and step == 25:
             died = self._directory / f"died-{request_id}"
-            return not died.exists() and not died.touch()
+            first = not died.exists()
+            died.touch()
+            return first
         return False
 
     def _faulty(self, work: Callable[..., Any], deadly: Callable[..., bool]) -> Callable[..., Any]:
