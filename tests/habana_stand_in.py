@@ -71,10 +71,14 @@ def gaudi_on_cpu() -> Iterator[Counter[str]]:
     for name, module in modules.items():
         module.__spec__ = ModuleSpec(name, None)
         vars(module).update(contents[name])
+    sys.modules.update(modules)
     with (
-        patch.dict(sys.modules, modules),
         patch.dict(os.environ, PT_HPU_LAZY_MODE="1"),
         patch.object(GaudiBackend, "device", "cpu"),
         patch.object(F, "scaled_dot_product_attention", F.scaled_dot_product_attention),  # put back afterwards
     ):
-        yield calls
+        try:
+            yield calls
+        finally:
+            for name in modules:  # and no others, which cannot be loaded twice
+                del sys.modules[name]
