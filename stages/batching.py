@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Condition
 
-from stages.errors import NotFinite
 from stages.packet import LatentPacket
 from stages.plan import Plan
 from stages.pulse import Pulse
@@ -97,8 +96,8 @@ class StepBatcher:
             deadline: seconds since the epoch; the earliest goes first.
 
         Returns:
-            A future of the packet after these stages; it may raise NotFinite and the errors of `Denoiser.begin` and
-            `StageRun.checkpoint`.
+            A future of the packet after these stages; it may raise NotFinite and the errors of `Denoiser.begin`,
+            `StageRun.checkpoint`, `show` and `keep`.
 
         Raises:
             RuntimeError: the batcher is closed.
@@ -157,22 +156,21 @@ class StepBatcher:
     def _advance(self, entry: _Entry, run: StageRun) -> None:
         """Count a step and hand out what is due after it; at a stage's end, the entry goes on to the next or leaves."""
         entry.done += 1
-        if entry.done in entry.previews:
-            entry.show(entry.done, run.preview())
         keeps = entry.done in entry.checkpoints
-        if not (keeps or run.state.done):
-            return
         try:
+            if entry.done in entry.previews:
+                entry.show(entry.done, run.preview())
+            if not (keeps or run.state.done):
+                return
             packet = run.finish() if run.state.done else run.checkpoint()
-        except (NotFinite, ValueError) as error:
+            if keeps and packet.position < entry.end:
+                entry.keep(entry.done, packet)
+        except Exception as error:
             self._leave([entry], error)
             return
         if packet.position == entry.end:
             self._leave([entry], packet)
-            return
-        if keeps:
-            entry.keep(entry.done, packet)
-        if run.state.done:  # the next stage begins with the next step
+        elif run.state.done:  # the next stage begins with the next step
             entry.packet, entry.run = packet, None
 
     def _choose(self) -> list[_Entry]:

@@ -180,6 +180,24 @@ def test_a_step_that_fails_fails_its_batch_and_no_other(pipeline: Pipeline, batc
     assert later.result(0).seed == 2
 
 
+def test_an_image_whose_preview_or_checkpoint_cannot_be_handed_out_fails_alone(
+    pipeline: Pipeline, batcher: StepBatcher
+) -> None:
+    def refuse(step: int, packet: LatentPacket) -> None:
+        raise OSError("nobody listens")
+
+    failing = [
+        batcher.submit(packet_of(pipeline, 0), plan_of(3), previews={1}, show=refuse),
+        batcher.submit(packet_of(pipeline, 1), plan_of(3), checkpoints={2}, keep=refuse),
+    ]
+    whole = batcher.submit(packet_of(pipeline, 2), plan_of(3))
+    assert steps(batcher) == [[0, 1, 2], [1, 2], [2]]
+    for future in failing:
+        with pytest.raises(OSError, match="nobody listens"):
+            future.result(0)
+    assert whole.result(0).seed == 2
+
+
 @pytest.fixture
 def running(batcher: StepBatcher) -> Iterator[StepBatcher]:
     thread = Thread(target=batcher.run)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from backends import get_backend
+from backends import backend_names, get_backend
 from bench.models import SCENES
 from scenes.cases import DEV, Cases
 from stages.config import ModelConfig
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", type=int, default=0, help="index of the plan's stage, from 0")
     parser.add_argument("--drop", type=int, default=2, help="number of blocks to drop")
     parser.add_argument("--prompts", type=int, default=32, help="number of calibration prompts")
-    parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--backend", choices=backend_names(), default="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:

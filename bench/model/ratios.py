@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from backends import get_backend
+from backends import backend_names, get_backend
 from bench.models import SCENES
 from scenes.cases import DEV, Cases
 from stages.caches import Evaluation, StepCache
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=Path, default=DEV)
     parser.add_argument("--plan", default="base", help="name of one of the config's plans; its first stage is measured")
     parser.add_argument("--prompts", type=int, default=16, help="number of calibration prompts")
-    parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--backend", choices=backend_names(), default="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
