@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from backends import Quantization
 from stages.families import get_family
@@ -58,6 +59,7 @@ class ModelConfig(BaseModel):
         sizes: `WIDTHxHEIGHT` in pixels; the first is the default.
         adapters: LoRAs by the names that plans use.
         plans: plans that a request may name, as the adapters allow.
+        plans_at: by size, plans that take the place of those of the same names there.
         quantize: eight-bit arithmetic for the text encoder or the transformer.
         max_prompt_tokens: longest prompt, in tokens of the model's own tokenizer; by default the family's longest.
         vocabulary: all words that the model knows, in lower case, or None if it knows any.
@@ -73,6 +75,7 @@ class ModelConfig(BaseModel):
     sizes: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]
     adapters: dict[Name, AdapterSource] = {}
     plans: dict[Name, Plan] = {}
+    plans_at: dict[str, dict[Name, Plan]] = {}
     quantize: Quantize = Quantize()
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     vocabulary: Annotated[frozenset[Word], Field(min_length=1)] | None = None
@@ -128,33 +131,49 @@ class ModelConfig(BaseModel):
     def _runnable_plans(cls, value: dict[str, Plan], info: ValidationInfo) -> dict[str, Plan]:
         if "adapters" not in info.data:  # they are wrong themselves
             return value
-        runnable = {}
-        for name, plan in value.items():
-            try:
-                runnable[name] = plan.with_adapters(info.data["adapters"])
-            except ValueError as error:
-                raise ValueError(f"{name}.{error}") from error
-        return runnable
+        return _runnable(value, info.data["adapters"])
+
+    @field_validator("plans_at")
+    @classmethod
+    def _runnable_plans_at(
+        cls, value: dict[str, dict[Name, Plan]], info: ValidationInfo
+    ) -> dict[str, dict[Name, Plan]]:
+        if not {"family", "sizes", "adapters", "plans"} <= info.data.keys():
+            return value
+        for size, plans in value.items():
+            if size not in info.data["sizes"]:
+                raise ValueError(f"{size}: must be one of {list(info.data['sizes'])}")
+            if unknown := plans.keys() - info.data["plans"].keys():
+                raise ValueError(f"{size}.{min(unknown)}: must be one of {list(info.data['plans'])}")
+        return {size: _runnable(plans, info.data["adapters"], f"{size}.") for size, plans in value.items()}
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        for size, plans in self.plans_at.items():
+            for name, plan in plans.items():
+                try:
+                    plan.check_grid(self.grid(size))
+                except PlanError as error:
+                    raise ValueError(f"plans_at.{size}.{name}.{error}") from error
+        return self
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a YAML file.
 
         Relative directories are looked up from the working directory and from the parent of the file's directory.
-        `plans` may be the path of a file of plans, relative to this file's directory.
+        `plans`, and those of a size in `plans_at`, may be the path of a file of plans, relative to this file's
+        directory.
 
         Raises:
             FileNotFoundError: no such file.
             ConfigError: names the file and the key that is wrong.
         """
         content = read_mapping(path)
-        if isinstance(plans := content.get("plans"), str):
-            if not (path.parent / plans).is_file():
-                raise ConfigError(f"{path}: plans: there is no file {path.parent / plans}")
-            read_plans(path.parent / plans)  # so that errors there name that file
-            content["plans"] = plans = read_mapping(path.parent / plans)
-        if isinstance(plans, dict):
-            content["plans"] = name_plans(plans)
+        if "plans" in content:
+            content["plans"] = _inline(path, "plans", content["plans"])
+        if isinstance(at := content.get("plans_at"), dict):
+            content["plans_at"] = {size: _inline(path, f"plans_at.{size}", plans) for size, plans in at.items()}
         config = validate(path, cls, content)
         root = path.resolve().parent.parent
 
@@ -167,11 +186,20 @@ class ModelConfig(BaseModel):
         }
         return config.model_copy(update={"source": locate(config.source), "adapters": adapters})
 
-    def plan(self, name: str) -> Plan:
-        """Return a plan by its name; raises a ConfigError that lists all names."""
+    def plan(self, name: str, size: str | None = None) -> Plan:
+        """Return the plan of a name for images of `size`, by default the first; raises a ConfigError with all names."""
         if name not in self.plans:
             raise ConfigError(f"plan must be one of {', '.join(self.plans)}, not {name!r}")
-        return self.plans[name]
+        return self.plans_at.get(size or self.sizes[0], {}).get(name, self.plans[name])
+
+    def plans_by_size(self) -> list[tuple[Plan, tuple[str, ...]]]:
+        """Return each plan with the sizes at which its name means it."""
+        apart = [(plan, (size,)) for size, plans in self.plans_at.items() for plan in plans.values()]
+        own = [
+            (plan, tuple(size for size in self.sizes if name not in self.plans_at.get(size, {})))
+            for name, plan in self.plans.items()
+        ]
+        return own + apart
 
     def check_plans(self) -> None:
         """Check plans against the transformer, whose own config is read only if a plan skips blocks.
@@ -179,12 +207,16 @@ class ModelConfig(BaseModel):
         Raises:
             ConfigError: names the plan and its field.
         """
-        for plan in self.plans.values():
-            skips = any(stage.skip_blocks for stage in plan.stages)
-            try:
-                self.check_plan(plan, self.count_blocks() if skips else None)
-            except PlanError as error:
-                raise ConfigError(f"plans.{plan.name}.{error}") from error
+        for where, plans in {
+            "plans": self.plans,
+            **{f"plans_at.{at}": plans for at, plans in self.plans_at.items()},
+        }.items():
+            for plan in plans.values():
+                skips = any(stage.skip_blocks for stage in plan.stages)
+                try:
+                    self.check_plan(plan, self.count_blocks() if skips else None)
+                except PlanError as error:
+                    raise ConfigError(f"{where}.{plan.name}.{error}") from error
 
     def check_plan(self, plan: Plan, blocks: int | None) -> None:
         """Check a plan, see `Plan.check_transformer`; raises PlanError."""
@@ -198,6 +230,29 @@ class ModelConfig(BaseModel):
         """Count the transformer's blocks; raises `stages.sources.BadFile`."""
         return get_family(self.family).count_blocks(self.read_transformer())
 
-    def grid(self, size: str) -> tuple[int, int]:
-        """Return the rows and columns of tokens of one of `sizes`."""
-        return token_grid(size, get_family(self.family).pixels_per_token)
+    def grid(self, size: str, scale: float = 1.0) -> tuple[int, int]:
+        """Return the rows and columns of tokens of one of `sizes`, for a stage that works at a scale of it."""
+        rows, columns = token_grid(size, get_family(self.family).pixels_per_token)
+        return round(rows * scale), round(columns * scale)
+
+
+def _runnable(plans: Mapping[str, Plan], adapters: Collection[str], where: str = "") -> dict[str, Plan]:
+    """Return plans as a model with these adapters can run them; raises ValueError, which names `where` and the key."""
+    runnable = {}
+    for name, plan in plans.items():
+        try:
+            runnable[name] = plan.with_adapters(adapters)
+        except PlanError as error:
+            raise ValueError(f"{where}{name}.{error}") from error
+    return runnable
+
+
+def _inline(path: Path, key: str, plans: object) -> object:
+    """Return the plans that a key of the config at `path` holds, or that the file holds which it names."""
+    if isinstance(plans, str):
+        file = path.parent / plans
+        if not file.is_file():
+            raise ConfigError(f"{path}: {key}: there is no file {file}")
+        read_plans(file)  # so that errors there name that file
+        plans = read_mapping(file)
+    return name_plans(plans) if isinstance(plans, dict) else plans

@@ -100,8 +100,7 @@ class Encoder:
         if negative_prompt is not None:
             negative, negative_tokens = self._encode_and_count(negative_prompt, "negative_prompt")
             text_tokens += negative_tokens if avoids else 0
-        rows, columns = self._config.grid(size)
-        grid = round(rows * scale), round(columns * scale)
+        grid = self._config.grid(size, scale)
         packet = pure_noise(
             self._config.name,
             request_id,

@@ -95,7 +95,7 @@ class Pipeline:
             ValueError: no plan has that name, the plan needs an adapter that the model lacks, or the size is not one
                 of the model's.
         """
-        plan = (self.config.plan(plan) if isinstance(plan, str) else plan).with_adapters(self.config.adapters)
+        plan = (self.config.plan(plan, size) if isinstance(plan, str) else plan).with_adapters(self.config.adapters)
         packets = self.enter(plan, images, size)
         for _ in plan.stages:
             packets = self.denoise(packets, plan)

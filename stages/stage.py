@@ -149,9 +149,17 @@ class Denoiser:
         """
         family = get_family(self._config.family)
         limit = self._config.max_prompt_tokens or family.longest_prompt
-        joined = any(stage.reads_negative for plan in self._config.plans.values() for stage in plan.stages)
+        plans = self._config.plans_by_size()
+        joined = any(stage.reads_negative for plan, _ in plans for stage in plan.stages)
         text = (limit + family.template_tokens) * (2 if joined else 1)
-        grids = [self._config.grid(size) for size in sizes]
+        scales = {(size, stage.scale) for plan, at in plans for size in at for stage in plan.stages}
+        grids = sorted(
+            {
+                self._config.grid(size, scale)
+                for size, scale in {*scales, *((size, 1.0) for size in sizes)}
+                if size in sizes
+            }
+        )
         forms = [
             (grid, form)
             for grid in grids

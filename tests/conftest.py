@@ -43,7 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def config() -> ModelConfig:
-    return ModelConfig.read(ROOT / "configs" / "scenes.yaml")
+    """The shipped model, which here takes sizes besides those that it draws well."""
+    shipped = ModelConfig.read(ROOT / "configs" / "scenes.yaml")
+    return shipped.model_copy(update={"sizes": (*shipped.sizes, "64x64", "192x128", "128x192")})
 
 
 @pytest.fixture(scope="session")

@@ -198,7 +198,8 @@ def test_directories_of_a_config_are_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: ModelConfig
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert ModelConfig.read(ROOT / "configs" / "scenes.yaml") == config
+    found = ModelConfig.read(ROOT / "configs" / "scenes.yaml")
+    assert (found.source, found.adapters) == (config.source, config.adapters)
     assert Path(config.source).is_dir()
     assert Path(config.source).is_absolute()
     assert all(Path(adapter.source).is_dir() for adapter in config.adapters.values())
@@ -300,6 +301,32 @@ def test_a_plan_that_skips_blocks_which_are_not_there_is_named(write: Write, con
     with pytest.raises(ConfigError, match=r"plans\.pruned\.stages\W0\W?\.skip_blocks must be below 6, not 6"):
         pruned.check_plans()
     config.check_plans()
+
+
+def test_a_plan_may_mean_other_stages_at_a_size(write: Write, tmp_path: Path) -> None:
+    plans = "plans: {a: &a [{name: base, sigma_start: 1, sigma_end: 0, steps: 4}], b: *a}"
+    sizes = "sizes: [64x64, 128x128, 32x16]"
+    halved = (
+        "a: [{name: base, scale: 0.5, sigma_start: 1, sigma_end: 0.5, steps: 2},"
+        "{name: base, sigma_start: 0.5, sigma_end: 0, steps: 2}]"
+    )
+    (tmp_path / "large.yaml").write_text(halved)
+    config = ModelConfig.read(write(plans, sizes, "plans_at: {128x128: large.yaml}"))
+    assert config.plan("a", "64x64") == config.plan("a") == config.plans["a"]
+    assert [stage.scale for stage in config.plan("a", "128x128").stages] == [0.5, 1.0]
+    assert config.plan("b", "128x128") == config.plans["b"]
+    assert [(plan.name, sizes) for plan, sizes in config.plans_by_size()] == [
+        ("a", ("64x64", "32x16")), ("b", ("64x64", "128x128", "32x16")), ("a", ("128x128",)),
+    ]  # fmt: skip
+    for wrong, complaint in (
+        ("{96x96: large.yaml}", r"plans_at: 96x96: must be one of \['64x64', '128x128', '32x16'\]"),
+        ("{64x64: other.yaml}", r"plans_at\.64x64: there is no file .*other\.yaml"),
+        ("{32x16: large.yaml}", r"plans_at\.32x16\.a\.stages\W0\W?\.scale must be 1 for 1x2 tokens, not 0\.5"),
+        ("{64x64: {c: *a}}", r"plans_at: 64x64\.c: must be one of \['a', 'b'\]"),
+        ("{64x64: {a: [{name: base}]}}", r"plans_at\.64x64\.a\.stages\.0\.sigma_start: Field required"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            ModelConfig.read(write(plans, sizes, f"plans_at: {wrong}"))
 
 
 def test_a_missing_config_is_not_found(tmp_path: Path) -> None:

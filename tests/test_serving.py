@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -51,24 +51,27 @@ def test_openai_client_gets_four_images_for_four_seeds_and_one_image_twice_for_o
 
 
 def test_reply_carries_seed_timings_nfe_and_megapixels(client: OpenAI) -> None:
-    response = client.images.generate(prompt="a red star", n=2, size="192x128").model_dump()
+    response = client.images.generate(prompt="a red star", n=2, size="256x256").model_dump()
     assert response["plan"] == "hybrid"
     assert response["nfe"] == 14
-    assert response["megapixels"] == pytest.approx(2 * 192 * 128 / 1e6)
+    assert response["megapixels"] == pytest.approx(2 * 256 * 256 / 1e6)
     for image in response["data"]:
         stages = [timing["stage"] for timing in image["timings"]]
         assert stages == ["encode", "base", "base", "base", "bridge", "distilled", "decode"]
         assert all(timing["seconds"] > 0 for timing in image["timings"])
         assert image["nfe"] == 7
-        assert pixels(image).shape == (128, 192, 3)
+        assert pixels(image).shape == (256, 256, 3)
     assert response["seed"] == response["data"][0]["seed"]
 
 
-def test_served_image_is_the_one_that_the_stages_make_in_one_process(client: OpenAI, pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("size", ["128x128", "256x256"])
+def test_served_image_is_the_one_that_the_stages_make_in_one_process(
+    client: OpenAI, pipeline: Pipeline, size: Literal["128x128", "256x256"]
+) -> None:
     for plan in ("hybrid", "distilled"):
         extra = {"seed": 3, "plan": plan, "negative_prompt": "blue"}
-        served = client.images.generate(prompt="a striped heart", size="128x128", extra_body=extra)
-        (local,) = pipeline.run(plan, "a striped heart", negative_prompt="blue", seeds=(3,), size="128x128")
+        served = client.images.generate(prompt="a striped heart", size=size, extra_body=extra)
+        (local,) = pipeline.run(plan, "a striped heart", negative_prompt="blue", seeds=(3,), size=size)
         assert np.abs(pixels(images_of(served)[0]) - np.asarray(local.image).astype(int)).max() <= 1
 
 
@@ -131,8 +134,11 @@ def test_inline_plan_and_guidance_scale(client: OpenAI) -> None:
 def test_models_and_plans_are_listed(url: str, client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["scenes"]
     plans = httpx.get(f"{url}/v1/plans", timeout=10).json()
-    assert {plan["name"]: plan["nfe"] for plan in plans["data"]} == {
-        "base": 100, "cached": 100, "distilled": 4, "hybrid": 7,
+    assert {(plan["name"], *plan["sizes"]): (plan["nfe"], plan["work"]) for plan in plans["data"]} == {
+        ("base", "128x128"): (100, 100), ("base", "256x256"): (100, 43),
+        ("cached", "128x128"): (100, 100), ("cached", "256x256"): (100, 43),
+        ("distilled", "128x128"): (4, 4), ("distilled", "256x256"): (4, 1.75),
+        ("hybrid", "128x128"): (7, 7), ("hybrid", "256x256"): (7, 2.5),
     }  # fmt: skip
     assert plans["default"] == "hybrid"
 

@@ -136,7 +136,10 @@ class Ingress:
     @app.get("/v1/plans")
     async def plans(self) -> dict[str, Any]:
         """List the model's plans, which a request may name."""
-        data = [{"nfe": plan.nfe, **plan.model_dump(mode="json")} for plan in self._offer.model.plans.values()]
+        data = [
+            {"nfe": plan.nfe, "work": plan.work, "sizes": sizes, **plan.model_dump(mode="json")}
+            for plan, sizes in self._offer.model.plans_by_size()
+        ]
         return {"object": "list", "data": data, "default": self._offer.default_plan}
 
     async def _last(self, route: Route) -> DecodedImage:

@@ -118,7 +118,7 @@ def resolve(body: ImagesRequest, offer: Offer) -> Job:
     size = offer.model.sizes[0] if body.size == "auto" else body.size
     if size not in offer.model.sizes:
         raise _invalid("size", f"must be one of {', '.join(('auto', *offer.model.sizes))}, not {size!r}")
-    plan, preset = _plan(body, offer)
+    plan, preset = _plan(body, offer, size)
     try:
         plan.check_grid(offer.model.grid(size))
     except PlanError as error:
@@ -150,8 +150,8 @@ def unknown_model(name: str, offer: Offer) -> APIError:
     return APIError(404, "model_not_found", f"model must be {known}, not {name!r}", "model")
 
 
-def _plan(body: ImagesRequest, offer: Offer) -> tuple[Plan, str | None]:
-    """Return the plan as the model can run it, and the name of the model's plan that it derives from, if any."""
+def _plan(body: ImagesRequest, offer: Offer, size: str) -> tuple[Plan, str | None]:
+    """Return the plan for a size as the model can run it, and the name of the plan that it derives from, if any."""
     if isinstance(body.plan, Plan):
         preset = None
         try:
@@ -163,7 +163,7 @@ def _plan(body: ImagesRequest, offer: Offer) -> tuple[Plan, str | None]:
         preset = body.plan or offer.default_plan
         if preset not in offer.model.plans:
             raise _invalid("plan", f"must be one of {', '.join(offer.model.plans)}, or stages, not {preset!r}")
-        plan = offer.model.plans[preset]
+        plan = offer.model.plan(preset, size)
     if body.guidance_scale is not None:
         try:
             plan = plan.with_guidance(body.guidance_scale)
