@@ -1,4 +1,4 @@
-"""One small class per kind of accelerator; nothing outside this package names a vendor.
+"""One small class per kind of accelerator; nothing else that runs a model names a vendor.
 
 Importing this package or its modules does not load torch, since configurations are checked without it.
 """

@@ -1,8 +1,8 @@
 """Serve a config on a Ray cluster of several nodes on this machine: a head, and nodes for each of the config's pools.
 
-`python -m cluster local cluster/local/serve.yaml` gives each node its pool's labels and the resources of its devices,
-whether it has such devices or not, and then serves as `python -m deployments` does: several environments, and hops from
-node to node, without several machines. What a pool's replicas run in must be here.
+`python -m cluster local cluster/heterogeneous/serve.yaml` gives each node its pool's labels and the resources of its
+devices, whether it has such devices or not, and then serves as `python -m deployments` does: several environments, and
+hops from node to node, without several machines. What a pool's replicas run in must be here.
 """
 
 from __future__ import annotations

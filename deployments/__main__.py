@@ -39,6 +39,8 @@ def main() -> int:
             from deployments.launch import Server
 
             Server(config).run()
+        else:
+            print(f"{arguments.config}: nothing is wrong")
     except StartError as error:
         print(f"cannot start: {error}", file=sys.stderr)
         return 1

@@ -110,6 +110,7 @@ def _read_settings(application: ServeApplicationSchema, where: str) -> Settings:
         with _refusing(named_by=f"{where}.args.model: "):
             config = ModelConfig.read(Path(model))
         with _refusing(f"{model}: "):
+            config.check_family()
             config.check_plans()
     if isinstance(pools, str):
         with _refusing(named_by=f"{where}.args.pools: "):

@@ -120,10 +120,15 @@ class Server:
 
     def _wait_until_ready(self) -> bool:
         """Wait until the server is ready; return False if a signal arrives first. Raises StartError."""
+        running: set[str] = set()
         while not self._stops:
             if _responds(f"{self._address()}/readyz"):
                 return True
             for name, application in serve.status().applications.items():
+                healthy = {key for key, status in application.deployments.items() if status.status == "HEALTHY"}
+                if new := healthy - running:
+                    running |= new
+                    print(f"{name}: {', '.join(sorted(new))} of {len(application.deployments)} deployments", flush=True)
                 failed = [status for status in application.deployments.values() if status.status == "DEPLOY_FAILED"]
                 if failed or application.status == "DEPLOY_FAILED":
                     message = failed[0].message if failed else application.message

@@ -45,7 +45,7 @@ class Route(_Message):
         plan: the plan to run.
         preset: name of the model's plan that `plan` is or derives from; None for a request's own.
         format: format of the file.
-        quality: 1 to 100, for lossy formats.
+        quality: 0 to 100, for lossy formats.
         partial_images: number of partial images to send, see `deployments.hops.next_hop`.
         deadline: seconds since the epoch, after which to give up.
     """

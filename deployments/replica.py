@@ -38,7 +38,7 @@ class StageReplica:
     async def check_health(self) -> None:
         """Raise if the replica cannot work; Serve calls this, and replaces a replica that raises several times.
 
-        What a stalled device has is handed back at once, since Serve lets a replica that it replaces end its work.
+        The calls to a stalled device end at once, since Serve lets a replica that it replaces end its work.
         """
         if self._transformer:
             self._transformer.check_health()

@@ -144,7 +144,7 @@ class DecodeWorker:
             packet: the packet to decode.
             size: the image's size, to which a preview of a stage at half of it is enlarged.
             format: format of the file.
-            quality: 1 to 100, for lossy formats.
+            quality: 0 to 100, for lossy formats.
         """
         start = time.time()
         image = await self._to_pixels((packet.latent, packet.grid))

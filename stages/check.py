@@ -11,7 +11,7 @@ from stages.config import ModelConfig
 from stages.encode import prompt_limit
 from stages.families import get_family
 from stages.loading import load_adapters, load_scheduler, load_tokenizer, wrap
-from stages.sources import BadFile, find_component, read_json
+from stages.sources import find_component
 from stages.weight_files import check_finite, load_component, weights_of
 
 # Bytes of a component's files up to which their numbers are read: some seconds from a disk.
@@ -33,11 +33,8 @@ def check_files(config: ModelConfig) -> None:
     if not Path(config.source).is_dir():
         find_component(config.source, "scheduler")
         return
+    config.check_family()
     family = get_family(config.family)
-    pipeline = read_json(config.source, "model_index.json").get("_class_name")
-    if pipeline != family.pipeline:
-        index = Path(config.source) / "model_index.json"
-        raise BadFile("source", index, f"is of a {pipeline}, and family {family.name} is {family.pipeline}")
     kinds: dict[str, Any] = {
         "transformer": family.transformer.kind,
         "text_encoder": family.text_encoder.kind,

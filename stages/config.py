@@ -13,7 +13,7 @@ from backends import Quantization
 from stages.families import get_family
 from stages.image import MOST_PIXELS, parse_size, token_grid
 from stages.plan import Name, Plan, PlanError, name_plans, read_plans
-from stages.sources import read_json
+from stages.sources import BadFile, read_json
 from stages.yaml_file import ConfigError, read_mapping, validate
 
 
@@ -200,6 +200,15 @@ class ModelConfig(BaseModel):
             for name, plan in self.plans.items()
         ]
         return own + apart
+
+    def check_family(self) -> None:
+        """Check that a pipeline in a directory is of the family; raises `stages.sources.BadFile`."""
+        if Path(self.source).is_dir():
+            family = get_family(self.family)
+            pipeline = read_json(self.source, "model_index.json").get("_class_name")
+            if pipeline != family.pipeline:
+                index = Path(self.source) / "model_index.json"
+                raise BadFile("source", index, f"is of a {pipeline}, and family {family.name} is {family.pipeline}")
 
     def check_plans(self) -> None:
         """Check plans against the transformer, whose own config is read only if a plan skips blocks.

@@ -40,7 +40,7 @@ def to_images(pixels: torch.Tensor) -> list[Image.Image]:
 
 
 def to_file(image: Image.Image, format: ImageFormat, quality: int = 95) -> bytes:
-    """Encode an image file; `quality` (1 to 100) applies to jpeg and webp."""
+    """Encode an image file; `quality` (0 to 100) applies to jpeg and webp."""
     buffer = BytesIO()
     options = {"compress_level": 3} if format == "png" else {"quality": quality}
     image.save(buffer, format=format, **options)

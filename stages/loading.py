@@ -52,7 +52,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise BadFile("source", directory, f"cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise BadFile("source", directory, f"cannot be loaded: {' '.join(str(error).split())}") from error
     if tokenizer.pad_token is None:
         raise BadFile("source", directory / "tokenizer_config.json", "names no pad_token")
     return tokenizer

@@ -47,7 +47,7 @@ class Network:
 
     @classmethod
     def load(cls, config: ModelConfig, backend: Backend, fused: str | None = None) -> Self:
-        """Load the config's transformer and adapters; raises `stages.weight_files.BadFile`."""
+        """Load the config's transformer and adapters; raises `stages.sources.BadFile`."""
         transformer = load_transformer(config, backend)
         return cls(transformer, load_adapters(config, transformer.module), fused, backend)
 

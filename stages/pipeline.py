@@ -15,6 +15,7 @@ from stages.decode import Decoder
 from stages.encode import REMEMBERED, Encoder
 from stages.errors import NotFinite
 from stages.families import get_family
+from stages.image import MAX_SEED
 from stages.packet import LatentPacket
 from stages.plan import Plan
 from stages.spans import Span
@@ -34,6 +35,11 @@ class Prompted:
     prompt: str
     seed: int = 0
     negative_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a seed out of range, from which no noise can be drawn, or the noise of another."""
+        if not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed must be a whole number from 0 to {MAX_SEED}, not {self.seed!r}")
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,8 @@ class Pipeline:
             size: one of the config's sizes, by default the first.
 
         Raises:
-            ValueError: no plan has that name, the plan needs an adapter that the model lacks, or the size is not one
-                of the model's.
+            ValueError: no plan has that name, the plan needs an adapter that the model lacks, the size is not one
+                of the model's, or there is no image.
         """
         plan = (self.config.plan(plan, size) if isinstance(plan, str) else plan).with_adapters(self.config.adapters)
         packets = self.enter(plan, images, size)
@@ -115,6 +121,8 @@ class Pipeline:
 
     def enter(self, plan: Plan, images: Sequence[Prompted], size: str | None = None) -> list[LatentPacket]:
         """Make the packets that images start as; see `run_batch`."""
+        if not images:
+            raise ValueError("there must be an image to generate")
         size = size or self.config.sizes[0]
         empty = get_family(self.config.family).empty_prompt
         if size not in self.config.sizes:

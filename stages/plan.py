@@ -159,7 +159,7 @@ class StageSpec(_Strict):
     name: StageName
     sigma_start: Sigma
     sigma_end: Sigma
-    steps: Annotated[int, Field(ge=1, le=1000)]
+    steps: Annotated[int, Field(strict=True, ge=1, le=1000)]
     guidance_scale: Annotated[float, Field(ge=1.0, le=20.0)] = 1.0
     shift: Literal["dynamic"] | Annotated[float, Field(ge=0.1, le=100.0)] = "dynamic"
     adapter: Name | None = None
@@ -281,10 +281,11 @@ class Plan(_Strict):
         """Return the negative prompt to encode, or None if no stage needs one.
 
         Args:
-            asked: the request's negative prompt, if it has one.
+            asked: the request's negative prompt, if it has one; one of nothing but spaces is none.
             empty: the prompt that stands for no negative prompt.
         """
-        return (asked or empty) if self.needs_negative(avoids=bool(asked)) else None
+        asked = asked if asked and asked.strip() else None
+        return (asked or empty) if self.needs_negative(avoids=asked is not None) else None
 
     def with_guidance(self, scale: float) -> Plan:
         """Return the plan at another guidance scale, 1 for none.
@@ -292,6 +293,8 @@ class Plan(_Strict):
         Raises:
             ValueError: no stage is guided, so a scale would be ignored; or the scale is out of range.
         """
+        if not self.guided and scale == 1.0:
+            return self
         if not self.guided:
             raise ValueError(f"guidance_scale has no effect on plan {self.name!r}, none of whose stages is guided")
         stages = [

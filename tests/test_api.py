@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from openai.types import image_generate_params
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
+from starlette.datastructures import Headers
 
 from deployments.http.errors import APIError
+from deployments.http.front import received
 from deployments.http.resolve import Job, Offer, resolve
 from deployments.http.schemas import ImagesRequest
 from deployments.messages import RefusalReply
@@ -310,3 +313,11 @@ def test_a_failure_of_several_images_is_told_as_the_first_one() -> None:
 def test_plan_errors_cross_processes() -> None:
     error = pickle.loads(pickle.dumps(PlanError("stages.0.steps", "must be even")))
     assert (str(error), error.field) == ("stages.0.steps must be even", "stages.0.steps")
+
+
+def test_a_request_was_received_when_its_front_says_and_never_later_than_now() -> None:
+    before = time.time()
+    assert received(Headers({"x-front-received": str(before - 3)})) == before - 3
+    for value in ("nan", "inf", "1e18", "t=5", ""):
+        assert before <= received(Headers({"x-front-received": value})) <= time.time()
+    assert before <= received(Headers()) <= time.time()

@@ -341,9 +341,11 @@ def test_embeddings_are_those_of_diffusers(pipeline: Pipeline, diffusers_base: Q
         ("base", "a red shape", "a red shape"),
         ("base", None, " "),
         ("base", "", " "),
+        ("base", " \n", " "),
         ("distilled", "a red shape", None),
         (AVOIDS, "a red shape", "a red shape"),
         (AVOIDS, None, None),
+        (AVOIDS, " ", None),
     ],
     ids=str,
 )
@@ -412,6 +414,11 @@ def test_run_refuses_what_the_model_lacks(pipeline: Pipeline) -> None:
         pipeline.run("fastest", PROMPT)
     with pytest.raises(ValueError, match=r"size must be one of .*, not '128x64'"):
         pipeline.run("distilled", PROMPT, size="128x64")
+    for seed in (-1, MAX_SEED + 1, 1.5):
+        with pytest.raises(ValueError, match=f"seed must be a whole number from 0 to {MAX_SEED}, not {seed}"):
+            pipeline.run("distilled", PROMPT, seeds=[seed])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="there must be an image"):
+        pipeline.run("distilled", PROMPT, seeds=[])
     plan = Plan(stages=(PLANS["distilled"].stages[0].model_copy(update={"adapter": "turbo"}),))
     with pytest.raises(ValueError, match=r"stages\.0\.adapter must be one of \['bridge', 'distilled', 'finish'\]"):
         pipeline.run(plan, PROMPT)

@@ -231,6 +231,7 @@ def test_guidance_of_one_halves_the_network_evaluations() -> None:
 def test_with_guidance_refuses_plans_that_would_ignore_it() -> None:
     with pytest.raises(ValueError, match="guidance_scale has no effect on plan 'distilled'"):
         PLANS["distilled"].with_guidance(4.0)
+    assert PLANS["distilled"].with_guidance(1.0) == PLANS["distilled"]
 
 
 @pytest.mark.parametrize("scale", [0.5, 20.5])

@@ -212,8 +212,18 @@ def test_the_api_is_described(url: str) -> None:
 
 
 def test_headers_that_cannot_be_read_are_a_400(url: str) -> None:
-    answer = httpx.get(f"{url}/v1/models", headers={b"X-Request-ID": b"\xe9\xff"}, timeout=10)
+    answer = httpx.get(f"{url}/v1/models", headers={b"serve_multiplexed_model_id": b"\xe9\xff"}, timeout=10)
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "headers must be in UTF-8")
+
+
+def test_headers_of_clients_name_no_request_and_set_no_clock(server: Running, url: str) -> None:
+    """Proxies before this one may set such ones: nginx, for instance, when it had the request."""
+    for value in ("t=1795869346.123", "1795869346123", "nan", "0"):
+        headers = {"X-Request-Start": value, "X-Front-Received": value, "X-Request-ID": "first\tsecond" + "x" * 1000}
+        body = {"prompt": "a cross", "plan": "distilled"}
+        answer = httpx.post(f"{url}/v1/images/generations", json=body, headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+    assert not log_lines(server, "Ingress", "first\tsecond")
 
 
 def test_a_path_with_a_slash_more_is_unknown(url: str) -> None:

@@ -21,9 +21,8 @@ async def read_json(request: Request, limit: int) -> bytes:
     content_type = request.headers.get("content-type")
     media_type = (content_type or "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise APIError(
-            415, "unsupported_content_type", f"Content-Type must be application/json, not {content_type or 'missing'}"
-        )
+        told = f", not {content_type}" if content_type else "; there is none"
+        raise APIError(415, "unsupported_content_type", f"Content-Type must be application/json{told}")
     body = bytearray()
     try:
         async for chunk in request.stream():

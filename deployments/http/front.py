@@ -8,6 +8,7 @@ proxies in what `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.http.fron
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable
 
@@ -19,12 +20,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.http.errors import REPLICA_DIED, RETRY, error_body
 from deployments.http.readiness import Watch
 
-START = b"x-request-start"  # header that says when the proxy had the request, in seconds since the epoch
+_RECEIVED = b"x-front-received"  # header that says when the proxy had the request, in seconds since the epoch
+_REQUEST_ID = b"x-request-id"  # of clients, which Serve makes the request's name where there is one
+_NAME = re.compile(rb"[\w.:-]{1,64}")
 
 
 def middlewares() -> list[Middleware]:
     """Return the middlewares for Serve's HTTP proxies."""
     return [Middleware(Front)]
+
+
+def received(headers: Headers) -> float:
+    """Return when a proxy's `Front` had the request, in seconds since the epoch, or now if there is none."""
+    now = time.time()
+    try:
+        start = float(headers.get(_RECEIVED.decode(), now))
+    except ValueError:
+        return now
+    return start if start < now else now
 
 
 class Front:
@@ -55,7 +68,7 @@ class Front:
         else:
             self._in_flight += 1
             if self._refuses:
-                scope = {**scope, "headers": [*_without(scope["headers"], START), (START, repr(time.time()).encode())]}
+                scope = {**scope, "headers": _marked(scope["headers"])}
             try:
                 await self._forward(scope, receive, send)
             finally:
@@ -106,8 +119,14 @@ class Front:
             await send({"type": "http.response.body", "body": event, "more_body": False})
 
 
-def _without(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[tuple[bytes, bytes]]:
-    return [header for header in headers if header[0].lower() != name]
+def _marked(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return headers with the time, and without a request id that is no plain name: Serve writes it into its logs."""
+    kept = [
+        (name, value)
+        for name, value in headers
+        if name.lower() != _RECEIVED and (name.lower() != _REQUEST_ID or _NAME.fullmatch(value))
+    ]
+    return [*kept, (_RECEIVED, repr(time.time()).encode())]
 
 
 def _is_json(start: Message) -> bool:

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from deployments import console
 from deployments.http.body import read_json
 from deployments.http.errors import APIError
-from deployments.http.front import START, Front
+from deployments.http.front import Front, received
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
 from deployments.http.responses import images_response, stream_event
 from deployments.http.schemas import ImagesRequest
@@ -102,8 +102,7 @@ class Ingress:
     @app.post("/v1/images/generations")
     async def generate(self, request: Request) -> Response:
         """Generate `n` images of a prompt."""
-        # The time that the request waited for this replica counts.
-        start = float(request.headers.get(START.decode(), time.time()))
+        start = received(request.headers)  # so that the time counts which it waited for this replica
         try:
             async with asyncio.timeout(start + self._settings.request_timeout_s - time.time()):
                 body = await read_json(request, self._settings.max_body_bytes)

@@ -47,7 +47,7 @@ class Job:
         n: number of images.
         seed: seed of the first image; each further image adds 1.
         format: format of the files.
-        quality: 1 to 100, for lossy formats.
+        quality: 0 to 100, for lossy formats.
         stream: whether to send events.
         partial_images: number of partial images to send.
         user: the end user, as the client names them.

@@ -26,9 +26,9 @@ _PlanOrName = Annotated[
 class ImagesRequest(BaseModel):
     """Body of `POST /v1/images/generations`: all fields of OpenAI's API, and this engine's own.
 
-    Fields without a choice here accept the values that request nothing special. The last five fields are this engine's
-    own. `seed` is the seed of the first image, and each further image adds 1; `plan` is a preset's name or a plan's
-    stages; `timeout_s` is the time in seconds, queues included, after which the images are of no use.
+    `seed` is the seed of the first image, and each further image adds 1. `plan` is a plan's name or its stages.
+    `timeout_s` is the time in seconds, queues included, after which the images are of no use. OpenAI's fields that
+    change nothing here take the values that ask for nothing special.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
