@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from cluster.costs import MeasuredCost
 from deployments.attempts import Lost
@@ -32,6 +33,7 @@ class Pools:
             hang_floor_s: seconds that an attempt may take in any case.
         """
         self._hang_factor, self._hang_floor_s = hang_factor, hang_floor_s
+        self._placement = placement
         self._running: dict[ServedStage, list[str]] = defaultdict(list)
         for name, placed in placement.items():
             for stage in placed.stages:
@@ -48,7 +50,13 @@ class Pools:
         self._avoided.discard(deployment)
 
     @contextmanager
-    def assign(self, plan: Plan, megapixels: float, done: int | None = None) -> Iterator[dict[ServedStage, str]]:
+    def assign(
+        self,
+        plan: Plan,
+        megapixels: float,
+        done: int | None = None,
+        pools: Mapping[ServedStage, Collection[str]] = MappingProxyType({}),
+    ) -> Iterator[dict[ServedStage, str]]:
         """Choose a deployment for every stage that is left of an image, whose work they expect until the block ends.
 
         An image stays in a deployment that also runs its next stage.
@@ -57,6 +65,7 @@ class Pools:
             plan: the image's plan.
             megapixels: size of the image.
             done: number of the plan's steps that are done; None before encoding.
+            pools: names of the pools that a stage may run on, where these are not all.
         """
         evaluations: dict[ServedStage, float] = {ENCODE: 1.0} if done is None else {}
         for stage, steps in zip(plan.stages, plan.steps_left(done or 0), strict=True):
@@ -67,8 +76,7 @@ class Pools:
         expected: dict[str, float] = defaultdict(float)
         here = ""
         for name, amount in evaluations.items():
-            running, work = self._running[name], megapixels * amount
-            candidates = [deployment for deployment in running if not self.avoids(deployment)] or running
+            candidates, work = self._candidates(name, pools.get(name)), megapixels * amount
             if here not in candidates:
                 here = min(candidates, key=lambda each: (self._costs[each].expect(work), self._costs[each].expected))
             assigned[name] = here
@@ -80,6 +88,18 @@ class Pools:
         finally:
             for deployment, work in expected.items():
                 self._costs[deployment].expected -= work
+
+    def _candidates(self, stage: ServedStage, pools: Collection[str] | None) -> list[str]:
+        """List the deployments that may run a stage now: those on the pools, without the ones that are avoided.
+
+        Where all of them are avoided, they may all the same.
+        """
+        permitted = [
+            deployment
+            for deployment in self._running[stage]
+            if pools is None or self._placement[deployment].pool in pools
+        ]
+        return [deployment for deployment in permitted if not self.avoids(deployment)] or permitted
 
     @contextmanager
     def at_work(self, deployment: str, work: float) -> Iterator[float | None]:

@@ -149,6 +149,14 @@ class Settings(BaseModel):
         except ValueError as error:
             raise ValueError(f"quantize.{component} of {self.model} {error}") from error
 
+    @property
+    def pools_by_stage(self) -> dict[ServedStage, tuple[str, ...]]:
+        """Names of the pools that each stage stands on."""
+        return {
+            stage: tuple(dict.fromkeys(placed.pool for placed in self.placement.values() if stage in placed.stages))
+            for stage in SERVED_STAGES
+        }
+
     def read_model(self) -> ModelConfig:
         """Read the model's config; raises FileNotFoundError or `stages.yaml_file.ConfigError`."""
         return ModelConfig.read(self.model)

@@ -62,9 +62,11 @@ def test_what_did_not_end_is_not_measured() -> None:
     assert (cost.in_flight, cost.seconds) == (0, 0)
 
 
-def assigned(routing: Pools, done: int | None = None) -> dict[ServedStage, str]:
-    """Deployments of one more image, which is not begun, or has so many steps behind it."""
-    with routing.assign(HYBRID, 1.0, done) as deployments:
+def assigned(
+    routing: Pools, done: int | None = None, pools: dict[ServedStage, tuple[str, ...]] | None = None
+) -> dict[ServedStage, str]:
+    """Deployments of one more image, which is not begun, or has so many steps behind it, and may run on these pools."""
+    with routing.assign(HYBRID, 1.0, done, pools or {}) as deployments:
         return dict(deployments)
 
 
@@ -169,6 +171,32 @@ def test_an_image_leaves_a_deployment_that_is_avoided_for_its_next_stage(clock: 
     assert {stage: assigned(routing)[stage] for stage in ("bridge", "distilled", "decode")} == {
         "bridge": "All", "distilled": "Last", "decode": "Pixels"
     }  # fmt: skip
+
+
+ELSEWHERE = {
+    **ENDS,
+    "Here": Placement(stages=("base", "bridge"), pool="a"),
+    "There": Placement(stages=("base", "distilled"), pool="b"),
+    "Both": Placement(stages=("bridge", "distilled"), pool="b"),
+}
+
+
+def test_a_stage_runs_on_the_pools_that_its_image_may_run_on(clock: list[float]) -> None:
+    routing = Pools(ELSEWHERE, FACTOR, FLOOR)
+    for pool, deployment in (("a", "Here"), ("b", "There")):
+        with ExitStack() as images:
+            chosen = [images.enter_context(routing.assign(HYBRID, 1.0, None, {"base": (pool,)})) for _ in range(4)]
+        assert {each["base"] for each in chosen} == {deployment}
+    # It leaves a deployment that runs its next stage on a pool where that may not run.
+    assert assigned(routing, pools={"base": ("a",), "bridge": ("b",)})["bridge"] == "Both"
+
+
+def test_no_other_pool_takes_over_from_one_that_an_image_is_pinned_to(clock: list[float]) -> None:
+    routing = Pools(ELSEWHERE, FACTOR, FLOOR)
+    lose(routing, clock, "Here", "died")
+    assert assigned(routing)["base"] == "There"
+    assert assigned(routing, pools={"base": ("a",)})["base"] == "Here"
+    assert assigned(routing, pools={"base": ("a", "b")})["base"] == "There"
 
 
 def test_an_attempt_may_take_some_times_what_its_deployment_takes_under_the_load_that_it_finds(

@@ -86,6 +86,7 @@ class Ingress:
             default_plan=settings.default_plan,
             max_images=settings.max_images,
             max_timeout_s=settings.request_timeout_s,
+            pools=settings.pools_by_stage,
         )
         self._described = {
             "id": model.name,
