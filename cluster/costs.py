@@ -66,6 +66,11 @@ class MeasuredCost:
     expected: float = 0.0
     seconds: float = 0.0
 
+    @property
+    def wait(self) -> float:
+        """Seconds until all that is there or will come would be done."""
+        return self.expected * self.seconds
+
     def expect(self, units: float) -> float:
         """Seconds until `units` more would be done."""
         return (self.expected + units) * self.seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -21,18 +22,26 @@ class Pools:
     count as one evaluation.
 
     A deployment that lost an attempt is avoided where another runs the stage, until it has done an image or was
-    readmitted.
+    readmitted. One of a later preference gets images while all before it are avoided or have too long a wait.
     """
 
-    def __init__(self, placement: Mapping[str, Placement], hang_factor: float, hang_floor_s: float) -> None:
+    def __init__(
+        self,
+        placement: Mapping[str, Placement],
+        hang_factor: float,
+        hang_floor_s: float,
+        overflow_wait_s: float | None = None,
+    ) -> None:
         """Start without measurements.
 
         Args:
             placement: the deployments by name.
             hang_factor: times as long as expected that an attempt may take.
             hang_floor_s: seconds that an attempt may take in any case.
+            overflow_wait_s: expected wait past which images go to deployments of the next preference; None for never.
         """
         self._hang_factor, self._hang_floor_s = hang_factor, hang_floor_s
+        self._overflow_wait_s = math.inf if overflow_wait_s is None else overflow_wait_s
         self._placement = placement
         self._running: dict[ServedStage, list[str]] = defaultdict(list)
         for name, placed in placement.items():
@@ -90,16 +99,20 @@ class Pools:
                 self._costs[deployment].expected -= work
 
     def _candidates(self, stage: ServedStage, pools: Collection[str] | None) -> list[str]:
-        """List the deployments that may run a stage now: those on the pools, without the ones that are avoided.
+        """List the deployments that share a stage's images now.
 
-        Where all of them are avoided, they may all the same.
+        From those on the pools, the ones that are avoided are left out, unless all are. From the others, all but those
+        of the first preference in which a wait is short enough; where none is, nobody is left out.
         """
         permitted = [
             deployment
             for deployment in self._running[stage]
             if pools is None or self._placement[deployment].pool in pools
         ]
-        return [deployment for deployment in permitted if not self.avoids(deployment)] or permitted
+        working = [deployment for deployment in permitted if not self.avoids(deployment)] or permitted
+        roomy = [deployment for deployment in working if self._costs[deployment].wait <= self._overflow_wait_s]
+        first = min((self._placement[deployment].preference for deployment in roomy), default=None)
+        return [deployment for deployment in working if first in (None, self._placement[deployment].preference)]
 
     @contextmanager
     def at_work(self, deployment: str, work: float) -> Iterator[float | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,67 @@ def test_no_other_pool_takes_over_from_one_that_an_image_is_pinned_to(clock: lis
     assert assigned(routing)["base"] == "There"
     assert assigned(routing, pools={"base": ("a",)})["base"] == "Here"
     assert assigned(routing, pools={"base": ("a", "b")})["base"] == "There"
+
+
+ORDERED = {
+    **ENDS,
+    "First": Placement(stages=("base",), pool="a"),
+    "Twin": Placement(stages=("base",), pool="b"),
+    "Second": Placement(stages=("base", "bridge"), pool="c", preference=1),
+    "Third": Placement(stages=("base", "distilled"), pool="d", preference=7),
+    "Tail": Placement(stages=("bridge", "distilled"), pool="a"),
+}
+
+
+def shares(routing: Pools, count: int) -> Counter[str]:
+    """How many of so many images at once each deployment of base gets."""
+    with ExitStack() as images:
+        return Counter(images.enter_context(routing.assign(HYBRID, 1.0))["base"] for _ in range(count))
+
+
+def test_a_deployment_of_a_later_preference_gets_images_while_none_before_it_works(clock: list[float]) -> None:
+    routing = Pools(ORDERED, FACTOR, FLOOR)
+    assert shares(routing, 8) == {"First": 4, "Twin": 4}
+    for deployment, seconds in (("First", 9.0), ("Twin", 9.0), ("Second", 1.0), ("Third", 1.0)):
+        measure(routing, clock, deployment, seconds)
+    assert shares(routing, 8) == {"First": 4, "Twin": 4}
+    lose(routing, clock, "First", "died")
+    assert shares(routing, 8) == {"Twin": 8}
+    lose(routing, clock, "Twin", "stalled")
+    assert shares(routing, 8) == {"Second": 8}
+    lose(routing, clock, "Second", "hung")
+    assert shares(routing, 8) == {"Third": 8}
+    lose(routing, clock, "Third", "refused")
+    assert shares(routing, 8) == {"First": 4, "Twin": 4}
+    routing.readmit("Second")
+    assert shares(routing, 8) == {"Second": 8}
+
+
+def test_an_image_leaves_a_later_preference_for_the_next_stage(clock: list[float]) -> None:
+    routing = Pools(ORDERED, FACTOR, FLOOR)
+    assert assigned(routing, pools={"base": ("c",)}) == {
+        "encode": "Text", "base": "Second", "bridge": "Tail", "distilled": "Tail", "decode": "Pixels"
+    }  # fmt: skip
+
+
+def test_past_a_wait_images_go_to_the_next_preference(clock: list[float]) -> None:
+    """Base of the hybrid plan is five evaluations."""
+    routing = Pools(ORDERED, FACTOR, FLOOR, overflow_wait_s=20.0)
+    for deployment, seconds in (("First", 1.0), ("Twin", 1.0), ("Second", 2.0), ("Third", 4.0)):
+        measure(routing, clock, deployment, seconds)
+    assert shares(routing, 10) == {"First": 5, "Twin": 5}
+    assert shares(routing, 13) == {"First": 5, "Twin": 5, "Second": 3}
+    assert shares(routing, 15) == {"First": 5, "Twin": 5, "Second": 3, "Third": 2}
+    beyond = shares(routing, 60)  # no wait is short, and preferences do not count
+    assert beyond["First"] == beyond["Twin"] > beyond["Second"] > beyond["Third"] > 2
+
+
+def test_a_wait_counts_among_preferences_alone(clock: list[float]) -> None:
+    """The fast one of two that share images gets most of them, also past the wait."""
+    routing = Pools({name: placed for name, placed in TWO.items() if name != "All"}, FACTOR, FLOOR, overflow_wait_s=0.0)
+    measure(routing, clock, "Slow", 100.0)
+    measure(routing, clock, "Fast", 1.0)
+    assert shares(routing, 8) == {"Fast": 8}
 
 
 def test_an_attempt_may_take_some_times_what_its_deployment_takes_under_the_load_that_it_finds(

@@ -97,7 +97,7 @@ class Ingress:
             "sizes": model.sizes,
         }
         # In this process: the router only waits, so a deployment of its own would merely add a call.
-        pools = Pools(settings.placement, settings.hang_factor, settings.hang_floor_s)
+        pools = Pools(settings.placement, settings.hang_factor, settings.hang_floor_s, settings.overflow_wait_s)
         self._router = Router(replicas, pools, settings.checkpoint_steps)
 
     @app.post("/v1/images/generations")
