@@ -91,12 +91,12 @@ class Pools:
             assigned[name] = here
             expected[here] += work
         for deployment, work in expected.items():
-            self._costs[deployment].expected += work
+            self._costs[deployment].promise(work)
         try:
             yield assigned
         finally:
             for deployment, work in expected.items():
-                self._costs[deployment].expected -= work
+                self._costs[deployment].release(work)
 
     def _candidates(self, stage: ServedStage, pools: Collection[str] | None) -> list[str]:
         """List the deployments that share a stage's images now.

@@ -43,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_unit_alone_is_what_it_took_among_others_over_their_number() -> None:
+def test_a_unit_alone_is_what_it_took_among_others_over_their_number(clock: list[float]) -> None:
     cost = MeasuredCost()
     assert cost.expect(3) == 0
     together = [cost.begin(1) for _ in range(4)]
@@ -53,7 +53,7 @@ def test_a_unit_alone_is_what_it_took_among_others_over_their_number() -> None:
     assert cost.in_flight == 0
     assert cost.seconds == pytest.approx(2.5, rel=0.2)
     assert cost.expect(2) == 2 * cost.seconds
-    cost.expected = 3
+    cost.promise(3)
     assert cost.expect(2) == 5 * cost.seconds
 
 
@@ -61,6 +61,34 @@ def test_what_did_not_end_is_not_measured() -> None:
     cost = MeasuredCost()
     cost.end(1, elapsed=None, together=cost.begin(1))
     assert (cost.in_flight, cost.seconds) == (0, 0)
+
+
+@pytest.mark.parametrize(("slow", "minutes"), [(2.0, 2), (10.0, 7), (1000.0, 20)])
+def test_a_deployment_that_was_slow_is_tried_again_by_one_image(
+    slow: float, minutes: float, clock: list[float]
+) -> None:
+    routing = Pools(TWO, FACTOR, FLOOR)
+    measure(routing, clock, "Slow", slow)
+
+    def next_trial() -> float:
+        """Seconds until Slow gets an image, where Fast does one each second."""
+        start = clock[0]
+        while assigned(routing)["base"] == "Fast":
+            measure(routing, clock, "Fast", 1.0)
+            assert clock[0] < start + 3600
+        return clock[0] - start
+
+    assert 60 * (minutes - 1) < next_trial() <= 60 * minutes
+    with routing.assign(HYBRID, 1.0) as tried:
+        assert tried["base"] == "Slow"
+        assert {assigned(routing)["base"] for _ in range(3)} == {"Fast"}  # until that one is done
+        measure(routing, clock, "Slow", slow)
+    assert 60 * (minutes - 1) < next_trial()  # it is as slow as it was
+    measure(routing, clock, "Slow", 1.0)
+    measure(routing, clock, "Slow", 1.0)
+    measure(routing, clock, "Fast", 1.0)
+    chosen = shares(routing, 10)
+    assert chosen["Slow"] >= 3  # it is not
 
 
 def assigned(
