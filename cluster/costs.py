@@ -48,10 +48,6 @@ class StepCost(BaseModel):
         """Seconds of a step of `batch` images."""
         return self.fixed + self.per_image * batch
 
-    def capacity(self, steps: int) -> float:
-        """Images a second that stay `steps` steps, in full batches."""
-        return self.max_batch / (steps * self.seconds(self.max_batch))
-
 
 @dataclass
 class MeasuredCost:
