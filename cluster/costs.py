@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-_FORGETTING = 0.2  # weight of the newest measurement
+_FORGETTING = 0.2  # weight of the newest measurement among others of the same time
+_TRUST_HALVES_S = 120.0  # in which the last measurement loses half of its weight
 
 
 class Device(BaseModel):
@@ -45,10 +48,6 @@ class StepCost(BaseModel):
         """Seconds of a step of `batch` images."""
         return self.fixed + self.per_image * batch
 
-    def capacity(self, steps: int) -> float:
-        """Images a second that stay `steps` steps, in full batches."""
-        return self.max_batch / (steps * self.seconds(self.max_batch))
-
 
 @dataclass
 class MeasuredCost:
@@ -56,19 +55,42 @@ class MeasuredCost:
 
     Units that are in flight together share the deployment: each takes as many times as long as there are units.
 
+    A deployment that was slow gets no images, and so would count as slow for good. Hence a measurement counts for less
+    with time: of two deployments, an idle one that was ten times as slow is tried again after seven minutes.
+
     Attributes:
         in_flight: units that are there now.
         expected: units that are there or will come.
+        images: number of images that these units are of.
         seconds: of a unit alone; 0 before the first one is done, so that a new deployment is tried.
+        measured: when that was, by the monotonic clock.
     """
 
     in_flight: float = 0.0
     expected: float = 0.0
+    images: int = 0
     seconds: float = 0.0
+    measured: float = -math.inf
+
+    def promise(self, units: float) -> None:
+        """Count an image's units as to come."""
+        self.expected += units
+        self.images += 1
+
+    def release(self, units: float) -> None:
+        """Count them no more."""
+        self.expected -= units
+        self.images -= 1
+
+    @property
+    def wait(self) -> float:
+        """Seconds until all that is there or will come would be done."""
+        return self.expected * self.seconds
 
     def expect(self, units: float) -> float:
-        """Seconds until `units` more would be done."""
-        return (self.expected + units) * self.seconds
+        """Seconds until `units` more would be done; fewer where nothing is and was, see the class."""
+        trust = 1.0 if self.images else self._trust(time.monotonic())
+        return (self.expected + units) * self.seconds * trust
 
     def begin(self, units: float) -> float:
         """Add units to what is in flight; return all of it."""
@@ -86,5 +108,10 @@ class MeasuredCost:
         mean = (together + self.in_flight) / 2
         self.in_flight -= units
         if elapsed is not None and mean > 0:
-            measured = elapsed / mean
-            self.seconds += (_FORGETTING if self.seconds else 1.0) * (measured - self.seconds)
+            now = time.monotonic()
+            self.seconds += (1 - (1 - _FORGETTING) * self._trust(now - elapsed)) * (elapsed / mean - self.seconds)
+            self.measured = now
+
+    def _trust(self, now: float) -> float:
+        """Weight of what was measured, of 1."""
+        return 0.5 ** (max(0.0, now - self.measured) / _TRUST_HALVES_S)

@@ -1,8 +1,9 @@
 """A discrete-event simulation of the stages under load: latency, throughput and cost of pools of devices.
 
-Images arrive at random (a Poisson process), pass the stages of a plan in order, and at each go to the replica with
-the fewest images. A replica works as `stages.batching.StepBatcher` does: before each step it takes the images that
-are there, oldest first, up to its largest batch, and all of them move on by one step.
+Images arrive at random (a Poisson process), pass the stages of a plan in order, and at each go to the replica where
+they are expected to be done first: of equal ones, that with the fewest images. A replica works as
+`stages.batching.StepBatcher` does: before each step it takes the images that are there, oldest first, up to its largest
+batch, and all of them move on by one step.
 """
 
 from __future__ import annotations
@@ -36,11 +37,23 @@ class Stage(StepCost):
         device: name of the device's type.
         steps: number of steps that an image takes here.
         replicas: number of replicas, or None if it is to be planned.
+        shares: name of the stage whose images it shares, if it is one more pool of that.
     """
 
     device: str
     steps: Annotated[int, Field(ge=1)] = 1
     replicas: Annotated[int, Field(ge=1)] | None = None
+    shares: str | None = None
+
+    @property
+    def alone(self) -> float:
+        """Seconds of an image that is alone in a replica."""
+        return self.steps * self.seconds(1)
+
+    @property
+    def rate(self) -> float:
+        """Images a second that a replica does, in full batches."""
+        return self.max_batch / (self.steps * self.seconds(self.max_batch))
 
     @property
     def count(self) -> int:
@@ -72,7 +85,22 @@ class Scenario(_Strict):
         for name, stage in self.stages.items():
             if stage.device not in self.devices:
                 raise ValueError(f"stages.{name}.device must be one of {sorted(self.devices)}, not {stage.device!r}")
+        first = [name for name, stage in self.stages.items() if stage.shares is None]
+        for name, stage in self.stages.items():
+            if stage.shares not in (None, *first):
+                raise ValueError(f"stages.{name}.shares must be one of {first}, not {stage.shares!r}")
+            if stage.shares and stage.replicas is None:
+                raise ValueError(f"stages.{name}.replicas must be given: only those of {stage.shares!r} can be planned")
         return self
+
+    @property
+    def pools(self) -> list[list[str]]:
+        """Names of the stages in the order of the plan, of each with those that share its images."""
+        return [
+            [name, *(other for other, stage in self.stages.items() if stage.shares == name)]
+            for name, stage in self.stages.items()
+            if stage.shares is None
+        ]
 
     @property
     def replicas(self) -> dict[str, int | None]:
@@ -167,6 +195,12 @@ class _Replica:
         self.busy = 0.0
         environment.process(self._run())
 
+    def expect(self) -> float:
+        """Seconds until one more image is expected to be done."""
+        images = len(self.images) + 1
+        batch = min(images, self._stage.max_batch)
+        return images * self._stage.steps * self._stage.seconds(batch) / batch
+
     def enter(self, image: _Image) -> simpy.Event:
         image.steps_left = self._stage.steps
         image.done = self._environment.event()
@@ -205,19 +239,20 @@ class _System:
             for name, device in scenario.devices.items()
             if device.count
         }
-        self._pools = {
+        self._replicas = {
             name: [_Replica(environment, stage, shared.get(stage.device)) for _ in range(stage.count)]
             for name, stage in scenario.stages.items()
         }
+        self._stages = [[replica for name in pools for replica in self._replicas[name]] for pools in scenario.pools]
 
     def generate(self) -> Generator[simpy.Event, None, None]:
         """Pass one image through the stages, from now on."""
         image = _Image()
         arrived = self.environment.now
-        for pool in self._pools.values():
+        for replicas in self._stages:
             if self._scenario.hop:
                 yield self.environment.timeout(self._scenario.hop)
-            yield min(pool, key=lambda replica: len(replica.images)).enter(image)
+            yield min(replicas, key=_Replica.expect).enter(image)
         self._latencies.append(self.environment.now - arrived)
 
     def run(self, *sources: Generator[simpy.Event, None, None]) -> Outcome:
@@ -234,7 +269,10 @@ class _System:
             p50=float(p50),
             p95=float(p95),
             p99=float(p99),
-            busy={name: sum(each.busy for each in pool) / len(pool) / elapsed for name, pool in self._pools.items()},
+            busy={
+                name: sum(each.busy for each in replicas) / len(replicas) / elapsed
+                for name, replicas in self._replicas.items()
+            },
             dollars_per_megapixel=self._scenario.price / 3600 / (throughput * self._scenario.megapixels),
         )
 
@@ -276,13 +314,14 @@ def plan_replicas(scenario: Scenario, most: int = 1000) -> Scenario:
     Raises:
         ValueError: `most` replicas in total do not suffice, or no number would, since even an idle system is too slow.
     """
-    alone = sum(stage.steps * stage.seconds(1) + scenario.hop for stage in scenario.stages.values())
+    stages = scenario.stages
+    alone = sum(min(stages[name].alone for name in pools) + scenario.hop for pools in scenario.pools)
     if alone > scenario.deadline:
         raise ValueError(f"deadline is {scenario.deadline} s, but one image alone takes {alone:.2f} s")
     planned = scenario.with_replicas(
         {
-            name: stage.replicas or math.floor(scenario.rate / stage.capacity(stage.steps)) + 1
-            for name, stage in scenario.stages.items()
+            name: stages[name].replicas or math.floor(_left(scenario, others) / stages[name].rate) + 1
+            for name, *others in scenario.pools
         }
     )
     free = [name for name, stage in scenario.stages.items() if stage.replicas is None]
@@ -299,3 +338,9 @@ def plan_replicas(scenario: Scenario, most: int = 1000) -> Scenario:
         best = gains.index(max(gains))
         planned, latency = grown[best], latencies[best]
     return planned
+
+
+def _left(scenario: Scenario, others: Sequence[str]) -> float:
+    """Images a second that are left of the load beside these stages, whose replicas are given."""
+    stages = [scenario.stages[name] for name in others]
+    return max(0.0, scenario.rate - sum(stage.count * stage.rate for stage in stages))

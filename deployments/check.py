@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 import warnings
@@ -9,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ray.serve.config import AutoscalingConfig, ProxyLocation
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, ProxyLocation
 from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
 from backends import get_backend
@@ -78,7 +80,12 @@ def read_config(path: Path) -> Config:
     """
     with _refusing():
         content = read_mapping(path)
-        serve = validate(path, ServeDeploySchema, content, strict=False)  # as Serve itself does
+        try:
+            serve = validate(path, ServeDeploySchema, content, strict=False)  # as Serve itself does
+        except (ImportError, AttributeError) as error:  # which the schema does not turn into errors of its own
+            raise StartError(
+                f"{path}: a policy_function or request_router_class cannot be imported: {error}"
+            ) from error
     _check_keys(path, content, serve.model_dump(exclude_unset=True))
     ours = [application for application in serve.applications if application.import_path == IMPORT_PATH]
     if not ours:
@@ -178,8 +185,23 @@ def _check_deployment(deployment: DeploymentSchema, where: str) -> None:
     if isinstance(scaling, dict):
         if unknown := set(scaling) - set(AutoscalingConfig.model_fields):
             raise StartError(f"{where}.autoscaling_config.{min(unknown)}: Ray Serve has no such key")
+        if isinstance(policy := scaling.get("policy"), dict):
+            _check_policy(policy, f"{where}.autoscaling_config.policy")
         with _refusing(), warnings.catch_warnings(action="ignore"):
             validate(f"{where}.autoscaling_config", AutoscalingConfig, scaling, strict=False)
+
+
+def _check_policy(policy: dict[str, Any], where: str) -> None:
+    """Check that a policy of Serve's autoscaler can be made: Serve does that in its controller."""
+    if unknown := set(policy) - set(AutoscalingPolicy.model_fields):
+        raise StartError(f"{where}.{min(unknown)}: Ray Serve has no such key")
+    with _refusing():
+        made = validate(where, AutoscalingPolicy, policy, strict=False).get_policy()
+    if inspect.isclass(made):
+        try:
+            made(**policy.get("policy_kwargs", {}))
+        except (TypeError, ValueError) as error:
+            raise StartError(f"{where}.policy_kwargs: {error}") from error
 
 
 def _check_keys(path: Path, content: object, understood: object, *keys: str) -> None:

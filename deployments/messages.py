@@ -9,13 +9,14 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from deployments.settings import ServedStage
 from stages.image import ImageFormat
 from stages.plan import Plan
 from stages.spans import Span
 
 T = TypeVar("T")
 
-VERSION = 2
+VERSION = 3
 
 
 class MessageError(ValueError):
@@ -48,6 +49,7 @@ class Route(_Message):
         quality: 0 to 100, for lossy formats.
         partial_images: number of partial images to send, see `deployments.hops.next_hop`.
         deadline: seconds since the epoch, after which to give up.
+        pools: names of the pools that a stage may run on, where these are not all.
     """
 
     image: ImageRequest
@@ -57,6 +59,7 @@ class Route(_Message):
     quality: int
     partial_images: int
     deadline: float
+    pools: dict[ServedStage, tuple[str, ...]] = {}
 
 
 class Hop(_Message):

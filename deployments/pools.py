@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from cluster.costs import MeasuredCost
 from deployments.attempts import Lost
@@ -20,18 +22,27 @@ class Pools:
     count as one evaluation.
 
     A deployment that lost an attempt is avoided where another runs the stage, until it has done an image or was
-    readmitted.
+    readmitted. One of a later preference gets images while all before it are avoided or have too long a wait.
     """
 
-    def __init__(self, placement: Mapping[str, Placement], hang_factor: float, hang_floor_s: float) -> None:
+    def __init__(
+        self,
+        placement: Mapping[str, Placement],
+        hang_factor: float,
+        hang_floor_s: float,
+        overflow_wait_s: float | None = None,
+    ) -> None:
         """Start without measurements.
 
         Args:
             placement: the deployments by name.
             hang_factor: times as long as expected that an attempt may take.
             hang_floor_s: seconds that an attempt may take in any case.
+            overflow_wait_s: expected wait past which images go to deployments of the next preference; None for never.
         """
         self._hang_factor, self._hang_floor_s = hang_factor, hang_floor_s
+        self._overflow_wait_s = math.inf if overflow_wait_s is None else overflow_wait_s
+        self._placement = placement
         self._running: dict[ServedStage, list[str]] = defaultdict(list)
         for name, placed in placement.items():
             for stage in placed.stages:
@@ -48,7 +59,13 @@ class Pools:
         self._avoided.discard(deployment)
 
     @contextmanager
-    def assign(self, plan: Plan, megapixels: float, done: int | None = None) -> Iterator[dict[ServedStage, str]]:
+    def assign(
+        self,
+        plan: Plan,
+        megapixels: float,
+        done: int | None = None,
+        pools: Mapping[ServedStage, Collection[str]] = MappingProxyType({}),
+    ) -> Iterator[dict[ServedStage, str]]:
         """Choose a deployment for every stage that is left of an image, whose work they expect until the block ends.
 
         An image stays in a deployment that also runs its next stage.
@@ -57,6 +74,7 @@ class Pools:
             plan: the image's plan.
             megapixels: size of the image.
             done: number of the plan's steps that are done; None before encoding.
+            pools: names of the pools that a stage may run on, where these are not all.
         """
         evaluations: dict[ServedStage, float] = {ENCODE: 1.0} if done is None else {}
         for stage, steps in zip(plan.stages, plan.steps_left(done or 0), strict=True):
@@ -67,19 +85,34 @@ class Pools:
         expected: dict[str, float] = defaultdict(float)
         here = ""
         for name, amount in evaluations.items():
-            running, work = self._running[name], megapixels * amount
-            candidates = [deployment for deployment in running if not self.avoids(deployment)] or running
+            candidates, work = self._candidates(name, pools.get(name)), megapixels * amount
             if here not in candidates:
                 here = min(candidates, key=lambda each: (self._costs[each].expect(work), self._costs[each].expected))
             assigned[name] = here
             expected[here] += work
         for deployment, work in expected.items():
-            self._costs[deployment].expected += work
+            self._costs[deployment].promise(work)
         try:
             yield assigned
         finally:
             for deployment, work in expected.items():
-                self._costs[deployment].expected -= work
+                self._costs[deployment].release(work)
+
+    def _candidates(self, stage: ServedStage, pools: Collection[str] | None) -> list[str]:
+        """List the deployments that share a stage's images now.
+
+        From those on the pools, the ones that are avoided are left out, unless all are. From the others, all but those
+        of the first preference in which a wait is short enough; where none is, nobody is left out.
+        """
+        permitted = [
+            deployment
+            for deployment in self._running[stage]
+            if pools is None or self._placement[deployment].pool in pools
+        ]
+        working = [deployment for deployment in permitted if not self.avoids(deployment)] or permitted
+        roomy = [deployment for deployment in working if self._costs[deployment].wait <= self._overflow_wait_s]
+        first = min((self._placement[deployment].preference for deployment in roomy), default=None)
+        return [deployment for deployment in working if first in (None, self._placement[deployment].preference)]
 
     @contextmanager
     def at_work(self, deployment: str, work: float) -> Iterator[float | None]:

@@ -8,12 +8,14 @@ from typing import Any
 
 from backends import get_backend
 from deployments import console
+from deployments.autoscaling import WorkMeter
 from deployments.messages import Call, PacketReply, RefusalReply, StalledReply, StepReply, Wire
 from deployments.settings import DECODE, ENCODE, Placement
 from deployments.workers import DecodeWorker, DenoiseWorker, EncodeWorker
 from stages.config import ModelConfig
 from stages.errors import NotFinite, PromptTooLong
 from stages.packet import LatentPacket
+from stages.pulse import Pulse
 
 
 class StageReplica:
@@ -30,6 +32,7 @@ class StageReplica:
         console.attach()
         self._stall_timeout_s = stall_timeout_s
         self._at_work: set[asyncio.Task[Any]] = set()
+        self._meter = WorkMeter()
         backend = get_backend(placement.backend)
         self._encoder = EncodeWorker(model, backend) if ENCODE in placement.stages else None
         self._transformer = DenoiseWorker(model, backend, placement) if placement.denoises else None
@@ -46,6 +49,10 @@ class StageReplica:
             for task in self._at_work:
                 task.cancel()
             raise RuntimeError(f"the device has been at one piece of work for longer than {self._stall_timeout_s:g} s")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what `deployments.autoscaling.ExpectedWait` goes by; Serve calls this."""
+        return self._meter.stats
 
     async def run(self, call: str, packet: bytes) -> Wire:
         """Run a hop of an image; a caller that cancels stops the work before its next step.
@@ -80,9 +87,12 @@ class StageReplica:
             result.cancel()
 
     @property
+    def _pulses(self) -> list[Pulse]:
+        return [worker.pulse for worker in (self._encoder, self._transformer, self._decoder) if worker]
+
+    @property
     def _stalled(self) -> bool:
-        workers = (self._encoder, self._transformer, self._decoder)
-        return any(worker.pulse.seconds > self._stall_timeout_s for worker in workers if worker)
+        return any(pulse.seconds > self._stall_timeout_s for pulse in self._pulses)
 
     async def _reply(self, call: Call, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
         """Run a call; errors of a single image become replies, since Serve would log a traceback of an exception."""
@@ -92,7 +102,9 @@ class StageReplica:
         assert task
         self._at_work.add(task)
         try:
-            return await self._run(call, packet, hand_out)
+            wire = await self._run(call, packet, hand_out)
+            self._meter.end_call(sum(pulse.busy for pulse in self._pulses))
+            return wire
         except asyncio.CancelledError:
             if not self._stalled:
                 raise

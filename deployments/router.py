@@ -189,7 +189,7 @@ class Router:
             APIError: a replica refused the image, or two were lost with it and it came no further in between.
         """
         while True:
-            with self._pools.assign(route.plan, _megapixels(route), held.done) as deployments:
+            with self._pools.assign(route.plan, _megapixels(route), held.done, route.pools) as deployments:
                 hop = next_hop(
                     route.plan,
                     deployments,

@@ -28,6 +28,8 @@ class Placement(BaseModel):
         fuse: adapter to fuse into the weights, where it costs nothing extra; for a deployment of one denoising stage.
         compile: whether to compile the transformer's blocks before the replica reports ready.
         max_batch_tokens: most image tokens in a forward pass; a guided image counts twice.
+        preference: place in the order in which deployments of a stage get its images, 0 for the first; those of equal
+            preference share them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +40,7 @@ class Placement(BaseModel):
     fuse: Name | None = None
     compile: StrictBool = False
     max_batch_tokens: Annotated[int, Field(strict=True, ge=1, le=2**24)] = 16384
+    preference: Annotated[int, Field(strict=True, ge=0, le=1000)] = 0
 
     @property
     def denoises(self) -> bool:
@@ -74,6 +77,8 @@ class Settings(BaseModel):
             can go on from there; None for never, and then it goes on from the stage's start.
         hang_factor, hang_floor_s: times as long as expected, and seconds, after both of which an attempt at a stage is
             given up and made elsewhere.
+        overflow_wait_s: seconds of expected wait in all deployments of a stage that are of one preference, past which
+            those of the next one get images, too; None for never, and then only while they do not work.
         stall_timeout_s: seconds that a replica's device may be at one step, prompt or batch of images; after that the
             replica takes no more work, and Serve replaces it.
     """
@@ -95,6 +100,7 @@ class Settings(BaseModel):
     hang_factor: Annotated[float, Field(strict=True, ge=2.0, le=1000.0)] = 10.0
     hang_floor_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 45.0
     stall_timeout_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 30.0
+    overflow_wait_s: Annotated[float, Field(strict=True, ge=0.0, le=86400.0)] | None = None
 
     @field_validator("placement")
     @classmethod
@@ -132,6 +138,7 @@ class Settings(BaseModel):
             raise ValueError(
                 f"stall_timeout_s must be below hang_floor_s, {self.hang_floor_s:g}, not {self.stall_timeout_s:g}"
             )
+        self._check_preferences()
         for name, placement in self.placement.items():
             if placement.fuse not in (None, *adapters):
                 raise ValueError(f"placement.{name}.fuse must be one of {sorted(adapters)}, not {placement.fuse!r}")
@@ -141,6 +148,17 @@ class Settings(BaseModel):
                 self._check_quantization("transformer", model.quantize.transformer, placement.backend)
         return self
 
+    def _check_preferences(self) -> None:
+        for name, placement in self.placement.items():
+            before = [other for other in self.placement.values() if other.preference < placement.preference]
+            if placement.preference and not any(set(placement.stages).intersection(other.stages) for other in before):
+                raise ValueError(
+                    f"placement.{name}.preference must be 0, not {placement.preference}: no deployment of a lower one "
+                    f"runs {' or '.join(placement.stages)}"
+                )
+        if self.overflow_wait_s is not None and not any(placed.preference for placed in self.placement.values()):
+            raise ValueError("overflow_wait_s must go with a preference above 0 of a deployment in placement")
+
     def _check_quantization(self, component: str, scheme: Quantization | None, backend: str) -> None:
         if scheme is None:
             return
@@ -148,6 +166,14 @@ class Settings(BaseModel):
             get_backend(backend).check_quantization(scheme)
         except ValueError as error:
             raise ValueError(f"quantize.{component} of {self.model} {error}") from error
+
+    @property
+    def pools_by_stage(self) -> dict[ServedStage, tuple[str, ...]]:
+        """Names of the pools that each stage stands on."""
+        return {
+            stage: tuple(dict.fromkeys(placed.pool for placed in self.placement.values() if stage in placed.stages))
+            for stage in SERVED_STAGES
+        }
 
     def read_model(self) -> ModelConfig:
         """Read the model's config; raises FileNotFoundError or `stages.yaml_file.ConfigError`."""

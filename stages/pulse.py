@@ -1,4 +1,4 @@
-"""A sign of life of a device: since when it has been at the same piece of work."""
+"""A sign of life of a device: since when it has been at the same piece of work, and how long it has worked."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ T = TypeVar("T")
 
 
 class Pulse:
-    """Knows how long the thread of a device has been at its piece of work: a step, a prompt or a batch of images."""
+    """Knows how long the thread of a device has been at its piece of work: a step, a prompt or a batch of images.
+
+    Attributes:
+        busy: seconds that all pieces of work together took that have ended.
+    """
 
     def __init__(self) -> None:
+        self.busy = 0.0
         self._started: float | None = None
 
     def during(self, work: Callable[P, T]) -> Callable[P, T]:
         """Wrap a piece of work; the device has a single thread, so that none begins before another has ended."""
 
         def timed(*args: P.args, **kwargs: P.kwargs) -> T:
-            self._started = time.monotonic()
+            self._started = started = time.monotonic()
             try:
                 return work(*args, **kwargs)
             finally:
                 self._started = None
+                self.busy += time.monotonic() - started
 
         return timed
 

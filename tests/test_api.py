@@ -19,6 +19,7 @@ from deployments.http.front import received
 from deployments.http.resolve import Job, Offer, resolve
 from deployments.http.schemas import ImagesRequest
 from deployments.messages import RefusalReply
+from deployments.settings import SERVED_STAGES, ServedStage
 from stages.config import ModelConfig
 from stages.image import MAX_SEED
 from stages.plan import PlanError
@@ -28,7 +29,8 @@ STAGE = {"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": 4}
 
 @pytest.fixture(scope="module")
 def offer(config: ModelConfig) -> Offer:
-    return Offer(config, blocks=6, default_plan="hybrid", max_images=10, max_timeout_s=120.0)
+    pools: dict[ServedStage, tuple[str, ...]] = {**dict.fromkeys(SERVED_STAGES, ("cpu",)), "base": ("h100", "mi300")}
+    return Offer(config, blocks=6, default_plan="hybrid", max_images=10, max_timeout_s=120.0, pools=pools)
 
 
 def read(**fields: Any) -> ImagesRequest:
@@ -283,6 +285,50 @@ def test_own_plans_have_no_presets_name_whatever_they_are_called(offer: Offer) -
     assert (own.preset, own.plan.name) == (None, "hybrid")
     assert resolve(read(plan="base", guidance_scale=2), offer).preset == "base"
     assert resolve(read(), offer).preset == "hybrid"
+
+
+@pytest.mark.parametrize(
+    ("choice", "left"),
+    [
+        ({"only": ["mi300"]}, ("mi300",)),
+        ({"only": ["mi300", "h100"]}, ("h100", "mi300")),
+        ({"ignore": ["mi300"]}, ("h100",)),
+        ({"only": ["mi300", "h100"], "ignore": ["h100"]}, ("mi300",)),
+        ({"only": None, "ignore": None}, ("h100", "mi300")),
+    ],
+)
+def test_a_stage_may_run_on_the_pools_that_a_request_leaves_it(
+    choice: dict[str, Any], left: tuple[str, ...], offer: Offer
+) -> None:
+    (route,) = resolve(read(pools={"base": choice}), offer).routes("id", 10.0)
+    assert route.pools == {"base": left}
+    assert resolve(read(), offer).routes("id", 10.0)[0].pools == {}
+
+
+@pytest.mark.parametrize(
+    ("pools", "param", "message"),
+    [
+        (
+            {"tail": {"only": ["cpu"]}},
+            "pools.tail",
+            "must be one of the stages encode, base, bridge, distilled, decode",
+        ),
+        ({"base": {"only": ["cpu"]}}, "pools.base.only", "that base stands on, h100, mi300; not 'cpu'"),
+        ({"decode": {"ignore": ["tpu"]}}, "pools.decode.ignore", "that decode stands on, cpu; not 'tpu'"),
+        ({"decode": {"ignore": ["cpu"]}}, "pools.decode", "must leave one of cpu"),
+        ({"base": {"only": ["h100"], "ignore": ["h100"]}}, "pools.base", "must leave one of h100, mi300"),
+        ({"base": {"only": []}}, "pools.base.only", "at least 1 item"),
+        ({"base": {"only": "h100"}}, "pools.base.only", "valid array"),
+        ({"base": {"only": [7]}}, "pools.base.only.0", "valid string"),
+        ({"base": {"prefer": ["h100"]}}, "pools.base.prefer", "not permitted"),
+        ({"base": "h100"}, "pools.base", "object"),
+        ([], "pools", "object"),
+    ],
+)
+def test_errors_name_the_stage_and_its_pools(pools: Any, param: str, message: str, offer: Offer) -> None:
+    error = refusal({"pools": pools}, offer)
+    assert error["param"] == param
+    assert message in error["message"]
 
 
 def test_images_of_a_request_have_seeds_one_after_another(offer: Offer) -> None:

@@ -14,10 +14,13 @@ from peft import LoraConfig
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.experimental import internal_kv
 from ray.scripts.scripts import cli
-from ray.serve._private import common, constants
+from ray.serve._private import autoscaling_state, common, constants
+from ray.serve._private.replica import UserCallableWrapper
+from ray.serve.config import AutoscalingPolicy
 from torch.fx.experimental import _config as shapes_config
 
 from deployments import ray_internals
+from deployments.replica import StageReplica
 from stages.internals.diffusers import (
     QwenImageCausalConv3d,
     attention_backend,
@@ -86,6 +89,15 @@ def test_rays_store_and_names_of_actors() -> None:
     assert replica.to_full_id_str().startswith(f"{ray_internals._REPLICA}images#Base#")
     assert constants.SERVE_PROXY_NAME.startswith(ray_internals._PROXY.rstrip("-"))
     assert hasattr(constants, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")
+
+
+def test_serves_policies_and_stats_of_replicas() -> None:
+    """`deployments.autoscaling`: Serve finds a method by its name, and makes a policy that is a class."""
+    assert '"record_autoscaling_stats"' in inspect.getsource(UserCallableWrapper)
+    assert autoscaling_state._resolve_policy_callable(
+        AutoscalingPolicy(policy_function="deployments.autoscaling:ExpectedWait", policy_kwargs={"target_wait_s": 1.0})
+    )
+    assert hasattr(StageReplica, "record_autoscaling_stats")
 
 
 def test_rays_commands_for_nodes() -> None:

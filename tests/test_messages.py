@@ -37,6 +37,7 @@ CALL = Call(
         quality=80,
         partial_images=2,
         deadline=1234567890.123456,
+        pools={"base": ("h100", "mi300")},
     ),
     hop=Hop(deployment="Base", end=3, work=4, previews=(1, 3), checkpoints=(2,)),
 )

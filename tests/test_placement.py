@@ -127,6 +127,35 @@ def test_several_deployments_of_a_stage_stand_on_several_pools(tmp_path: Path) -
     assert [name for name, placed in config.settings.placement.items() if "base" in placed.stages] == ["Base", "Fast"]
 
 
+def test_an_order_of_deployments_is_one_of_those_that_run_the_same_stage(tmp_path: Path) -> None:
+    def second(application: dict[str, Any], **options: Any) -> None:
+        application["args"]["placement"]["Fast"] = {"stages": ["base"], "pool": "h100", "preference": 1, **options}
+        application["deployments"].append({"name": "Fast", "num_replicas": 1})
+
+    def change(application: dict[str, Any]) -> None:
+        second(application)
+        application["args"]["overflow_wait_s"] = 10.0
+
+    settings = read_config(written(tmp_path, TWO, change)).settings
+    assert (settings.placement["Fast"].preference, settings.overflow_wait_s) == (1, 10.0)
+
+    assert "placement.Fast.preference: Input should be greater than or equal to 0" in refusal(
+        tmp_path, TWO, lambda application: second(application, preference=-1)
+    )
+    assert "placement.Fast.preference: Input should be a valid integer" in refusal(
+        tmp_path, TWO, lambda application: second(application, preference=True)
+    )
+    assert "placement.Base.preference must be 0, not 3: no deployment of a lower one runs base" in refusal(
+        tmp_path, TWO, lambda application: application["args"]["placement"]["Base"].update(preference=3)
+    )
+    assert "overflow_wait_s must go with a preference above 0" in refusal(
+        tmp_path, TWO, lambda application: application["args"].update(overflow_wait_s=3.0)
+    )
+    assert "args: overflow_wait_s: Input should be greater than or equal to 0" in refusal(
+        tmp_path, TWO, lambda application: application["args"].update(overflow_wait_s=-1.0)
+    )
+
+
 def test_replicas_ask_for_what_their_pool_says(tmp_path: Path) -> None:
     environment = {"py_executable": "/opt/gpu/bin/python", "env_vars": {"A": "1"}}
     pools = {**TWO, "h100": {**TWO["h100"], "resources": {"GPU": 1, "CPU": 2, "x": 0.5}, "environment": environment}}

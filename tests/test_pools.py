@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_unit_alone_is_what_it_took_among_others_over_their_number() -> None:
+def test_a_unit_alone_is_what_it_took_among_others_over_their_number(clock: list[float]) -> None:
     cost = MeasuredCost()
     assert cost.expect(3) == 0
     together = [cost.begin(1) for _ in range(4)]
@@ -52,7 +53,7 @@ def test_a_unit_alone_is_what_it_took_among_others_over_their_number() -> None:
     assert cost.in_flight == 0
     assert cost.seconds == pytest.approx(2.5, rel=0.2)
     assert cost.expect(2) == 2 * cost.seconds
-    cost.expected = 3
+    cost.promise(3)
     assert cost.expect(2) == 5 * cost.seconds
 
 
@@ -62,9 +63,39 @@ def test_what_did_not_end_is_not_measured() -> None:
     assert (cost.in_flight, cost.seconds) == (0, 0)
 
 
-def assigned(routing: Pools, done: int | None = None) -> dict[ServedStage, str]:
-    """Deployments of one more image, which is not begun, or has so many steps behind it."""
-    with routing.assign(HYBRID, 1.0, done) as deployments:
+@pytest.mark.parametrize(("slow", "minutes"), [(2.0, 2), (10.0, 7), (1000.0, 20)])
+def test_a_deployment_that_was_slow_is_tried_again_by_one_image(
+    slow: float, minutes: float, clock: list[float]
+) -> None:
+    routing = Pools(TWO, FACTOR, FLOOR)
+    measure(routing, clock, "Slow", slow)
+
+    def next_trial() -> float:
+        """Seconds until Slow gets an image, where Fast does one each second."""
+        start = clock[0]
+        while assigned(routing)["base"] == "Fast":
+            measure(routing, clock, "Fast", 1.0)
+            assert clock[0] < start + 3600
+        return clock[0] - start
+
+    assert 60 * (minutes - 1) < next_trial() <= 60 * minutes
+    with routing.assign(HYBRID, 1.0) as tried:
+        assert tried["base"] == "Slow"
+        assert {assigned(routing)["base"] for _ in range(3)} == {"Fast"}  # until that one is done
+        measure(routing, clock, "Slow", slow)
+    assert 60 * (minutes - 1) < next_trial()  # it is as slow as it was
+    measure(routing, clock, "Slow", 1.0)
+    measure(routing, clock, "Slow", 1.0)
+    measure(routing, clock, "Fast", 1.0)
+    chosen = shares(routing, 10)
+    assert chosen["Slow"] >= 3  # it is not
+
+
+def assigned(
+    routing: Pools, done: int | None = None, pools: dict[ServedStage, tuple[str, ...]] | None = None
+) -> dict[ServedStage, str]:
+    """Deployments of one more image, which is not begun, or has so many steps behind it, and may run on these pools."""
+    with routing.assign(HYBRID, 1.0, done, pools or {}) as deployments:
         return dict(deployments)
 
 
@@ -169,6 +200,93 @@ def test_an_image_leaves_a_deployment_that_is_avoided_for_its_next_stage(clock: 
     assert {stage: assigned(routing)[stage] for stage in ("bridge", "distilled", "decode")} == {
         "bridge": "All", "distilled": "Last", "decode": "Pixels"
     }  # fmt: skip
+
+
+ELSEWHERE = {
+    **ENDS,
+    "Here": Placement(stages=("base", "bridge"), pool="a"),
+    "There": Placement(stages=("base", "distilled"), pool="b"),
+    "Both": Placement(stages=("bridge", "distilled"), pool="b"),
+}
+
+
+def test_a_stage_runs_on_the_pools_that_its_image_may_run_on(clock: list[float]) -> None:
+    routing = Pools(ELSEWHERE, FACTOR, FLOOR)
+    for pool, deployment in (("a", "Here"), ("b", "There")):
+        with ExitStack() as images:
+            chosen = [images.enter_context(routing.assign(HYBRID, 1.0, None, {"base": (pool,)})) for _ in range(4)]
+        assert {each["base"] for each in chosen} == {deployment}
+    # It leaves a deployment that runs its next stage on a pool where that may not run.
+    assert assigned(routing, pools={"base": ("a",), "bridge": ("b",)})["bridge"] == "Both"
+
+
+def test_no_other_pool_takes_over_from_one_that_an_image_is_pinned_to(clock: list[float]) -> None:
+    routing = Pools(ELSEWHERE, FACTOR, FLOOR)
+    lose(routing, clock, "Here", "died")
+    assert assigned(routing)["base"] == "There"
+    assert assigned(routing, pools={"base": ("a",)})["base"] == "Here"
+    assert assigned(routing, pools={"base": ("a", "b")})["base"] == "There"
+
+
+ORDERED = {
+    **ENDS,
+    "First": Placement(stages=("base",), pool="a"),
+    "Twin": Placement(stages=("base",), pool="b"),
+    "Second": Placement(stages=("base", "bridge"), pool="c", preference=1),
+    "Third": Placement(stages=("base", "distilled"), pool="d", preference=7),
+    "Tail": Placement(stages=("bridge", "distilled"), pool="a"),
+}
+
+
+def shares(routing: Pools, count: int) -> Counter[str]:
+    """How many of so many images at once each deployment of base gets."""
+    with ExitStack() as images:
+        return Counter(images.enter_context(routing.assign(HYBRID, 1.0))["base"] for _ in range(count))
+
+
+def test_a_deployment_of_a_later_preference_gets_images_while_none_before_it_works(clock: list[float]) -> None:
+    routing = Pools(ORDERED, FACTOR, FLOOR)
+    assert shares(routing, 8) == {"First": 4, "Twin": 4}
+    for deployment, seconds in (("First", 9.0), ("Twin", 9.0), ("Second", 1.0), ("Third", 1.0)):
+        measure(routing, clock, deployment, seconds)
+    assert shares(routing, 8) == {"First": 4, "Twin": 4}
+    lose(routing, clock, "First", "died")
+    assert shares(routing, 8) == {"Twin": 8}
+    lose(routing, clock, "Twin", "stalled")
+    assert shares(routing, 8) == {"Second": 8}
+    lose(routing, clock, "Second", "hung")
+    assert shares(routing, 8) == {"Third": 8}
+    lose(routing, clock, "Third", "refused")
+    assert shares(routing, 8) == {"First": 4, "Twin": 4}
+    routing.readmit("Second")
+    assert shares(routing, 8) == {"Second": 8}
+
+
+def test_an_image_leaves_a_later_preference_for_the_next_stage(clock: list[float]) -> None:
+    routing = Pools(ORDERED, FACTOR, FLOOR)
+    assert assigned(routing, pools={"base": ("c",)}) == {
+        "encode": "Text", "base": "Second", "bridge": "Tail", "distilled": "Tail", "decode": "Pixels"
+    }  # fmt: skip
+
+
+def test_past_a_wait_images_go_to_the_next_preference(clock: list[float]) -> None:
+    """Base of the hybrid plan is five evaluations."""
+    routing = Pools(ORDERED, FACTOR, FLOOR, overflow_wait_s=20.0)
+    for deployment, seconds in (("First", 1.0), ("Twin", 1.0), ("Second", 2.0), ("Third", 4.0)):
+        measure(routing, clock, deployment, seconds)
+    assert shares(routing, 10) == {"First": 5, "Twin": 5}
+    assert shares(routing, 13) == {"First": 5, "Twin": 5, "Second": 3}
+    assert shares(routing, 15) == {"First": 5, "Twin": 5, "Second": 3, "Third": 2}
+    beyond = shares(routing, 60)  # no wait is short, and preferences do not count
+    assert beyond["First"] == beyond["Twin"] > beyond["Second"] > beyond["Third"] > 2
+
+
+def test_a_wait_counts_among_preferences_alone(clock: list[float]) -> None:
+    """The fast one of two that share images gets most of them, also past the wait."""
+    routing = Pools({name: placed for name, placed in TWO.items() if name != "All"}, FACTOR, FLOOR, overflow_wait_s=0.0)
+    measure(routing, clock, "Slow", 100.0)
+    measure(routing, clock, "Fast", 1.0)
+    assert shares(routing, 8) == {"Fast": 8}
 
 
 def test_an_attempt_may_take_some_times_what_its_deployment_takes_under_the_load_that_it_finds(

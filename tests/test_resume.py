@@ -30,7 +30,7 @@ from deployments.messages import (
 )
 from deployments.pools import Pools
 from deployments.router import DecodedImage, Partial, Router
-from deployments.settings import Placement, Settings
+from deployments.settings import Placement, ServedStage, Settings
 from stages.plan import Plan
 from stages.spans import Span
 
@@ -193,8 +193,9 @@ class Cluster:
     """A router over stand-ins."""
 
     def __init__(self, placement: dict[str, Any] = SPREAD, checkpoint_steps: int | None = 10) -> None:
+        """Stand in for deployments of these stages, each on a pool that is called as it is."""
         self.deployments = {name: Deployment(name) for name in placement}
-        placed = {name: Placement(stages=stages) for name, stages in placement.items()}
+        placed = {name: Placement(stages=stages, pool=name) for name, stages in placement.items()}
         self.pools = Pools(placed, hang_factor=10.0, hang_floor_s=45.0)
         self.router = Router(self.deployments, self.pools, checkpoint_steps)
 
@@ -202,7 +203,12 @@ class Cluster:
         return self.deployments[name]
 
     async def generate(
-        self, name: str = "image", plan: Plan = LONG, partial_images: int = 0, timeout_s: float = 120.0
+        self,
+        name: str = "image",
+        plan: Plan = LONG,
+        partial_images: int = 0,
+        timeout_s: float = 120.0,
+        pools: dict[ServedStage, tuple[str, ...]] | None = None,
     ) -> list[Partial | DecodedImage]:
         route = Route(
             image=ImageRequest(
@@ -214,6 +220,7 @@ class Cluster:
             quality=90,
             partial_images=partial_images,
             deadline=time.time() + timeout_s,
+            pools=pools or {},
         )
         async with aclosing(self.router.generate(route)) as events:
             return [event async for event in events]
@@ -400,6 +407,21 @@ def test_another_deployment_of_the_stage_takes_over() -> None:
     assert run(cluster.image()) == b"image after 32"
     assert sorted(cluster["Base"].attempts + cluster["Second"].attempts) == [("image", 0, 14), ("image", 10, 30)]
     assert len(cluster["Base"].attempts) == 1
+
+
+@pytest.mark.parametrize(
+    ("pools", "where"),
+    [(("Base",), ["Base", "Base"]), (("Base", "Third"), ["Base", "Third"]), (("Second",), ["Second"])],
+)
+def test_what_is_lost_goes_on_where_the_request_lets_it(pools: tuple[str, ...], where: list[str]) -> None:
+    cluster = Cluster({**SPREAD, "Second": ("base",), "Third": ("base",)})
+    cluster["Base"].before = failing((15, DIED))
+    (done,) = run(cluster.generate(pools={"base": pools}))
+    assert isinstance(done, DecodedImage)
+    assert done.data == b"image after 32"
+    attempts = [(name, *attempt) for name in ("Base", "Second", "Third") for attempt in cluster[name].attempts]
+    assert [name for name, *_ in attempts] == where
+    assert attempts[-1][2:] == ((10, 30) if len(where) == 2 else (0, 30))
 
 
 def test_what_is_left_of_a_plan_is_shared_out_anew() -> None:

@@ -116,6 +116,50 @@ def test_planned_replicas_meet_the_deadline_and_one_fewer_would_not() -> None:
         assert simulate(planned.with_replicas({name: count - 1})).p95 > 1.6
 
 
+def two_pools(rate: float, fast: int | None = 1, slow: int | None = 1) -> Scenario:
+    """A stage on two pools, one of which takes three times as long."""
+    base, third = stage(0.3, replicas=fast), stage(0.9, replicas=slow).model_copy(update={"shares": "base"})
+    return scenario(rate, base=base, slow=third, decode=stage(0.01, replicas=1 if fast else None))
+
+
+def test_pools_of_a_stage_bear_together_what_each_bears() -> None:
+    outcome = simulate(two_pools(50.0), images=800)
+    assert outcome.throughput == pytest.approx(1 / 0.3 + 1 / 0.9, rel=0.02)
+    assert min(outcome.busy[name] for name in ("base", "slow")) > 0.97
+
+
+def test_an_image_goes_to_a_slow_pool_where_that_is_sooner() -> None:
+    """Idle, it never is: the other has done two before."""
+    idle = simulate(two_pools(1e-6), images=100)
+    assert idle.p99 == pytest.approx(0.31)
+    assert idle.busy["slow"] == 0
+    both, alone = simulate(two_pools(2.5)), simulate(scenario(2.5, base=stage(0.3), decode=stage(0.01)))
+    assert both.p95 < alone.p95
+    assert 0 < both.busy["slow"] < both.busy["base"]
+
+
+def test_replicas_are_planned_for_what_other_pools_leave() -> None:
+    """Three slow replicas bear 3.3 of six images a second, and one fast one as many."""
+    unplanned = two_pools(6.0, fast=None, slow=3)
+    assert plan_replicas(unplanned.model_copy(update={"deadline": 5.0})).replicas == {"base": 1, "slow": 3, "decode": 1}
+    assert plan_replicas(unplanned.model_copy(update={"deadline": 2.0})).replicas == {"base": 2, "slow": 3, "decode": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"shares": "bass"}, r"stages\.slow\.shares must be one of \['base', 'decode'\], not 'bass'"),
+        ({"shares": "slow"}, r"stages\.slow\.shares must be one of"),
+        ({"replicas": None}, r"stages\.slow\.replicas must be given: only those of 'base' can be planned"),
+    ],
+)
+def test_a_wrong_pool_of_a_stage_is_named(change: dict[str, object], complaint: str) -> None:
+    content = two_pools(1.0).model_dump()
+    content["stages"]["slow"].update(change)
+    with pytest.raises(ValueError, match=complaint):
+        Scenario.model_validate(content)
+
+
 def test_a_deadline_that_an_idle_system_misses_is_refused() -> None:
     with pytest.raises(ValueError, match=r"deadline is 0\.4 s, but one image alone takes 0\.50 s"):
         plan_replicas(scenario(1.0, deadline=0.4, base=stage(0.5)))

@@ -86,6 +86,7 @@ class Ingress:
             default_plan=settings.default_plan,
             max_images=settings.max_images,
             max_timeout_s=settings.request_timeout_s,
+            pools=settings.pools_by_stage,
         )
         self._described = {
             "id": model.name,
@@ -96,7 +97,7 @@ class Ingress:
             "sizes": model.sizes,
         }
         # In this process: the router only waits, so a deployment of its own would merely add a call.
-        pools = Pools(settings.placement, settings.hang_factor, settings.hang_floor_s)
+        pools = Pools(settings.placement, settings.hang_factor, settings.hang_floor_s, settings.overflow_wait_s)
         self._router = Router(replicas, pools, settings.checkpoint_steps)
 
     @app.post("/v1/images/generations")

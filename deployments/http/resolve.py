@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deployments.http.errors import APIError
 from deployments.http.schemas import ImagesRequest
 from deployments.messages import ImageRequest, Route
+from deployments.settings import ServedStage
 from stages.config import ModelConfig
 from stages.families import get_family
 from stages.image import MAX_SEED, ImageFormat
@@ -25,6 +27,7 @@ class Offer:
         default_plan: name of the model's plan for requests that name none.
         max_images: largest `n` of a request.
         max_timeout_s: longest time that a request may take, and the time of requests that name none.
+        pools: names of the pools that each stage stands on.
     """
 
     model: ModelConfig
@@ -32,6 +35,7 @@ class Offer:
     default_plan: str
     max_images: int
     max_timeout_s: float
+    pools: Mapping[ServedStage, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Job:
         partial_images: number of partial images to send.
         user: the end user, as the client names them.
         timeout_s: seconds after which to give up.
+        pools: names of the pools that a stage may run on, where these are not all.
         warnings: warnings for the client, sent with its images.
     """
 
@@ -68,6 +73,7 @@ class Job:
     partial_images: int
     user: str | None
     timeout_s: float
+    pools: dict[ServedStage, tuple[str, ...]]
     warnings: list[str]
 
     def routes(self, request_id: str, deadline: float) -> list[Route]:
@@ -93,6 +99,7 @@ class Job:
                 quality=self.quality,
                 partial_images=self.partial_images,
                 deadline=deadline,
+                pools=self.pools,
             )
             for index in range(self.n)
         ]
@@ -140,6 +147,7 @@ def resolve(body: ImagesRequest, offer: Offer) -> Job:
         partial_images=body.partial_images,
         user=body.safety_identifier or body.user,
         timeout_s=timeout_s,
+        pools=_pools(body, offer),
         warnings=prompt_warnings(body.prompt, body.negative_prompt, offer.model.vocabulary),
     )
 
@@ -170,6 +178,28 @@ def _plan(body: ImagesRequest, offer: Offer, size: str) -> tuple[Plan, str | Non
         except ValueError as error:
             raise APIError(400, "invalid_value", str(error), "guidance_scale") from error
     return plan, preset
+
+
+def _pools(body: ImagesRequest, offer: Offer) -> dict[ServedStage, tuple[str, ...]]:
+    """Return the pools that the request leaves to each stage of which it says something."""
+    permitted: dict[ServedStage, tuple[str, ...]] = {}
+    for name, choice in (body.pools or {}).items():
+        stage = next((stage for stage in offer.pools if stage == name), None)
+        if stage is None:
+            raise _invalid(f"pools.{name}", f"must be one of the stages {', '.join(offer.pools)}")
+        pools = offer.pools[stage]
+        for field, named in (("only", choice.only), ("ignore", choice.ignore)):
+            if unknown := [pool for pool in named or () if pool not in pools]:
+                raise _invalid(
+                    f"pools.{name}.{field}",
+                    f"must be of the pools that {name} stands on, {', '.join(pools)}; not {unknown[0]!r}",
+                )
+        permitted[stage] = tuple(
+            pool for pool in pools if pool in (choice.only or pools) and pool not in (choice.ignore or ())
+        )
+        if not permitted[stage]:
+            raise _invalid(f"pools.{name}", f"must leave one of {', '.join(pools)}")
+    return permitted
 
 
 def _invalid(field: str, message: str) -> APIError:

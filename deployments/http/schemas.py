@@ -23,12 +23,22 @@ _PlanOrName = Annotated[
 ]
 
 
+class PoolChoice(BaseModel):
+    """The pools that a stage of a request may run on: those of `only`, or all, without those of `ignore`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    only: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    ignore: tuple[Text, ...] | None = None
+
+
 class ImagesRequest(BaseModel):
     """Body of `POST /v1/images/generations`: all fields of OpenAI's API, and this engine's own.
 
     `seed` is the seed of the first image, and each further image adds 1. `plan` is a plan's name or its stages.
-    `timeout_s` is the time in seconds, queues included, after which the images are of no use. OpenAI's fields that
-    change nothing here take the values that ask for nothing special.
+    `timeout_s` is the time in seconds, queues included, after which the images are of no use. `pools` are the pools
+    that stages may run on, by stage. OpenAI's fields that change nothing here take the values that ask for nothing
+    special.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -59,6 +69,7 @@ class ImagesRequest(BaseModel):
     guidance_scale: Annotated[float, Field(ge=1.0, le=20.0)] | None = None
     plan: _PlanOrName | None = None
     timeout_s: Annotated[float, Field(gt=0.0)] | None = None
+    pools: dict[Text, PoolChoice] | None = None
 
     @field_validator(
         "n", "size", "response_format", "output_format", "output_compression", "stream", "partial_images", "quality",
