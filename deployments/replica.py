@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from backends import get_backend
+from backends.directories import make_writable
 from deployments import console
 from deployments.messages import Call, PacketReply, RefusalReply, StalledReply, StepReply, Wire
 from deployments.settings import DECODE, ENCODE, Placement
@@ -31,6 +32,9 @@ class StageReplica:
         self._stall_timeout_s = stall_timeout_s
         self._at_work: set[asyncio.Task[Any]] = set()
         backend = get_backend(placement.backend)
+        if placement.compilation_cache:
+            make_writable(placement.compilation_cache)
+            backend.keep_compilations(placement.compilation_cache)
         self._encoder = EncodeWorker(model, backend) if ENCODE in placement.stages else None
         self._transformer = DenoiseWorker(model, backend, placement) if placement.denoises else None
         self._decoder = DecodeWorker(model, backend) if DECODE in placement.stages else None
