@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from backends import get_backend
-from deployments.messages import Call, Hop, ImageRequest, Route
+from deployments.messages import Call, Hop, ImageRequest, Route, Start
 from deployments.replica import StageReplica
 from deployments.settings import Placement
 from stages.config import ModelConfig
@@ -66,7 +66,9 @@ def main() -> None:
         max_batch_tokens=128,
         compilation_cache=Path(directory),
     )
-    asyncio.run(make_image(StageReplica(model, placement, STALL_S), model))
+    asyncio.run(
+        make_image(StageReplica(Start(model=model, placement=placement, stall_timeout_s=STALL_S).to_json()), model)
+    )
     print(json.dumps(count(backend)))
 
 
