@@ -46,7 +46,6 @@ class TPUBackend(Backend):
         return Memory(in_use=total - free, free=free)
 
     def keep_compilations(self, directory: Path) -> None:
-        os.environ["TORCH_TPU_TIER2_COMPILATION_CACHE"] = "1"
         os.environ["TORCH_TPU_TIER3_COMPILATION_CACHE_ROOT"] = str(directory)
 
     def compile(self, module: nn.Module) -> None:

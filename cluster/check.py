@@ -84,7 +84,9 @@ def examine(pool: Pool, nodes: Sequence[LiveNode], deadline_s: float) -> Iterato
     options: dict[str, Any] = {"runtime_env": pool.environment.runtime_env} if pool.environment.runtime_env else {}
     if idle := _are_idle(pool):
         options |= {key: value for key, value in pool.actor_options.items() if key in ("num_gpus", "resources")}
-    answers = _ask(fit, find_flaws, (pool.backend,), options, deadline_s, on_device=idle)
+    answers = _ask(
+        fit, find_flaws, (pool.backend, pool.environment.compilation_cache), options, deadline_s, on_device=idle
+    )
     yield from _by_node({node: [answer] if isinstance(answer, str) else answer for node, answer in answers.items()})
 
 

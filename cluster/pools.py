@@ -36,6 +36,12 @@ def _as_range(value: object) -> object:
     return value if isinstance(value, dict) else {"min": value, "max": value}
 
 
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"must begin with /, since it is on the pool's nodes, not {str(path)!r}")
+    return path
+
+
 BackendName = Annotated[str, AfterValidator(_known_backend)]
 
 
@@ -59,11 +65,14 @@ class Environment(_Strict):
         py_executable: command that starts the environment's Python on the pool's nodes, or None for the Python that
             Ray runs in there. It needs the cluster's Ray and Python minor version, this project and its dependencies.
         env_vars: environment variables of the replicas.
+        compilation_cache: directory on the pool's nodes that keeps what replicas compile, for the next ones to find;
+            None if each compiles anew.
         image: name of the container image of the pool's nodes, for manifests.
     """
 
     py_executable: Text | None = None
     env_vars: dict[VariableName, str] = {}
+    compilation_cache: Annotated[Path, AfterValidator(_absolute)] | None = None
     image: Text | None = None
 
     @property

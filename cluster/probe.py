@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 from importlib import import_module
+from pathlib import Path
 
 _VERSIONS = "import json, platform, ray; print(json.dumps([platform.python_version(), ray.__version__]))"
 
@@ -37,16 +38,21 @@ def find_versions(py_executable: str | None, timeout_s: float) -> tuple[str, str
     return python, ray
 
 
-def find_flaws(backend: str, *, on_device: bool) -> list[str]:
-    """Import what a replica imports, and compute on its device; return a sentence for what fails.
+def find_flaws(backend: str, compilation_cache: Path | None, *, on_device: bool) -> list[str]:
+    """Import what a replica imports, write where it does, and compute on its device; return a sentence for what fails.
 
     Args:
         backend: name of the backend.
+        compilation_cache: directory that is to keep what replicas compile, if any.
         on_device: whether this process has a device, on which the backend then computes.
     """
     doing = "import what replicas import"
     try:
         import_module("deployments.replica")
+        if compilation_cache:
+            doing = f"write to {compilation_cache}, the pool's environment.compilation_cache"
+            import_module("backends.directories").make_writable(compilation_cache)
+        doing = f"look for backend {backend}"
         there = import_module("backends").get_backend(backend)
         if on_device:
             if there.missing:

@@ -5,6 +5,7 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.http.ingress import Ingress
+from deployments.messages import Start
 from deployments.replica import StageReplica
 from deployments.settings import Settings
 
@@ -26,7 +27,7 @@ def build(settings: Settings) -> Application:
             # Serve replaces a replica that died after one period, and one that stalls after three.
             health_check_period_s=2.0,
             health_check_timeout_s=10.0,
-        ).bind(model, placement, settings.stall_timeout_s)
+        ).bind(Start(model=model, placement=placement, stall_timeout_s=settings.stall_timeout_s).to_json())
         for name, placement in settings.placement.items()
     }
     return serve.deployment(Ingress, max_constructor_retry_count=1).bind(settings, replicas)

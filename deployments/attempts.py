@@ -12,6 +12,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.messages import Call, FinalReply, ImageReply, PacketReply, RefusalReply, StepReply, read_reply
+from stages.wire import OtherVersion
 
 Reason = Literal["died", "stalled", "hung", "refused"]
 
@@ -64,6 +65,8 @@ async def attempt(
         if not limit.expired():
             raise
         raise Lost(call.hop.deployment, "hung") from error
+    except OtherVersion as error:
+        reply, data = RefusalReply(code="other_version", message=str(error)), b""
     if reply.kind == "stalled":
         raise Lost(call.hop.deployment, "stalled" if reply.begun else "refused")
     return reply, data

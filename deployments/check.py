@@ -16,6 +16,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, ProxyLocation
 from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
 from backends import get_backend
+from backends.directories import make_writable
 from cluster.pools import Pool, read_pools
 from deployments.fit import actor_options, contradictions, overfull, weights_gib
 from deployments.settings import Settings
@@ -54,7 +55,7 @@ class Config:
 
 
 def check(path: Path) -> Config:
-    """Read Serve's config at `path`; check it, the port, this machine's devices and the model's files.
+    """Read Serve's config at `path`; check it, the port, this machine's devices and directories, and the model's files.
 
     Raises:
         StartError: the first error.
@@ -64,6 +65,7 @@ def check(path: Path) -> Config:
     # From here on torch and diffusers are imported, which takes seconds, so the errors above are reported first.
     if not os.environ.get("RAY_ADDRESS"):  # else other machines run the replicas
         _check_devices(config)
+        _check_directories(config)
     from stages.check import check_files
 
     with _refusing(f"{config.settings.model}: "):
@@ -160,6 +162,19 @@ def _check_devices(config: Config) -> None:
             raise StartError(
                 f"{config.where}.args.placement.{name}.pool: this machine cannot run {placement.pool!r}: {missing}"
             )
+
+
+def _check_directories(config: Config) -> None:
+    """Check that replicas on this machine can keep what they compile."""
+    for name, pool in config.pools.items():
+        if directory := pool.environment.compilation_cache:
+            try:
+                make_writable(directory)
+            except OSError as error:
+                raise StartError(
+                    f"{config.settings.pools}: {name}.environment.compilation_cache: "
+                    f"{directory} cannot be written: {error.strerror}"
+                ) from error
 
 
 def _check_memory(config: Config) -> None:

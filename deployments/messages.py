@@ -1,33 +1,63 @@
-"""Messages between deployments: JSON with a version, and bytes beside it.
+"""Messages between deployments: JSON with a version, and bytes beside it; `stages.wire` says when to raise it.
 
 Pools run different environments, so no class of this project or of a library is pickled.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from deployments.settings import ServedStage
+from deployments.settings import Placement, ServedStage
+from stages.config import ModelConfig
 from stages.image import ImageFormat
 from stages.plan import Plan
 from stages.spans import Span
+from stages.wire import OtherVersion, Version, to_plain
 
 T = TypeVar("T")
 
-VERSION = 3
+VERSION = Version(3, 0)
 
 
 class MessageError(ValueError):
-    """A message of another version, or with other fields."""
+    """A message of this version with other fields, or none at all."""
 
 
-class _Message(BaseModel):
+class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ImageRequest(_Message):
+class _Message(_Part):
+    version: Version = VERSION
+
+    def to_json(self) -> str:
+        """Serialise."""
+        return json.dumps(to_plain(self))
+
+    @classmethod
+    def from_json(cls, data: str) -> Self:
+        """Inverse of `to_json`; raises OtherVersion or MessageError."""
+        return _read(TypeAdapter(cls), data)
+
+
+class Start(_Message):
+    """What a replica is started with.
+
+    Attributes:
+        model: the model's config.
+        placement: the stages to run, and how.
+        stall_timeout_s: seconds that the replica's device may be at one piece of work.
+    """
+
+    model: ModelConfig
+    placement: Placement
+    stall_timeout_s: float
+
+
+class ImageRequest(_Part):
     """One image of a request; `negative_prompt` is None where no stage needs one."""
 
     request_id: str
@@ -38,7 +68,7 @@ class ImageRequest(_Message):
     negative_prompt: str | None
 
 
-class Route(_Message):
+class Route(_Part):
     """The work to do for one image.
 
     Attributes:
@@ -62,7 +92,7 @@ class Route(_Message):
     pools: dict[ServedStage, tuple[str, ...]] = {}
 
 
-class Hop(_Message):
+class Hop(_Part):
     """One call to a deployment, which runs consecutive stages; the first hop begins with encoding.
 
     Attributes:
@@ -85,18 +115,8 @@ class Hop(_Message):
 class Call(_Message):
     """A request to a replica; the image's packet, if it has one yet, is sent beside it."""
 
-    version: int = VERSION
     route: Route
     hop: Hop
-
-    def to_json(self) -> str:
-        """Serialise."""
-        return self.model_dump_json()
-
-    @classmethod
-    def from_json(cls, data: str) -> Self:
-        """Inverse of `to_json`; raises MessageError."""
-        return _read(TypeAdapter(cls), data)
 
 
 class StepReply(_Message):
@@ -106,7 +126,6 @@ class StepReply(_Message):
         step: the step of the plan after which the packet was made, counted from 1.
     """
 
-    version: int = VERSION
     kind: Literal["preview", "checkpoint"]
     step: int
 
@@ -114,7 +133,6 @@ class StepReply(_Message):
 class PacketReply(_Message):
     """The reply with an image's packet after the hop beside it."""
 
-    version: int = VERSION
     kind: Literal["packet"] = "packet"
 
 
@@ -129,7 +147,6 @@ class ImageReply(_Message):
         spans: the work on the image, one span for each stage.
     """
 
-    version: int = VERSION
     kind: Literal["image"] = "image"
     index: int
     seed: int
@@ -142,14 +159,13 @@ class RefusalReply(_Message):
     """The reply of a hop that cannot produce its image, with the reason.
 
     Attributes:
-        code: `prompt_too_long` or `not_finite`.
+        code: `prompt_too_long`, `not_finite`, or `other_version` where the call or its packet cannot be read.
         message: reason, for the client.
         param: field of the request that is at fault, if any.
     """
 
-    version: int = VERSION
     kind: Literal["refusal"] = "refusal"
-    code: Literal["prompt_too_long", "not_finite"]
+    code: Literal["prompt_too_long", "not_finite", "other_version"]
     message: str
     param: str | None = None
 
@@ -161,7 +177,6 @@ class StalledReply(_Message):
         begun: whether the replica had begun with the call; it takes no new ones.
     """
 
-    version: int = VERSION
     kind: Literal["stalled"] = "stalled"
     begun: bool
 
@@ -175,20 +190,26 @@ Wire = tuple[str, bytes]
 
 
 def read_reply(data: str) -> Reply:
-    """Read a reply's JSON; raises MessageError."""
+    """Read a reply's JSON; raises OtherVersion or MessageError."""
     return _read(_REPLY, data)
 
 
 class _Versioned(BaseModel):
     """The one field that a message of any version has."""
 
-    version: int
+    version: Version
 
 
 def _read(adapter: TypeAdapter[T], data: str) -> T:
+    version = VERSION
     try:
-        if (version := _Versioned.model_validate_json(data).version) != VERSION:
-            raise MessageError(f"a message of version {version}; this process reads version {VERSION}")
-        return adapter.validate_json(data)
+        version = _Versioned.model_validate_json(data).version
+        if version.major == VERSION.major:
+            return adapter.validate_json(data)
     except ValidationError as error:
-        raise MessageError(f"a message of another shape than version {VERSION}: {error.errors()[0]['msg']}") from error
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        if version == VERSION:
+            raise MessageError(f"a message of another shape than version {VERSION}: {reason}") from error
+        raise OtherVersion("message", version, VERSION, reason) from error
+    raise OtherVersion("message", version, VERSION)

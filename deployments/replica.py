@@ -7,33 +7,40 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from backends import get_backend
+from backends.directories import make_writable
 from deployments import console
 from deployments.autoscaling import WorkMeter
-from deployments.messages import Call, PacketReply, RefusalReply, StalledReply, StepReply, Wire
-from deployments.settings import DECODE, ENCODE, Placement
+from deployments.messages import Call, PacketReply, RefusalReply, StalledReply, Start, StepReply, Wire
+from deployments.settings import DECODE, ENCODE
 from deployments.workers import DecodeWorker, DenoiseWorker, EncodeWorker
-from stages.config import ModelConfig
 from stages.errors import NotFinite, PromptTooLong
 from stages.packet import LatentPacket
 from stages.pulse import Pulse
+from stages.wire import OtherVersion
 
 
 class StageReplica:
     """Holds the components that its stages need; encoding, denoising and decoding of different images overlap."""
 
-    def __init__(self, model: ModelConfig, placement: Placement, stall_timeout_s: float) -> None:
+    def __init__(self, start: str) -> None:
         """Load the components.
 
         Args:
-            model: the model's config.
-            placement: the stages to run, and how.
-            stall_timeout_s: seconds that a device may be at one piece of work.
+            start: JSON of a `Start`.
+
+        Raises:
+            stages.wire.OtherVersion: the application was built by another version of the project.
         """
         console.attach()
-        self._stall_timeout_s = stall_timeout_s
+        message = Start.from_json(start)
+        model, placement = message.model, message.placement
+        self._stall_timeout_s = message.stall_timeout_s
         self._at_work: set[asyncio.Task[Any]] = set()
         self._meter = WorkMeter()
         backend = get_backend(placement.backend)
+        if placement.compilation_cache:
+            make_writable(placement.compilation_cache)
+            backend.keep_compilations(placement.compilation_cache)
         self._encoder = EncodeWorker(model, backend) if ENCODE in placement.stages else None
         self._transformer = DenoiseWorker(model, backend, placement) if placement.denoises else None
         self._decoder = DecodeWorker(model, backend) if DECODE in placement.stages else None
@@ -67,21 +74,19 @@ class StageReplica:
         Raises:
             RuntimeError: work failed; the message names the error, whose own class the caller may not know.
         """
-        return await self._reply(Call.from_json(call), packet, hand_out=lambda reply, packet: None)
+        return await self._reply(call, packet, hand_out=lambda reply, packet: None)
 
     async def stream(self, call: str, packet: bytes) -> AsyncGenerator[Wire]:
         """Yield the hop's previews and checkpoints, each as soon as its step is done, then what `run` would return."""
         handed_out: asyncio.Queue[tuple[StepReply, LatentPacket] | None] = asyncio.Queue()
         result = asyncio.create_task(
-            self._reply(
-                Call.from_json(call), packet, hand_out=lambda reply, packet: handed_out.put_nowait((reply, packet))
-            )
+            self._reply(call, packet, hand_out=lambda reply, packet: handed_out.put_nowait((reply, packet)))
         )
         result.add_done_callback(lambda _: handed_out.put_nowait(None))
         try:
             while item := await handed_out.get():
                 reply, current = item
-                yield reply.model_dump_json(), current.to_bytes()
+                yield reply.to_json(), current.to_bytes()
             yield await result
         finally:
             result.cancel()
@@ -94,31 +99,33 @@ class StageReplica:
     def _stalled(self) -> bool:
         return any(pulse.seconds > self._stall_timeout_s for pulse in self._pulses)
 
-    async def _reply(self, call: Call, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
+    async def _reply(self, call: str, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
         """Run a call; errors of a single image become replies, since Serve would log a traceback of an exception."""
         if self._stalled:
-            return StalledReply(begun=False).model_dump_json(), b""
+            return StalledReply(begun=False).to_json(), b""
         task = asyncio.current_task()
         assert task
         self._at_work.add(task)
         try:
-            wire = await self._run(call, packet, hand_out)
+            wire = await self._run(Call.from_json(call), packet, hand_out)
             self._meter.end_call(sum(pulse.busy for pulse in self._pulses))
             return wire
         except asyncio.CancelledError:
             if not self._stalled:
                 raise
             task.uncancel()
-            return StalledReply(begun=True).model_dump_json(), b""
+            return StalledReply(begun=True).to_json(), b""
         except PromptTooLong as error:
             refusal = RefusalReply(code="prompt_too_long", message=str(error), param=error.parameter)
         except NotFinite as error:
             refusal = RefusalReply(code="not_finite", message=str(error))
+        except OtherVersion as error:
+            refusal = RefusalReply(code="other_version", message=str(error))
         except Exception as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         finally:
             self._at_work.discard(task)
-        return refusal.model_dump_json(), b""
+        return refusal.to_json(), b""
 
     async def _run(self, call: Call, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
         if packet:
@@ -134,5 +141,5 @@ class StageReplica:
             reply, data = await self._decoder.decode(
                 current, call.route.image.size, call.route.format, call.route.quality
             )
-            return reply.model_dump_json(), data
-        return PacketReply().model_dump_json(), current.to_bytes()
+            return reply.to_json(), data
+        return PacketReply().to_json(), current.to_bytes()

@@ -231,7 +231,7 @@ class Router:
                     self._replicas[hop.deployment], Call(route=route, hop=hop), held.packet, limit_s, on_step
                 )
         if isinstance(reply, RefusalReply):
-            raise APIError.from_refusal(reply)
+            raise APIError.from_refusal(reply, hop.deployment)
         return reply, data
 
     async def _resume(self, route: Route, held: _Held, lost: Lost) -> None:

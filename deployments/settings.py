@@ -25,6 +25,7 @@ class Placement(BaseModel):
         stages: stages to run; those that denoise share one set of weights, and each image selects its LoRA.
         pool: name of the pool whose devices and environment replicas have.
         backend: name of the backend that replicas run on; settings take it from the pool.
+        compilation_cache: directory that keeps what replicas compile; settings take it from the pool, too.
         fuse: adapter to fuse into the weights, where it costs nothing extra; for a deployment of one denoising stage.
         compile: whether to compile the transformer's blocks before the replica reports ready.
         max_batch_tokens: most image tokens in a forward pass; a guided image counts twice.
@@ -37,6 +38,7 @@ class Placement(BaseModel):
     stages: Annotated[tuple[ServedStage, ...], Field(min_length=1)]
     pool: str = "cpu"
     backend: BackendName = "cpu"
+    compilation_cache: Path | None = None
     fuse: Name | None = None
     compile: StrictBool = False
     max_batch_tokens: Annotated[int, Field(strict=True, ge=1, le=2**24)] = 16384
@@ -110,12 +112,17 @@ class Settings(BaseModel):
         path = info.data["pools"]
         pools = read_pools(path)
         for name, placement in value.items():
-            if "backend" in placement.model_fields_set:
-                raise ValueError(f"{name}.backend is the pool's: name a pool in place of it, one of {sorted(pools)}")
+            for key in sorted({"backend", "compilation_cache"} & placement.model_fields_set):
+                raise ValueError(f"{name}.{key} is the pool's: name a pool in place of it, one of {sorted(pools)}")
             if placement.pool not in pools:
                 raise ValueError(f"{name}.pool must be one of {sorted(pools)} of {path}, not {placement.pool!r}")
         return {
-            name: placement.model_copy(update={"backend": pools[placement.pool].backend})
+            name: placement.model_copy(
+                update={
+                    "backend": pools[placement.pool].backend,
+                    "compilation_cache": pools[placement.pool].environment.compilation_cache,
+                }
+            )
             for name, placement in value.items()
         }
 

@@ -1,8 +1,8 @@
 """The format of an image between two stages, or two steps: a versioned header and raw tensors, as bytes.
 
 Pools run different versions of torch and diffusers, so none of their objects are pickled. Layout, little-endian:
-magic (4 bytes), version (u16), CRC-32 of all that follows (u32), length of the header (u32), the header as JSON, then
-a safetensors file.
+magic (4 bytes), version (two u8, see `stages.wire`), CRC-32 of the version and all that follows (u32), length of the
+header (u32), the header as JSON, then a safetensors file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +19,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from stages.spans import Span
+from stages.wire import OtherVersion, Version, to_plain, used_fields
 
-VERSION = 5
+VERSION = Version(6, 0)
 _MAGIC = b"LTNT"
-_PREFIX = struct.Struct("<4sHI")
+_PREFIX = struct.Struct("<4sBBI")
 _LENGTH = struct.Struct("<I")
 
 
 class PacketError(ValueError):
-    """Bytes that are not a packet of this version, or that were damaged in transit."""
+    """Bytes that are not a packet, or that were damaged in transit."""
 
 
 @dataclass(frozen=True)
@@ -67,45 +68,28 @@ class LatentPacket:
 
     def to_bytes(self) -> bytes:
         """Serialise; tensors are copied to the CPU."""
-        named = {
-            "latent": self.latent,
-            "prompt_embeds": self.prompt_embeds,
-            "negative_embeds": self.negative_embeds,
-        }
+        parts = used_fields(self)
         # Copies, because safetensors refuses tensors that share memory, as embeddings of equal prompts do.
         tensors = {
             name: tensor.cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in named.items()
-            if tensor is not None
+            for name, tensor in parts.items()
+            if isinstance(tensor, torch.Tensor)
         }
-        header = json.dumps(
-            {
-                "model": self.model,
-                "request_id": self.request_id,
-                "image_index": self.image_index,
-                "seed": self.seed,
-                "grid": self.grid,
-                "sigma": self.sigma,
-                "position": self.position,
-                "step": self.step,
-                "text_tokens": self.text_tokens,
-                "avoids": self.avoids,
-                "spans": [asdict(span) for span in self.spans],
-            }
-        ).encode()
+        header = json.dumps(to_plain({name: part for name, part in parts.items() if name not in tensors})).encode()
         body = _LENGTH.pack(len(header)) + header + save_tensors(tensors)
-        return _PREFIX.pack(_MAGIC, VERSION, zlib.crc32(body)) + body
+        return _PREFIX.pack(_MAGIC, *VERSION, _checksum(VERSION, body)) + body
 
     @classmethod
     def from_bytes(cls, data: bytes) -> LatentPacket:
-        """Inverse of `to_bytes`; raises PacketError on anything else."""
+        """Inverse of `to_bytes`; raises OtherVersion or, on anything else, PacketError."""
         if len(data) < _PREFIX.size or data[: len(_MAGIC)] != _MAGIC:
             raise PacketError("not a latent packet")
-        _, version, checksum = _PREFIX.unpack_from(data)
-        if version != VERSION:
-            raise PacketError(f"latent packet of version {version}; this replica reads version {VERSION}")
+        _, major, minor, checksum = _PREFIX.unpack_from(data)
+        version = Version(major, minor)
+        if major != VERSION.major:
+            raise OtherVersion("latent packet", version, VERSION)
         body = memoryview(data)[_PREFIX.size :]
-        if zlib.crc32(body) != checksum:
+        if _checksum(version, body) != checksum:
             raise PacketError("latent packet was damaged: its checksum does not match")
         try:
             (length,) = _LENGTH.unpack_from(body)
@@ -116,4 +100,10 @@ class LatentPacket:
             fields: dict[str, Any] = {**header, **tensors}
             return cls(**fields)
         except (struct.error, ValueError, TypeError, KeyError, SafetensorError) as error:
+            if version != VERSION:
+                raise OtherVersion("latent packet", version, VERSION, str(error)) from error
             raise PacketError(f"latent packet has another layout than version {VERSION}: {error}") from error
+
+
+def _checksum(version: Version, body: bytes | memoryview) -> int:
+    return zlib.crc32(body, zlib.crc32(bytes(version)))

@@ -48,8 +48,8 @@ class FaultyReplica(StageReplica):
             decoder.decode = self._faulty(decoder.decode, lambda *_: False)  # type: ignore[method-assign]
         began(self._directory, self._name, os.getpid()).touch()
 
-    async def _reply(self, call: Call, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
-        (self._directory / f"has-{os.getpid()}-{call.route.image.request_id}").touch()
+    async def _reply(self, call: str, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
+        (self._directory / f"has-{os.getpid()}-{Call.from_json(call).route.image.request_id}").touch()
         return await super()._reply(call, packet, hand_out)
 
     def _is_deadly(self, request_id: str, step: int) -> bool:

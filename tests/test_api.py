@@ -346,8 +346,12 @@ def test_a_seed_is_drawn_where_none_is_given(offer: Offer) -> None:
 def test_a_failure_of_several_images_is_told_as_the_first_one() -> None:
     too_long = ExceptionGroup("images", [APIError(400, "prompt_too_long", "long", "prompt")])
     assert APIError.from_failure(too_long).code == "prompt_too_long"
-    refused = APIError.from_refusal(RefusalReply(code="prompt_too_long", message="long", param="negative_prompt"))
+    long = RefusalReply(code="prompt_too_long", message="long", param="negative_prompt")
+    refused = APIError.from_refusal(long, "TextEncoder")
     assert (refused.status, refused.body["error"]["param"]) == (400, "negative_prompt")
+    other = APIError.from_refusal(RefusalReply(code="other_version", message="2.0, not 1.0"), "Base")
+    assert (other.status, other.code) == (500, "other_version")
+    assert str(other) == "Base and the router are of versions that do not go together: 2.0, not 1.0"
     assert APIError.from_failure(TimeoutError()).status == 504
     full = APIError.from_failure(BackPressureError(num_queued_requests=3, max_queued_requests=3))
     assert (full.status, full.code, full.headers) == (503, "overloaded", {"Retry-After": "1"})

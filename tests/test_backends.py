@@ -5,8 +5,13 @@ With `--backend NAME` that one alone is tested, and fails where it cannot run.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -24,6 +29,7 @@ from stages.rows import ModelInput
 from stages.static_walk import StaticWalk
 from stages.text import Negative
 
+ROOT = Path(__file__).parent.parent
 EQUAL = 2e-5  # greatest difference of latents from the processor's, in float32
 
 IMAGES = [
@@ -280,3 +286,22 @@ def test_the_host_does_not_read_the_device_within_a_step(
     evaluate(here, rows)
     assert counts == [before]
     assert reads() > before
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_what_the_first_compiled(
+    device: Backend, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    plugins = [name for name in request.config.getoption("plugins") if "." in name]  # a device's stand-in, if any
+
+    def start() -> tuple[int, int]:
+        command = [sys.executable, "tests/start.py", device.name, str(tmp_path), *plugins]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        assert ended.returncode == 0, ended.stderr
+        missed, found = json.loads(ended.stdout.splitlines()[-1])
+        return missed, found
+
+    missed, found = start()
+    assert missed > 0
+    assert start() == (0, missed + found)

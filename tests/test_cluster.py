@@ -92,6 +92,12 @@ def test_a_backend_must_see_its_device(cluster: str) -> None:
     assert re.search(r"node \w+: backend cuda: \w+", sentence)
 
 
+def test_a_directory_for_compilations_must_be_writable(cluster: str, tmp_path: Path) -> None:
+    (sentence,) = lacks(environment={"compilation_cache": "/proc/cache"})
+    assert "cannot write to /proc/cache, the pool's environment.compilation_cache: FileNotFoundError" in sentence
+    assert lacks(environment={"compilation_cache": str(tmp_path / "made")}) == []
+
+
 def test_a_node_that_does_not_answer_is_told(cluster: str, tmp_path: Path) -> None:
     silent = executable(tmp_path / "silent", "sleep 600")
     pool = Pool.model_validate({"backend": "cpu", "environment": {"py_executable": silent}})

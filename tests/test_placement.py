@@ -44,6 +44,16 @@ def written(directory: Path, pools: dict[str, Any], change: Change = lambda appl
     return path
 
 
+def on_free_port(config: Path) -> Path:
+    """The config, changed."""
+    content = yaml.safe_load(config.read_text())
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        content["http_options"]["port"] = listener.getsockname()[1]
+    config.write_text(yaml.safe_dump(content))
+    return config
+
+
 def base_on(pool: str, **options: Any) -> Change:
     """Place the stage base on a pool, with options of its deployment."""
 
@@ -86,6 +96,7 @@ def test_a_pool_is_what_its_backend_says_unless_it_says_otherwise(tmp_path: Path
         ("cpu: {backend: cpu, replicas: 0}", r"cpu\.replicas\.max: .* greater than or equal to 1"),
         ("cpu: {backend: cpu, replicas: true}", r"cpu\.replicas\.min: .* integer"),
         ("cpu: {backend: cpu, environment: {python: /x}}", r"cpu\.environment\.python: Extra"),
+        ("cpu: {backend: cpu, environment: {compilation_cache: a/b}}", r".*compilation_cache: must begin with /"),
         ("cpu: {backend: cpu, node: {cpus: 0.5}}", r"cpu\.node\.cpus: "),
         ("CPU: {backend: cpu}", r"CPU.*pattern"),
         ("cpu: cpu", r"cpu: .*object|cpu: .*dictionary"),
@@ -111,6 +122,11 @@ def test_placement_names_pools_of_the_file(tmp_path: Path) -> None:
         application["args"]["placement"]["Base"] = {"stages": ["base"], "backend": "cpu"}
 
     assert "placement: Base.backend is the pool's: name a pool in place of it" in refusal(tmp_path, TWO, old)
+
+    def own_cache(application: dict[str, Any]) -> None:
+        application["args"]["placement"]["Base"] = {"stages": ["base"], "compilation_cache": "/var/cache"}
+
+    assert "placement: Base.compilation_cache is the pool's" in refusal(tmp_path, TWO, own_cache)
     with pytest.raises(StartError, match=rf"args\.pools: {tmp_path}/other\.yaml: No such file"):
         read_config(written(tmp_path, TWO, lambda app: app["args"].update(pools=str(tmp_path / "other.yaml"))))
     wrong = {"cpu": {"backend": "cpu", "colour": "red"}}
@@ -229,13 +245,7 @@ def test_more_replicas_than_a_pool_has_room_for_are_refused(tmp_path: Path) -> N
 
 def test_weights_that_do_not_fit_a_device_are_refused(tmp_path: Path) -> None:
     def checked(pools: dict[str, Any]) -> Config:
-        path = written(tmp_path, pools)
-        content = yaml.safe_load(path.read_text())
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            content["http_options"]["port"] = listener.getsockname()[1]
-        path.write_text(yaml.safe_dump(content))
-        return check(path)
+        return check(on_free_port(written(tmp_path, pools)))
 
     with pytest.raises(
         StartError,
@@ -243,6 +253,22 @@ def test_weights_that_do_not_fit_a_device_are_refused(tmp_path: Path) -> None:
     ):
         checked({"cpu": {"backend": "cpu", "memory_gib": 0.01, "replicas": 5}})
     checked({"cpu": {"backend": "cpu", "memory_gib": 1, "replicas": 5}})
+
+
+def test_replicas_keep_what_they_compile_where_their_pool_says(tmp_path: Path) -> None:
+    def checked(directory: Path) -> Config:
+        pools = {"cpu": {"backend": "cpu", "environment": {"compilation_cache": str(directory)}}}
+        return check(on_free_port(written(tmp_path, pools)))
+
+    settings = checked(tmp_path / "made" / "here").settings
+    assert {placed.compilation_cache for placed in settings.placement.values()} == {tmp_path / "made" / "here"}
+    (tmp_path / "file").touch()
+    for directory, reason in ((tmp_path / "file" / "below", "Not a directory"), (Path("/proc/cache"), "No such file")):
+        with pytest.raises(StartError) as refused:
+            checked(directory)
+        assert str(refused.value).startswith(
+            f"{tmp_path}/pools.yaml: cpu.environment.compilation_cache: {directory} cannot be written: {reason}"
+        )
 
 
 def test_what_a_cluster_lacks_is_a_sentence() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from plans import PLANS
 
-from deployments.messages import Call, Hop, ImageRequest, Reply, Route, StalledReply, Wire, read_reply
+from deployments.messages import Call, Hop, ImageRequest, Reply, Route, StalledReply, Start, Wire, read_reply
 from deployments.replica import StageReplica
 from deployments.settings import SERVED_STAGES, Placement
 from deployments.workers import DecodeWorker
@@ -47,7 +47,7 @@ def replica(config: ModelConfig) -> Iterator[StageReplica]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodeWorker, "_to_pixels", decode_one)
-        yield StageReplica(config, ALL, stall_timeout_s=30.0)
+        yield StageReplica(Start(model=config, placement=ALL, stall_timeout_s=30.0).to_json())
 
 
 def call_of(hop: Hop, plan: Plan = LONG, seed: int = 3) -> str:

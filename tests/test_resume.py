@@ -97,14 +97,14 @@ class Deployment:
                 done += 1
                 self.attempts[attempt] = (*self.attempts[attempt][:2], done)
                 if done in hop.previews:
-                    yield StepReply(kind="preview", step=done).model_dump_json(), b"%d" % end_of(plan)
+                    yield StepReply(kind="preview", step=done).to_json(), b"%d" % end_of(plan)
                 if done in hop.checkpoints:
-                    yield StepReply(kind="checkpoint", step=done).model_dump_json(), b"%d" % done
+                    yield StepReply(kind="checkpoint", step=done).to_json(), b"%d" % done
             if hop.decodes:
                 await self.before(call, -1)
-                yield IMAGE.model_dump_json(), b"image after %d" % done
+                yield IMAGE.to_json(), b"image after %d" % done
             else:
-                yield PacketReply().model_dump_json(), b"%d" % done
+                yield PacketReply().to_json(), b"%d" % done
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -501,7 +501,7 @@ def test_a_stall_is_blamed_as_a_death_is(monkeypatch: pytest.MonkeyPatch) -> Non
     async def stalls_twice(call: Call, packet: bytes) -> AsyncGenerator[Wire]:
         nonlocal stalls
         stalls += 1
-        yield StalledReply(begun=stalls <= 2).model_dump_json(), b""
+        yield StalledReply(begun=stalls <= 2).to_json(), b""
 
     monkeypatch.setattr(cluster["Base"], "work", stalls_twice)
     with pytest.raises(APIError) as caught:
@@ -522,7 +522,7 @@ def test_a_deployment_that_takes_no_work_is_asked_again(reply: str, monkeypatch:
             refusals -= 1
             if reply == "unavailable":
                 raise DeploymentUnavailableError("Base")
-            yield StalledReply(begun=False).model_dump_json(), b""
+            yield StalledReply(begun=False).to_json(), b""
             return
         async for wire in work(call, packet):
             yield wire
@@ -576,7 +576,7 @@ def test_a_refusal_is_final(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster()
 
     async def refuses(call: Call, packet: bytes) -> AsyncGenerator[Wire]:
-        yield RefusalReply(code="not_finite", message="the image is not finite").model_dump_json(), b""
+        yield RefusalReply(code="not_finite", message="the image is not finite").to_json(), b""
 
     monkeypatch.setattr(cluster["Base"], "work", refuses)
     with pytest.raises(APIError, match="not finite"):

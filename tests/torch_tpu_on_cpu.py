@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch_tpu import _loader
 
 _loader._init_device("tpu")  # autoloading looks for a TPU first
-torch.zeros(1, device="tpu")  # only now does PyTorch find the device: before, TorchTPU asks the PCI bus for a TPU
+torch.ones(1).to("tpu")  # only now does PyTorch find the device: before, TorchTPU asks the PCI bus for a TPU
 
 _attend = F.scaled_dot_product_attention
 

@@ -66,8 +66,12 @@ class APIError(Exception):
         return cls(400, code, f"{param}: {message}" if param else message, param)
 
     @classmethod
-    def from_refusal(cls, reply: RefusalReply) -> APIError:
-        """Make the error of an image that a hop refused."""
+    def from_refusal(cls, reply: RefusalReply, deployment: str) -> APIError:
+        """Make the error of an image that a deployment refused."""
+        if reply.code == "other_version":
+            message = f"{deployment} and the router are of versions that do not go together: {reply.message}"
+            logger.error(message)
+            return cls(500, reply.code, message)
         if reply.code == "not_finite":
             logger.error(reply.message)
             return cls(500, reply.code, reply.message)

@@ -15,6 +15,7 @@ import torch
 from habana_stand_in import gaudi_on_cpu
 
 from backends import get_backend
+from deployments.messages import Start
 from deployments.replica import StageReplica
 from deployments.settings import Placement
 from stages.config import ModelConfig
@@ -24,6 +25,10 @@ from stages.packet import LatentPacket
 from stages.yaml_file import ConfigError
 
 STALL_S = 600.0  # busy processors take long
+
+
+def start(model: ModelConfig, placement: Placement) -> StageReplica:
+    return StageReplica(Start(model=model, placement=placement, stall_timeout_s=STALL_S).to_json())
 
 
 async def answer(replica: StageReplica, calls: Path, replies: Path) -> None:
@@ -59,13 +64,13 @@ def main() -> None:
     with gaudi_on_cpu():
         for backend in ("cpu", "gaudi"):
             placement = Placement(stages=("base", "bridge", "distilled"), backend=backend, max_batch_tokens=256)
-            asyncio.run(answer(StageReplica(model, placement, STALL_S), directory / "denoise", directory / backend))
+            asyncio.run(answer(start(model, placement), directory / "denoise", directory / backend))
             decode(model, backend, directory / backend)
         older = model.model_copy(update={"source": str(directory / "older")})
         encodes = Placement(stages=("encode",), backend="gaudi")
-        asyncio.run(answer(StageReplica(older, encodes, STALL_S), directory / "encode", directory / "encoded"))
+        asyncio.run(answer(start(older, encodes), directory / "encode", directory / "encoded"))
     try:
-        StageReplica(model, Placement(stages=("encode",)), STALL_S)
+        start(model, Placement(stages=("encode",)))
     except ConfigError as error:
         (directory / "refused.txt").write_text(str(error))
 
