@@ -71,7 +71,8 @@ class Settings(BaseModel):
         model: path of the model's config, relative to the working directory.
         default_plan: name of the model's plan for requests that name none.
         pools: path of the file of pools, relative to the working directory.
-        placement: deployments by name; together they run each stage, and those of the same stage share its images.
+        placement: deployments by name; together they run each stage of the model's plans, and those of the same stage
+            share its images.
         max_images: largest `n` of a request.
         max_body_bytes: largest body of a request, in bytes.
         request_timeout_s: longest time that a request may take, in seconds, queues included.
@@ -137,8 +138,13 @@ class Settings(BaseModel):
         model.check_plans()
         adapters = model.adapters
         run = {stage for placement in self.placement.values() for stage in placement.stages}
-        if missing := [stage for stage in SERVED_STAGES if stage not in run]:
-            raise ValueError(f"placement must run each of {', '.join(SERVED_STAGES)}; it lacks {', '.join(missing)}")
+        planned = {ENCODE, DECODE, *(stage.name for plan, _ in model.plans_by_size() for stage in plan.stages)}
+        needed = [stage for stage in SERVED_STAGES if stage in planned]
+        if missing := [stage for stage in needed if stage not in run]:
+            raise ValueError(
+                f"placement must run each of {', '.join(needed)}, which the plans of {self.model} need; "
+                f"it lacks {', '.join(missing)}"
+            )
         if "Ingress" in self.placement:
             raise ValueError("placement.Ingress must have another name: the deployment that speaks HTTP has this one")
         if self.stall_timeout_s >= self.hang_floor_s:  # what is given up would go to the same replica again

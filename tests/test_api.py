@@ -371,3 +371,12 @@ def test_a_request_was_received_when_its_front_says_and_never_later_than_now() -
     for value in ("nan", "inf", "1e18", "t=5", ""):
         assert before <= received(Headers({"x-front-received": value})) <= time.time()
     assert before <= received(Headers()) <= time.time()
+
+
+def test_a_plan_with_a_stage_that_no_deployment_runs_is_refused(offer: Offer) -> None:
+    without = replace(offer, pools={stage: pools for stage, pools in offer.pools.items() if stage != "bridge"})
+    assert resolve(read(plan={"stages": [STAGE]}), without).plan.stages[0].name == "base"
+    bridged = [{**STAGE, "sigma_end": 0.5}, {**STAGE, "name": "bridge", "sigma_start": 0.5, "adapter": "bridge"}]
+    error = refusal({"plan": {"stages": bridged}}, without)
+    assert error["param"] == "plan.stages.1.name"
+    assert "must be one of base, distilled, which this server runs, not 'bridge'" in error["message"]

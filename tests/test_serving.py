@@ -379,7 +379,10 @@ def test_wrong_settings_stop_the_start_and_are_named(tmp_path: Path) -> None:
     last, twice = {"stages": ["distilled"]}, {"stages": ["base", "base", "bridge"]}
     every = "encode, base, bridge, distilled, decode"
     for placement, message in (
-        ({"A": ends, "B": middle}, f"must run each of {every}; it lacks distilled"),
+        (
+            {"A": ends, "B": middle},
+            f"must run each of {every}, which the plans of configs/scenes.yaml need; it lacks distilled",
+        ),
         (
             {"A": ends, "B": twice, "C": last},
             "(?s)placement.B.stages.*base is there twice",

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from bench.serving.servers import ROOT, Running, servers, started
-from deployments.check import StartError, check
+from deployments.check import StartError, check, read_config
 from deployments.fit import starting_resources
 from deployments.http.readiness import Deployments, Readiness
 
@@ -59,6 +59,14 @@ def model(tmp_path: Path) -> Path:
 
 def test_shipped_config_is_accepted(tmp_path: Path) -> None:
     check(written(tmp_path, shipped()))
+
+
+@pytest.mark.parametrize("path", ["cluster/h100/serve.yaml", "cluster/heterogeneous/serve.yaml"])
+def test_other_shipped_configs_are_right_as_far_as_this_machine_can_tell(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert read_config(Path(path)).pools
 
 
 def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from deployments.settings import ServedStage
 from stages.config import ModelConfig
 from stages.families import get_family
 from stages.image import MAX_SEED, ImageFormat
-from stages.plan import Plan, PlanError
+from stages.plan import STAGES, Plan, PlanError
 from stages.vocabulary import prompt_warnings
 
 
@@ -162,6 +162,11 @@ def _plan(body: ImagesRequest, offer: Offer, size: str) -> tuple[Plan, str | Non
     """Return the plan for a size as the model can run it, and the name of the plan that it derives from, if any."""
     if isinstance(body.plan, Plan):
         preset = None
+        for index, stage in enumerate(body.plan.stages):
+            if stage.name not in offer.pools:
+                placed = ", ".join(name for name in STAGES if name in offer.pools)
+                field = f"plan.stages.{index}.name"
+                raise _invalid(field, f"must be one of {placed}, which this server runs, not {stage.name!r}")
         try:
             offer.model.check_plan(body.plan, offer.blocks)
             plan = body.plan.with_adapters(offer.model.adapters)
