@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cluster.pools import Pool
 from deployments.__main__ import ENVIRONMENT
@@ -55,11 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 @contextmanager
 def started(pools: Iterable[Pool]) -> Iterator[str]:
     """Run a head with a core, and for each pool a node with room for as many replicas as it must have; its address."""
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": _STORE_BYTES, "include_dashboard": True}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
+    with running_head(num_cpus=1, object_store_memory=_STORE_BYTES, include_dashboard=True) as cluster:
         for pool in pools:
             replicas = max(1, pool.replicas.min)
             rooms = {name: math.ceil(replicas * amount) for name, amount in pool.needed_resources.items()}
@@ -71,6 +68,16 @@ def started(pools: Iterable[Pool]) -> Iterator[str]:
                 object_store_memory=_STORE_BYTES,
             )
         yield cluster.address
+
+
+@contextmanager
+def running_head(**options: Any) -> Iterator[Any]:
+    """Run a cluster of a head without GPUs, and whatever nodes are added to Ray's `Cluster`, which this yields."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_gpus": 0, **options})
+    try:
+        yield cluster
     finally:
-        for node in list(cluster.list_all_nodes):  # each would drain for half a minute, one after the other
+        for node in cluster.list_all_nodes():  # each would drain for half a minute, one after the other
             node.kill_all_processes(check_alive=False, allow_graceful=False)

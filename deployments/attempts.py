@@ -52,12 +52,15 @@ async def attempt(
 
     Raises:
         Lost: it is to be tried again.
+        grpc.RpcError: the packet is longer than what Serve was told to send.
     """
     send = _stream if call.hop.previews or call.hop.checkpoints else _call
     try:
         async with asyncio.timeout(limit_s) as limit:
             reply, data = await send(replica, call, packet, on_step)
     except (RayActorError, grpc.RpcError) as error:
+        if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+            raise  # the packet is longer than RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH, wherever it goes
         raise Lost(call.hop.deployment, "died") from error
     except DeploymentUnavailableError as error:
         raise Lost(call.hop.deployment, "refused") from error

@@ -47,7 +47,7 @@ class StageRun:
         return self.plan.stages[self.packet.position]
 
     def finish(self) -> LatentPacket:
-        """Return the packet after the last step; raises NotFinite if its latent is not finite."""
+        """Return the packet after the last step, without prompts that no later stage needs; raises NotFinite."""
         later = self.plan.stages[self.packet.position + 1 :]
         needs_negative = any(stage.needs_negative(self.packet.avoids) for stage in later)
         latent, (rows, columns) = self.state.latent, self.packet.grid
@@ -58,6 +58,7 @@ class StageRun:
             self.packet,
             grid=(rows, columns),
             latent=check_finite(latent.to(self._dtype), self.stage.name),
+            prompt_embeds=self.packet.prompt_embeds if later else self.packet.prompt_embeds[:0],
             negative_embeds=self.packet.negative_embeds if needs_negative else None,
             sigma=self.stage.sigma_end,
             position=self.packet.position + 1,

@@ -1,8 +1,8 @@
 """What versions of the project that talk to each other have in common.
 
 What is sent has a version of two numbers. A field that is added has a default, and raises the minor number. A field
-that is removed or means something else raises the major number. The sender leaves out fields that have their default,
-so another minor version is understood as long as nobody uses what it added.
+that is removed, gets another default or means something else raises the major number. The sender leaves out fields that
+have their default, so another minor version is understood as long as nobody uses what it added.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from bench.__main__ import COMMANDS, main
 from bench.methods import read_methods
 from bench.models import SCENES
 from bench.serving import serving
+from bench.serving.handover import WAYS
 from bench.serving.servers import Running, Server
 from bench.serving.traffic import mixed
 from scenes.cases import DEV, TEST
@@ -147,3 +149,29 @@ def test_serving_reports_every_server(monkeypatch: pytest.MonkeyPatch, command: 
     assert len({row["server"] for row in content["rows"]}) == 4
     assert [len({overhead[key] for overhead in content["overheads"]}) for key in ("server", "size")] == [2, 2]
     assert len(content["forecasts"]) == 3
+
+
+def test_handover_reports_every_way_on_one_node(command: Command, tmp_path: Path) -> None:
+    command(
+        "handover",
+        "--clusters",
+        "one node",
+        "--sizes",
+        1024,
+        "--text-tokens",
+        512,
+        "--repeats",
+        2,
+        "--output",
+        tmp_path,
+    )
+    content = json.loads((tmp_path / "handover.json").read_text())
+    assert {(row["way"], row["form"]["dtype"]) for row in content["rows"]} == set(
+        product(WAYS, ("bfloat16", "float32"))
+    )
+    assert content["skipped"] == {}
+    for row in content["rows"]:
+        assert row["bytes"] > (64 * 64 * 64 + 576 * 3584) * (2 if row["form"]["dtype"] == "bfloat16" else 4)
+        assert row["milliseconds"] > 0
+        if row["copies"] is not None:
+            assert row["copies"] == pytest.approx(2, abs=0.01) if row["way"] == "packet" else row["copies"] >= 1

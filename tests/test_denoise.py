@@ -248,6 +248,7 @@ def test_packets_record_what_was_done_to_them(pipeline: Pipeline, packet: Latent
     assert [(span.stage, span.nfe) for span in spans] == done
     assert all(span.start <= span.end for span in spans)
     assert [after.negative_embeds is None for after in history] == [False, False, False, False, False, True]
+    assert [len(after.prompt_embeds) for after in history] == [len(packet.prompt_embeds)] * 5 + [0]
     assert (history[-1].request_id, history[-1].seed, history[-1].grid) == ("test", 7, (4, 4))
 
 

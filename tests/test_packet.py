@@ -159,6 +159,11 @@ UNREADABLE = {
     "header longer than the packet": with_checksum(struct.pack("<I", 2**31) + b"{}"),
     "unknown field": rewritten({"priority": 1}),
     "missing field": rewritten({}, without=("seed",)),
+    "no tensors": rewritten({}, without=("tensors",)),
+    "a tensor of another dtype": rewritten({"tensors": {"latent": ["float64", 6, 8]}}),
+    "a tensor longer than the packet": rewritten({"tensors": {"latent": ["float32", 2**20, 8]}}),
+    "a tensor of a negative size": rewritten({"tensors": {"latent": ["float32", -1, 8]}}),
+    "bytes after the tensors": rewritten({"tensors": {"latent": ["float32", 6, 8]}}),
     "span with another field": rewritten({"spans": [{"stage": "base", "start": 0, "finish": 1}]}),
 }
 

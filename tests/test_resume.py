@@ -18,6 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.http.errors import APIError
 from deployments.messages import (
+    VERSION,
     Call,
     ImageReply,
     ImageRequest,
@@ -33,6 +34,7 @@ from deployments.router import DecodedImage, Partial, Router
 from deployments.settings import Placement, ServedStage, Settings
 from stages.plan import Plan
 from stages.spans import Span
+from stages.wire import Version
 
 T = TypeVar("T")
 
@@ -231,6 +233,10 @@ class Cluster:
         return done.data
 
 
+def rpc_error(status: grpc.StatusCode) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(status, grpc.aio.Metadata(), grpc.aio.Metadata())
+
+
 def failing(*failures: tuple[int, BaseException]) -> Before:
     """Fail before these steps, each once and in this order."""
     left = list(failures)
@@ -269,7 +275,7 @@ def test_an_undisturbed_image_takes_a_call_a_hop_and_those_without_checkpoints_a
     [
         DIED,
         ActorDiedError(),
-        grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata()),
+        rpc_error(grpc.StatusCode.INTERNAL),
     ],
     ids=lambda failure: type(failure).__name__,
 )
@@ -561,6 +567,7 @@ def test_a_deployment_is_avoided_until_a_health_check_passes() -> None:
         (RuntimeError("a bug"), 500, "internal_error"),
         (BackPressureError(num_queued_requests=1, max_queued_requests=1), 503, "overloaded"),
         (TimeoutError("the replica's own"), 504, "deadline_exceeded"),
+        (rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED), 500, "internal_error"),  # a packet that is too long anywhere
     ],
 )
 def test_other_failures_are_final(failure: Exception, status: int, code: str) -> None:
@@ -581,6 +588,22 @@ def test_a_refusal_is_final(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster["Base"], "work", refuses)
     with pytest.raises(APIError, match="not finite"):
         run(cluster.image())
+
+
+def test_a_reply_of_another_major_version_is_refused_by_the_deployments_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster()
+
+    async def answers(call: Call, packet: bytes) -> AsyncGenerator[Wire]:
+        yield PacketReply(version=Version(VERSION.major + 1, 0)).to_json(), b""
+
+    monkeypatch.setattr(cluster["Base"], "work", answers)
+    sentence = (
+        f"Base and the router are of versions that do not go together: "
+        f"a message of version {VERSION.major + 1}.0, where version {VERSION} is read"
+    )
+    with pytest.raises(APIError, match=f"^{sentence}$") as caught:
+        run(cluster.image())
+    assert (caught.value.status, caught.value.code) == (500, "other_version")
 
 
 def test_a_client_that_goes_away_cancels_what_was_resumed() -> None:
