@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "bench.quality",
     "grid": "bench.quality",
     "serving": "bench.serving",
+    "pools": "bench.serving",
     "trace": "bench.serving",
     "latency": "bench.model",
     "prune": "bench.model",
