@@ -15,6 +15,7 @@ COMMANDS = {
     "grid": "bench.quality",
     "serving": "bench.serving",
     "handover": "bench.serving",
+    "pools": "bench.serving",
     "trace": "bench.serving",
     "latency": "bench.model",
     "prune": "bench.model",

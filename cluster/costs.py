@@ -88,7 +88,7 @@ class MeasuredCost:
         return self.expected * self.seconds
 
     def expect(self, units: float) -> float:
-        """Seconds until `units` more would be done; fewer where nothing is and was, see the class."""
+        """Seconds until `units` more would be done; fewer where nothing has been done for some time."""
         trust = 1.0 if self.images else self._trust(time.monotonic())
         return (self.expected + units) * self.seconds * trust
 
@@ -113,5 +113,5 @@ class MeasuredCost:
             self.measured = now
 
     def _trust(self, now: float) -> float:
-        """Weight of what was measured, of 1."""
+        """Share that the last measurement still counts for."""
         return 0.5 ** (max(0.0, now - self.measured) / _TRUST_HALVES_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.serve.handle import DeploymentHandle
 
 _NAMESPACE = b"images"
 # The names of Serve's actors begin with these.
@@ -24,6 +25,14 @@ def put(key: str, value: bytes) -> None:
 def delete(key: str) -> None:
     """Delete a value from the store that all of the cluster's processes share."""
     _internal_kv_del(key, namespace=_NAMESPACE)
+
+
+def lacks_replicas(handle: DeploymentHandle) -> bool:
+    """Whether all replicas of a deployment are gone, as far as its handle was told; False before it knew of any."""
+    if not handle.running_replicas_populated():
+        return False
+    router = handle._router._asyncio_router.request_router
+    return router is not None and not router.curr_replicas
 
 
 def list_replicas() -> frozenset[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Histogram
 
-from deployments import console
+from deployments import console, ray_internals
 from deployments.attempts import Lost, attempt
 from deployments.hops import next_hop
 from deployments.http.errors import REPLICA_LOST, RETRY, APIError
@@ -227,6 +227,10 @@ class Router:
                     alone.close()
 
             with self._pools.at_work(hop.deployment, _megapixels(route) * (hop.work or 1)) as limit_s:
+                # Serve would hold the call until there is a replica, while another deployment may run the stage. Where
+                # there is no limit, no other one does, or this one is new.
+                if limit_s is not None and ray_internals.lacks_replicas(self._replicas[hop.deployment]):
+                    raise Lost(hop.deployment, "refused")
                 reply, data = await attempt(
                     self._replicas[hop.deployment], Call(route=route, hop=hop), held.packet, limit_s, on_step
                 )

@@ -13,16 +13,19 @@ from typing import Protocol
 
 import psutil
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from bench.__main__ import COMMANDS, main
 from bench.methods import read_methods
 from bench.models import SCENES
-from bench.serving import serving
+from bench.serving import pools, serving
 from bench.serving.handover import WAYS
+from bench.serving.load import Sent
 from bench.serving.servers import Running, Server
 from bench.serving.traffic import mixed
+from deployments.check import read_config
 from scenes.cases import DEV, TEST
 from scenes.embedding import WEIGHTS
 from stages.config import ModelConfig
@@ -133,16 +136,47 @@ def test_trace_has_a_slice_for_each_stage_of_each_image(command: Command, tmp_pa
     assert sorted(event["name"] for event in events if event["ph"] == "X") == ["image 0"] * 5 + ["image 1"] * 5
 
 
+@contextmanager
+def _started(server: Server, model: Path) -> Iterator[Running]:
+    """What answers without a model in place of a server."""
+    with _answering() as url:
+        yield Running(url, psutil.Process(), Path())
+
+
+def test_pools_are_loaded_apart_and_together(monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path) -> None:
+    monkeypatch.setattr(pools, "started", _started)
+    command("pools", "--seconds", 1e-4, "--output", tmp_path)
+    content = json.loads((tmp_path / "pools.json").read_text())
+    closed = [(row["pools"], row["load"]) for row in content["rows"][:5]]
+    loads = [(["fast"], 1), (["slow"], 1), (["fast"], 8), (["slow"], 8), (["fast", "slow"], 8)]
+    assert closed == [(chosen, f"concurrency {clients}") for chosen, clients in loads]
+    assert [row["pools"] for row in content["rows"][5:]] == [["fast"], ["fast", "slow"]]
+    assert content["comparisons"].keys() == {"throughput", "p95"}
+    assert len(content["forecasts"]) == 3
+
+
+def test_the_server_of_two_pools_is_one_that_starts(tmp_path: Path) -> None:
+    """Of its application the check knows all but the import path."""
+    config = pools.two_pools(SCENES, 0.25, tmp_path).config
+    assert config
+    config["applications"][0]["import_path"] = "deployments.app:build"
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    settings = read_config(tmp_path / "serve.yaml").settings
+    assert settings.pools_by_stage["base"] == ("fast", "slow")
+
+
+def test_a_loop_is_full_from_its_first_answer_to_its_last_request() -> None:
+    sent = [Sent(due, due + 2.0, {}, None) for due in (0.0, 0.5, 2.0, 2.5, 4.0)]
+    assert pools.steady(sent) == 2 / 2.0
+    with pytest.raises(ValueError, match="too short"):
+        pools.steady(sent[:1])
+
+
 @pytest.mark.slow
 def test_serving_reports_every_server(monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path) -> None:
     """Beside bare images by the real model; what is started in place of the servers answers without one."""
 
-    @contextmanager
-    def started(server: Server, model: Path) -> Iterator[Running]:
-        with _answering() as url:
-            yield Running(url, psutil.Process(), tmp_path / "server.log")
-
-    monkeypatch.setattr(serving, "started", started)
+    monkeypatch.setattr(serving, "started", _started)
     monkeypatch.setattr(serving, "mixed", lambda cases: mixed(cases)[:8])
     command("serving", "--concurrencies", 2, "--seconds", 0.05, "--output", tmp_path)
     content = json.loads((tmp_path / "serving.json").read_text())

@@ -14,9 +14,11 @@ from peft import LoraConfig
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.experimental import internal_kv
 from ray.scripts.scripts import cli
-from ray.serve._private import autoscaling_state, common, constants
+from ray.serve._private import autoscaling_state, common, constants, router
 from ray.serve._private.replica import UserCallableWrapper
+from ray.serve._private.request_router import RequestRouter
 from ray.serve.config import AutoscalingPolicy
+from ray.serve.handle import DeploymentHandle
 from torch.fx.experimental import _config as shapes_config
 
 from deployments import ray_internals
@@ -89,6 +91,15 @@ def test_rays_store_and_names_of_actors() -> None:
     assert replica.to_full_id_str().startswith(f"{ray_internals._REPLICA}images#Base#")
     assert constants.SERVE_PROXY_NAME.startswith(ray_internals._PROXY.rstrip("-"))
     assert hasattr(constants, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")
+
+
+def test_replicas_that_a_handle_knows() -> None:
+    """`deployments.ray_internals.lacks_replicas`."""
+    assert callable(DeploymentHandle.running_replicas_populated)
+    for wrapper in (router.CurrentLoopRouter, router.SingletonThreadRouter):
+        assert "self._asyncio_router = AsyncioRouter(" in inspect.getsource(wrapper)
+    assert isinstance(router.AsyncioRouter.request_router, property)
+    assert isinstance(RequestRouter.curr_replicas, property)
 
 
 def test_serves_policies_and_stats_of_replicas() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import time
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import yaml
 from plans import PLANS
 from served import log_lines, pixels
 
@@ -323,29 +325,37 @@ def test_a_hung_attempt_counts_as_slow_and_one_that_died_not(clock: list[float])
 
 
 @pytest.mark.slow
-def test_two_deployments_of_a_stage_share_its_images(pipeline: Pipeline) -> None:
+def test_two_deployments_of_a_stage_share_its_images_but_for_those_that_choose_a_pool(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
     model = Path(__file__).parent.parent / "configs" / "scenes.yaml"
     server = servers(model)[0]
     config = copy.deepcopy(server.config)
     assert config
     (application,) = config["applications"]
-    application["args"]["placement"]["Second"] = application["args"]["placement"]["Base"]
+    pool = {"backend": "cpu", "resources": {"CPU": 0.1}, "replicas": 6}
+    (tmp_path / "pools.yaml").write_text(yaml.safe_dump({"cpu": pool, "other": pool}))
+    application["args"]["pools"] = str(tmp_path / "pools.yaml")
+    application["args"]["placement"]["Second"] = {**application["args"]["placement"]["Base"], "pool": "other"}
     (base,) = [deployment for deployment in application["deployments"] if deployment["name"] == "Base"]
     application["deployments"].append({**base, "name": "Second"})
-    for deployment in application["deployments"]:
-        deployment["ray_actor_options"] = {"num_cpus": 0.1}
 
-    async def send(url: str) -> list[httpx.Response]:
+    async def send(url: str, **fields: object) -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-            bodies = [{"prompt": "a striped heart", "seed": seed} for seed in range(12)]
+            bodies = [{"prompt": "a striped heart", "seed": seed, **fields} for seed in range(12)]
             return await asyncio.gather(*(client.post("/v1/images/generations", json=body) for body in bodies))
 
     with started(replace(server, config=config), model) as running:
         answers = asyncio.run(send(running.url))
-        done = {name: len(log_lines(running, name, "evaluations")) for name in ("Base", "Second")}
+        done = Counter({name: len(log_lines(running, name, "evaluations")) for name in ("Base", "Second")})
+        answers += asyncio.run(send(running.url, pools={"base": {"ignore": ["cpu"]}}))
+        pinned = Counter({name: len(log_lines(running, name, "evaluations")) for name in done}) - done
+        (refused,) = {answer.text for answer in asyncio.run(send(running.url, pools={"base": {"only": ["tpu"]}}))}
     assert min(done.values()) >= 3, done
-    assert sum(done.values()) == 12
-    for seed, answer in enumerate(answers):
+    assert done.total() == 12
+    assert pinned == {"Second": 12}
+    assert json.loads(refused)["error"]["param"] == "pools.base.only"
+    for seed, answer in zip([*range(12), *range(12)], answers, strict=True):
         (local,) = pipeline.run("hybrid", "a striped heart", seeds=(seed,), size="128x128")
         served = pixels(answer.raise_for_status().json()["data"][0])
         assert np.abs(served - np.asarray(local.image).astype(int)).max() <= 3

@@ -16,6 +16,7 @@ from plans import PLANS
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from deployments import ray_internals
 from deployments.http.errors import APIError
 from deployments.messages import (
     VERSION,
@@ -64,6 +65,7 @@ class Deployment:
         name: name of the deployment.
         before: called before each step; what it raises ends the attempt, as it is.
         healthy: whether health checks pass.
+        gone: whether all replicas are.
         attempts: image, first step and last step of each attempt.
         unary: how many of the calls were unary.
         cancelled: how many attempts were cancelled.
@@ -72,6 +74,7 @@ class Deployment:
     name: str
     before: Before = _nothing
     healthy: bool = True
+    gone: bool = False
     attempts: list[tuple[str, int, int]] = field(default_factory=list)
     unary: int = 0
     cancelled: int = 0
@@ -188,6 +191,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """Run in an event loop that takes no time, and by whose clock deployments are measured."""
     with asyncio.Runner(loop_factory=_Loop) as runner, pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", runner.get_loop().time)
+        patch.setattr(ray_internals, "lacks_replicas", lambda handle: handle.gone)
         return runner.run(main)
 
 
@@ -455,6 +459,35 @@ def test_with_no_replica_yet_only_the_deadline_counts() -> None:
         run(cluster.image(timeout_s=300.0))
     assert (caught.value.status, caught.value.code) == (504, "deadline_exceeded")
     assert len(cluster["Base"].attempts) == 2
+
+
+def test_where_all_replicas_are_gone_another_deployment_takes_over() -> None:
+    cluster = Cluster({**SPREAD, "Second": ("base",)})
+
+    async def play() -> list[bytes]:
+        done = [await cluster.image(f"measured {number}") for number in range(2)]  # one in each
+        cluster["Base"].gone, cluster["Base"].healthy = True, False
+        done += await asyncio.gather(*(cluster.image(f"image {number}") for number in range(4)))
+        assert (len(cluster["Base"].attempts), len(cluster["Second"].attempts)) == (1, 5)
+        cluster["Base"].gone, cluster["Base"].healthy = False, True
+        while cluster.pools.avoids("Base"):
+            await asyncio.sleep(0.1)
+        return done + await asyncio.gather(*(cluster.image(f"both {number}") for number in range(4)))
+
+    assert run(play()) == [b"image after 32"] * 10
+    assert len(cluster["Base"].attempts) > 1
+
+
+def test_where_all_replicas_of_the_only_deployment_are_gone_serve_holds_the_image() -> None:
+    cluster = Cluster()
+
+    async def play() -> bytes:
+        await cluster.image("measured")
+        cluster["Base"].gone = True
+        return await cluster.image()
+
+    assert run(play()) == b"image after 32"  # as the stand-in begins at once
+    assert cluster["Base"].attempts[1:] == [("image", 0, 30)]
 
 
 def test_an_attempt_that_hangs_is_cancelled_and_made_elsewhere() -> None:
