@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from threading import Semaphore
 from typing import Any
 
 import httpx
@@ -24,6 +23,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from served import log_lines
 
 from bench.serving.servers import ROOT, Running, servers, started
 from deployments.check import StartError, check, read_config
@@ -272,23 +272,19 @@ def get(running: Running, path: str) -> httpx.Response:
     return httpx.get(f"{running.url}{path}", timeout=30)
 
 
-def at_work(running: Running, requests: int) -> list[Future[httpx.Response]]:
-    """Send slow requests, and return once all have been sent."""
-    sent = Semaphore(0)
+def at_work(running: Running, requests: int, *, begun: int) -> list[Future[httpx.Response]]:
+    """Send slow requests, and return once Ingress has begun some of them."""
 
-    def trace(event: str, info: dict[str, Any]) -> None:
-        if event == "http11.send_request_body.complete":
-            sent.release()
+    def count() -> int:
+        return len(log_lines(running, "Ingress", " by plan base,"))
 
-    def send() -> httpx.Response:
-        with httpx.Client(base_url=running.url, timeout=120) as client:
-            return client.post("/v1/images/generations", json=SLOW, extensions={"trace": trace})
-
+    before, deadline = count(), time.monotonic() + 60
     pool = ThreadPoolExecutor(requests)
-    answers = [pool.submit(send) for _ in range(requests)]
+    answers = [pool.submit(post, running, SLOW) for _ in range(requests)]
     pool.shutdown(wait=False)
-    for _ in answers:
-        assert sent.acquire(timeout=30)
+    while count() < before + begun:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     return answers
 
 
@@ -317,7 +313,7 @@ def test_an_image_is_a_line(narrow: Running) -> None:
 
 
 def test_probes_pass_a_full_queue_whose_refusals_have_the_apis_shape(narrow: Running) -> None:
-    answers = at_work(narrow, 12)
+    answers = at_work(narrow, 12, begun=4)
     seconds = []
     with httpx.Client(base_url=narrow.url, timeout=30) as client:
         for path in ("/healthz", "/readyz") * 10:
@@ -354,7 +350,7 @@ def kill_replica(running: Running, deployment: str) -> float:
 
 
 def test_death_of_a_replica_is_told_at_once_and_answered_in_the_apis_shape(narrow: Running) -> None:
-    answers = at_work(narrow, 2)
+    answers = at_work(narrow, 2, begun=2)
     seconds = {"Ingress": kill_replica(narrow, "Ingress"), "Device": kill_replica(narrow, "Device")}
     print(f"/readyz told of a death after {seconds} s")
     assert_error(get(narrow, "/readyz"), 503, "not_ready")
@@ -372,7 +368,7 @@ def test_death_of_a_replica_is_told_at_once_and_answered_in_the_apis_shape(narro
 
 def end(running: Running, name: signal.Signals, *, group: bool) -> None:
     """Send a signal while four images are made: they are answered, others refused, and no process is left."""
-    answers = at_work(running, 4)
+    answers = at_work(running, 4, begun=4)
     processes = running.processes()
     if group:
         os.killpg(running.process.pid, name)
