@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def model(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     content["source"] = config.source
     adapters = {name: {"source": adapter.source} for name, adapter in config.adapters.items()}
     content["adapters"] = adapters | {"overflow": {"source": str(directory)}}
-    content["plans"] = str(MODEL.parent / content["plans"])
+    shutil.copytree(MODEL.parent / "plans", directory / "plans")
     path = directory / "model.yaml"
     path.write_text(yaml.safe_dump(content))
     return path

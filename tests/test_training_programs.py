@@ -56,7 +56,8 @@ def test_script_makes_a_checkpoint_from_nothing(tmp_path: Path, backend: Backend
         assert list((run / trained / "samples").glob("*.png")), trained
 
     served = yaml.safe_load((ROOT / "configs" / "scenes.yaml").read_text())
-    served |= {"source": str(run / "checkpoint"), "plans": str(ROOT / "configs" / "plans" / "scenes.yaml")}
+    served |= {"source": str(run / "checkpoint"), "sizes": ["64x64"], "plans_at": {}}
+    served["plans"] = str(ROOT / "configs" / "plans" / "scenes.yaml")
     served["adapters"] = {name: {"source": str(run / "checkpoint" / "loras" / name)} for name in served["adapters"]}
     (tmp_path / "served.yaml").write_text(yaml.safe_dump(served))
     pipeline = Pipeline(ModelConfig.read(tmp_path / "served.yaml"), backend)
