@@ -14,8 +14,10 @@ serve: $(VENV)/installed
 test: $(VENV)/installed $(CLIENTS)/installed lint
 	$(VENV)/bin/pytest
 
+# All of them, or what CI has the time for with SLOW='slow and not long'.
+SLOW ?= slow
 test-slow: $(VENV)/installed
-	$(VENV)/bin/pytest -m slow
+	$(VENV)/bin/pytest -m '$(SLOW)'
 
 # What runs in the environments of other pools, on this machine's processor; in minutes with POOLS='not slow'.
 POOLS ?= slow or not slow

@@ -57,7 +57,7 @@ def main() -> None:
     for module in modules:
         importlib.import_module(module)
     model = ModelConfig.read(ROOT / "configs" / "scenes.yaml")
-    small = {"dtype": "float32", "sizes": model.sizes[:1], "max_prompt_tokens": 20}
+    small = {"dtype": "float32", "sizes": model.sizes[:1], "plans_at": {}, "max_prompt_tokens": 20}
     model = model.model_copy(update=small)
     placement = Placement(
         stages=("encode", "base", "bridge", "distilled"),

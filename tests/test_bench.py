@@ -250,6 +250,7 @@ def test_renders_are_nearer_to_renders_than_images_are(rows: dict[str, Measured]
         assert frechet(rows["renders"]) < frechet(rows[name])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_renders_are_nearer_to_renders_than_images_of_base_are(bench: QualityBench, rows: dict[str, Measured]) -> None:
     row = bench.measure("main", "base", PLANS["base"], everything=True)

@@ -172,6 +172,7 @@ def test_a_loop_is_full_from_its_first_answer_to_its_last_request() -> None:
         pools.steady(sent[:1])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_serving_reports_every_server(monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path) -> None:
     """Beside bare images by the real model; what is started in place of the servers answers without one."""

@@ -324,6 +324,7 @@ def test_a_hung_attempt_counts_as_slow_and_one_that_died_not(clock: list[float])
     assert routing._costs["Fast"].in_flight == 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_deployments_of_a_stage_share_its_images_but_for_those_that_choose_a_pool(
     pipeline: Pipeline, tmp_path: Path

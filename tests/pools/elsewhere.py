@@ -60,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(1)
     directory = Path(sys.argv[2])
     model = ModelConfig.read(Path(sys.argv[1]))
-    model = model.model_copy(update={"sizes": model.sizes[:1], "dtype": "float32"})
+    model = model.model_copy(update={"sizes": model.sizes[:1], "plans_at": {}, "dtype": "float32"})
     with gaudi_on_cpu():
         for backend in ("cpu", "gaudi"):
             placement = Placement(stages=("base", "bridge", "distilled"), backend=backend, max_batch_tokens=256)
