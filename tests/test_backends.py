@@ -288,6 +288,7 @@ def test_the_host_does_not_read_the_device_within_a_step(
     assert reads() > before
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_second_start_finds_what_the_first_compiled(
     device: Backend, request: pytest.FixtureRequest, tmp_path: Path
