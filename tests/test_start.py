@@ -217,6 +217,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
         check(written(tmp_path, config))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_constructor_that_raises_ends_the_start_with_its_reason(tmp_path: Path) -> None:
     """Of what no check sees: that there is no compiler."""
