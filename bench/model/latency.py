@@ -19,10 +19,10 @@ from typing import get_args
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from backends import Backend, Quantization, backend_names, get_backend
+from backends import Backend, Quantization, get_backend
 from bench.machine import machine_name
 from bench.methods import read_methods
-from bench.models import QWEN_IMAGE
+from bench.models import QWEN_IMAGE, add_backend_argument
 from bench.results import add_output_argument, output_directory, write_json
 from stages.config import ModelConfig
 from stages.decode import to_images
@@ -153,7 +153,7 @@ def measure(model: RandomModel, plans: Iterable[Plan], size: str, length: int, r
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to `parser`."""
     parser.add_argument("--model", default="qwen-image", help="qwen-image, or the config of a local model")
-    parser.add_argument("--backend", choices=backend_names(), default="cpu")
+    add_backend_argument(parser)
     parser.add_argument("--size", default="1024x1024")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of either prompt")
     parser.add_argument("--repeats", type=int, default=3)

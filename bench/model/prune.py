@@ -14,10 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from backends import backend_names, get_backend
-from bench.models import SCENES
-from scenes.cases import DEV, Cases
-from stages.config import ModelConfig
+from bench.model.calibration import Calibration, add_calibration_arguments
 from stages.packet import LatentPacket
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
@@ -94,28 +91,22 @@ def _rounded(measured: dict[int, float]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to `parser`."""
     parser.add_argument("output", type=Path, help="file of methods for `python -m bench quality --methods`")
-    parser.add_argument("--config", type=Path, default=SCENES)
-    parser.add_argument("--cases", type=Path, default=DEV)
+    add_calibration_arguments(parser, prompts=32)
     parser.add_argument("--plan", default="hybrid", help="name of one of the config's plans")
     parser.add_argument("--stage", type=int, default=0, help="index of the plan's stage, from 0")
     parser.add_argument("--drop", type=int, default=2, help="number of blocks to drop")
-    parser.add_argument("--prompts", type=int, default=32, help="number of calibration prompts")
-    parser.add_argument("--backend", choices=backend_names(), default="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the plan and its pruned versions as a file of methods; raises SystemExit for arguments out of range."""
-    config = ModelConfig.read(arguments.config)
-    plan = config.plan(arguments.plan)
-    pipeline = Pipeline(config, get_backend(arguments.backend))
-    position = arguments.stage
+    on = Calibration.load(arguments)
+    pipeline, plan, position = on.pipeline, on.plan, arguments.stage
     if not 0 <= position < len(plan.stages):
         raise SystemExit(f"--stage must be 0 to {len(plan.stages) - 1} for plan {plan.name}, not {position}")
     if not 1 <= arguments.drop < pipeline.denoiser.blocks:
         raise SystemExit(f"--drop must be 1 to {pipeline.denoiser.blocks - 1}, not {arguments.drop}")
-    prompted = Cases.read(arguments.cases).plain[: arguments.prompts]
     plans = {plan.name: plan}
-    for pruned in prune(pipeline, plan, position, prompted, arguments.drop):
+    for pruned in prune(pipeline, plan, position, on.prompted, arguments.drop):
         skipped = ", ".join(map(str, sorted(pruned.stages[position].skip_blocks)))
         plans[f"{plan.name}, stage {position} without {skipped}"] = pruned
     stages = {name: made.model_dump(mode="json", exclude_defaults=True)["stages"] for name, made in plans.items()}

@@ -10,15 +10,11 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from backends import backend_names, get_backend
-from bench.models import SCENES
-from scenes.cases import DEV, Cases
+from bench.model.calibration import Calibration, add_calibration_arguments
 from stages.caches import Evaluation, StepCache
-from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
 
@@ -54,17 +50,12 @@ def measure(pipeline: Pipeline, plan: Plan, prompted: Sequence[Prompted]) -> lis
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to `parser`."""
-    parser.add_argument("--config", type=Path, default=SCENES)
-    parser.add_argument("--cases", type=Path, default=DEV)
+    add_calibration_arguments(parser, prompts=16)
     parser.add_argument("--plan", default="base", help="name of one of the config's plans; its first stage is measured")
-    parser.add_argument("--prompts", type=int, default=16, help="number of calibration prompts")
-    parser.add_argument("--backend", choices=backend_names(), default="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print the ratios of a plan's first stage."""
-    config = ModelConfig.read(arguments.config)
-    plan = config.plan(arguments.plan)
-    pipeline = Pipeline(config, get_backend(arguments.backend))
-    ratios = measure(pipeline, plan, Cases.read(arguments.cases).plain[: arguments.prompts])
+    on = Calibration.load(arguments)
+    ratios = measure(on.pipeline, on.plan, on.prompted)
     print(f"cache: {{kind: magcache, threshold: 0.1, ratios: [{', '.join(f'{ratio:.4f}' for ratio in ratios)}]}}")

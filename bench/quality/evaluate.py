@@ -17,8 +17,8 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
-from backends import backend_names, get_backend
-from bench.models import SCENES
+from backends import get_backend
+from bench.models import SCENES, add_backend_argument
 from bench.quality.metrics import share
 from scenes.captions import describe_value, with_article
 from scenes.oracle import Reading, largest, matches, read
@@ -137,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plans", nargs="+", default=list(BARS), metavar="PLAN")
     parser.add_argument("--captions", type=int, default=200, help="number of prompts for accuracy")
     parser.add_argument("--batch", type=int, default=25, help="largest number of images in a batch")
-    parser.add_argument("--backend", choices=backend_names(), default="cpu")
+    add_backend_argument(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the reports to this file")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from backends import backend_names, get_backend
+from backends import get_backend
+from bench.models import add_backend_argument
 from stages.config import ModelConfig
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
@@ -87,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, help="image file")
     parser.add_argument("--plans", nargs="+", default=["base", "distilled", "hybrid"])
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--backend", choices=backend_names(), default="cpu")
+    add_backend_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

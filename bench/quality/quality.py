@@ -17,10 +17,10 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from backends import backend_names, get_backend
+from backends import get_backend
 from bench.machine import machine_name
 from bench.methods import METHODS, read_methods
-from bench.models import SCENES
+from bench.models import SCENES, add_backend_argument
 from bench.quality import metrics
 from bench.quality.cost import take_turns
 from bench.quality.grid import draw_figures
@@ -220,7 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", type=Path, default=METHODS)
     parser.add_argument("--groups", nargs="+", help="groups of methods to measure, by default all")
     parser.add_argument("--share", type=int, default=1, help="measure only every SHARE-th case")
-    parser.add_argument("--backend", choices=backend_names(), default="cpu")
+    add_backend_argument(parser)
     parser.add_argument(
         "--colocated",
         action="store_true",

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-STAGES = ("encode", "base", "bridge", "distilled", "decode")
+from deployments.settings import SERVED_STAGES
 
 
 def chrome_trace(images: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def chrome_trace(images: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """
     events: list[dict[str, Any]] = [
         {"ph": "M", "pid": 0, "tid": row, "name": "thread_name", "args": {"name": stage}}
-        for row, stage in enumerate(STAGES)
+        for row, stage in enumerate(SERVED_STAGES)
     ]
     for number, image in enumerate(images):
         for timing in image["timings"]:
@@ -33,7 +33,7 @@ def chrome_trace(images: Iterable[dict[str, Any]]) -> dict[str, Any]:
                 {
                     "ph": "X",
                     "pid": 0,
-                    "tid": STAGES.index(timing["stage"]),
+                    "tid": SERVED_STAGES.index(timing["stage"]),
                     "name": f"image {number}",
                     "ts": 1e6 * timing["start"],
                     "dur": 1e6 * (timing["end"] - timing["start"]),
@@ -49,7 +49,7 @@ def most_busy(images: Iterable[dict[str, Any]]) -> int:
     for image in images:
         for timing in image["timings"]:
             edges += [(timing["start"], 1, timing["stage"]), (timing["end"], -1, timing["stage"])]
-    working = dict.fromkeys(STAGES, 0)
+    working = dict.fromkeys(SERVED_STAGES, 0)
     most = 0
     for _, change, stage in sorted(edges):
         working[stage] += change
