@@ -74,11 +74,6 @@ class Backend(ABC):
     def missing(self) -> str | None:
         """What this machine lacks to run on such a device, for people; None if it lacks nothing."""
 
-    @property
-    def available(self) -> bool:
-        """Whether this machine has such a device."""
-        return self.missing is None
-
     @abstractmethod
     def synchronise(self) -> None:
         """Wait until all work queued on the device is done, so that a clock read afterwards is right."""

@@ -69,8 +69,9 @@ def check(path: Path) -> Config:
     from stages.check import check_files
 
     with _refusing(f"{config.settings.model}: "):
-        check_files(config.settings.read_model())
-        _check_memory(config)
+        model = config.settings.read_model()
+        check_files(model)
+        _check_memory(config, model)
     return config
 
 
@@ -177,9 +178,8 @@ def _check_directories(config: Config) -> None:
                 ) from error
 
 
-def _check_memory(config: Config) -> None:
-    """Check that weights fit into the memory of the devices that hold them."""
-    model = config.settings.read_model()
+def _check_memory(config: Config, model: ModelConfig) -> None:
+    """Check that the model's weights fit into the memory of the devices that hold them."""
     for name, placement in config.settings.placement.items():
         memory = config.pools[placement.pool].memory_gib
         if memory is not None and (held := weights_gib(model, placement)) > memory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -216,16 +216,19 @@ class ModelConfig(BaseModel):
         Raises:
             ConfigError: names the plan and its field.
         """
-        for where, plans in {
-            "plans": self.plans,
-            **{f"plans_at.{at}": plans for at, plans in self.plans_at.items()},
-        }.items():
-            for plan in plans.values():
-                skips = any(stage.skip_blocks for stage in plan.stages)
-                try:
-                    self.check_plan(plan, self.count_blocks() if skips else None)
-                except PlanError as error:
-                    raise ConfigError(f"{where}.{plan.name}.{error}") from error
+        for where, plan in self._plans_by_key():
+            skips = any(stage.skip_blocks for stage in plan.stages)
+            try:
+                self.check_plan(plan, self.count_blocks() if skips else None)
+            except PlanError as error:
+                raise ConfigError(f"{where}.{error}") from error
+
+    def _plans_by_key(self) -> Iterator[tuple[str, Plan]]:
+        for name, plan in self.plans.items():
+            yield f"plans.{name}", plan
+        for size, plans in self.plans_at.items():
+            for name, plan in plans.items():
+                yield f"plans_at.{size}.{name}", plan
 
     def check_plan(self, plan: Plan, blocks: int | None) -> None:
         """Check a plan, see `Plan.check_transformer`; raises PlanError."""

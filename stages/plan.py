@@ -293,9 +293,9 @@ class Plan(_Strict):
         Raises:
             ValueError: no stage is guided, so a scale would be ignored; or the scale is out of range.
         """
-        if not self.guided and scale == 1.0:
-            return self
         if not self.guided:
+            if scale == 1.0:
+                return self
             raise ValueError(f"guidance_scale has no effect on plan {self.name!r}, none of whose stages is guided")
         stages = [
             StageSpec(**{**stage.model_dump(), "guidance_scale": scale}) if stage.guided else stage

@@ -153,17 +153,12 @@ class Denoiser:
         plans = self._config.plans_by_size()
         joined = any(stage.reads_negative for plan, _ in plans for stage in plan.stages)
         text = (limit + family.template_tokens) * (2 if joined else 1)
-        scales = {(size, stage.scale) for plan, at in plans for size in at for stage in plan.stages}
-        grids = sorted(
-            {
-                self._config.grid(size, scale)
-                for size, scale in {*scales, *((size, 1.0) for size in sizes)}
-                if size in sizes
-            }
-        )
+        grids = {self._config.grid(size) for size in sizes}
+        for plan, at in plans:
+            grids |= {self._config.grid(size, stage.scale) for size in at if size in sizes for stage in plan.stages}
         forms = [
             (grid, form)
-            for grid in grids
+            for grid in sorted(grids)
             for form in self._network.forms(max(2, max_batch_tokens // (grid[0] * grid[1])), text)
         ]
         start = time.monotonic()
