@@ -99,7 +99,8 @@ class GuidedAttention:
         outputs = dispatch_attention_fn(
             joint.query, joint.key, joint.value, attn_mask=joint_mask, backend=self._attention_backend
         ).flatten(2)
-        return outputs[:, :length], outputs[:, length:]
+        # Contiguous, because a linear layer of anything else adds its bias in a pass of its own.
+        return outputs[:, :length].contiguous(), outputs[:, length:].contiguous()
 
 
 def replace_attention(transformer: QwenImageTransformer2DModel) -> None:
