@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,6 +49,22 @@ class StepCost(BaseModel):
         return self.fixed + self.per_image * batch
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """Units of one image that have begun.
+
+    Attributes:
+        units: how many.
+        begun: when, by the monotonic clock.
+        unit_seconds, image_seconds: of all that was in flight at the deployment until then.
+    """
+
+    units: float
+    begun: float
+    unit_seconds: float
+    image_seconds: float
+
+
 @dataclass
 class MeasuredCost:
     """Seconds of a unit of work on a deployment while nothing else is there, as a running mean.
@@ -57,6 +73,9 @@ class MeasuredCost:
 
     A deployment that was slow gets no images, and so would count as slow for good. Hence a measurement counts for less
     with time: of two deployments, an idle one that was ten times as slow is tried again after seven minutes.
+
+    The more images are there, the larger are the batches, in which a unit costs less. So there is also a running mean
+    for each doubling of their number.
 
     Attributes:
         in_flight: units that are there now.
@@ -71,6 +90,11 @@ class MeasuredCost:
     images: int = 0
     seconds: float = 0.0
     measured: float = -math.inf
+    _images_in_flight: int = 0
+    _unit_seconds: float = 0.0  # integrals of what is in flight, until the last change
+    _image_seconds: float = 0.0
+    _changed: float = 0.0
+    _by_load: dict[int, float] = field(default_factory=dict)  # seconds of a unit, by the doublings of images in flight
 
     def promise(self, units: float) -> None:
         """Count an image's units as to come."""
@@ -82,6 +106,12 @@ class MeasuredCost:
         self.expected -= units
         self.images -= 1
 
+    def seconds_among(self, images: int) -> float:
+        """Seconds of a unit while so many images are there, at least one; those of the load measured next to that."""
+        doublings = images.bit_length()
+        nearest = min(self._by_load, key=lambda known: (abs(known - doublings), known), default=None)
+        return 0.0 if nearest is None else self._by_load[nearest]
+
     @property
     def wait(self) -> float:
         """Seconds until all that is there or will come would be done."""
@@ -92,25 +122,34 @@ class MeasuredCost:
         trust = 1.0 if self.images else self._trust(time.monotonic())
         return (self.expected + units) * self.seconds * trust
 
-    def begin(self, units: float) -> float:
-        """Add units to what is in flight; return all of it."""
+    def begin(self, units: float) -> Attempt:
+        """Add an image's units to what is in flight."""
+        now = self._advance()
         self.in_flight += units
-        return self.in_flight
+        self._images_in_flight += 1
+        return Attempt(units, now, self._unit_seconds, self._image_seconds)
 
-    def end(self, units: float, *, elapsed: float | None, together: float) -> None:
-        """Take units away again.
+    def end(self, attempt: Attempt, *, measured: bool = True) -> None:
+        """Take units away again, and measure them unless they did not come to their end."""
+        now = self._advance()
+        self.in_flight -= attempt.units
+        self._images_in_flight -= 1
+        elapsed = now - attempt.begun
+        if not measured or elapsed <= 0:
+            return
+        seconds = elapsed**2 / (self._unit_seconds - attempt.unit_seconds)  # over the mean of units in flight
+        images = round((self._image_seconds - attempt.image_seconds) / elapsed)
+        self.seconds += (1 - (1 - _FORGETTING) * self._trust(attempt.begun)) * (seconds - self.seconds)
+        known = self._by_load.setdefault(images.bit_length(), seconds)
+        self._by_load[images.bit_length()] += _FORGETTING * (seconds - known)
+        self.measured = now
 
-        Args:
-            units: as they began.
-            elapsed: seconds that they took, or None if they did not come to their end.
-            together: what was in flight when they began, themselves included.
-        """
-        mean = (together + self.in_flight) / 2
-        self.in_flight -= units
-        if elapsed is not None and mean > 0:
-            now = time.monotonic()
-            self.seconds += (1 - (1 - _FORGETTING) * self._trust(now - elapsed)) * (elapsed / mean - self.seconds)
-            self.measured = now
+    def _advance(self) -> float:
+        now = time.monotonic()
+        self._unit_seconds += self.in_flight * (now - self._changed)
+        self._image_seconds += self._images_in_flight * (now - self._changed)
+        self._changed = now
+        return now
 
     def _trust(self, now: float) -> float:
         """Share that the last measurement still counts for."""

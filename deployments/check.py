@@ -144,6 +144,7 @@ def _check_deployments(config: Config) -> None:
     for name, deployment in deployments.items():
         _check_deployment(deployment, f"{where}.deployments.{name}")
         if name in placement:
+            _check_queue(deployment, config.settings.max_images_in_service, f"{where}.deployments.{name}")
             pool = placement[name].pool
             for complaint in contradictions(actor_options(deployment, config.pools[pool]), pool, config.pools[pool]):
                 raise StartError(
@@ -204,6 +205,16 @@ def _check_deployment(deployment: DeploymentSchema, where: str) -> None:
             _check_policy(policy, f"{where}.autoscaling_config.policy")
         with _refusing(), warnings.catch_warnings(action="ignore"):
             validate(f"{where}.autoscaling_config", AutoscalingConfig, scaling, strict=False)
+
+
+def _check_queue(deployment: DeploymentSchema, images: int, where: str) -> None:
+    """Check that the queue of a stage, of which each replica of Ingress has one, holds all images that are let in."""
+    queued = deployment.model_dump(exclude_unset=True).get("max_queued_requests", -1)
+    if queued != -1 and queued < images:
+        raise StartError(
+            f"{where}.max_queued_requests: must be -1 or at least {images}, args.max_images_in_service, not {queued}: "
+            "what was admitted must not be refused later"
+        )
 
 
 def _check_policy(policy: dict[str, Any], where: str) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from deployments.settings import Placement, ServedStage
 from stages.config import ModelConfig
-from stages.image import ImageFormat
+from stages.image import ImageFormat, parse_size
 from stages.plan import Plan
 from stages.spans import Span
 from stages.wire import OtherVersion, Version, to_plain
@@ -90,6 +90,12 @@ class Route(_Part):
     partial_images: int
     deadline: float
     pools: dict[ServedStage, tuple[str, ...]] = {}
+
+    @property
+    def megapixels(self) -> float:
+        """Size of the image in millions of pixels."""
+        width, height = parse_size(self.image.size)
+        return width * height / 1e6
 
 
 class Hop(_Part):

@@ -16,11 +16,10 @@ from ray.serve.metrics import Counter, Histogram
 
 from deployments import console, ray_internals
 from deployments.attempts import Lost, attempt
+from deployments.balancer import Balancer
 from deployments.hops import next_hop
 from deployments.http.errors import REPLICA_LOST, RETRY, APIError
 from deployments.messages import Call, Hop, ImageReply, PacketReply, RefusalReply, Route, StepReply
-from deployments.pools import Pools
-from stages.image import parse_size
 
 logger = logging.getLogger("ray.serve")
 
@@ -66,11 +65,6 @@ class _Held:
         self.packet, self.done, self.suspect = packet, done, False
 
 
-def _megapixels(route: Route) -> float:
-    width, height = parse_size(route.image.size)
-    return width * height / 1e6
-
-
 def _ignore(preview: bytes) -> None:
     pass
 
@@ -83,17 +77,17 @@ class Router:
     """
 
     def __init__(
-        self, replicas: Mapping[str, DeploymentHandle], pools: Pools, checkpoint_steps: int | None = None
+        self, replicas: Mapping[str, DeploymentHandle], balancer: Balancer, checkpoint_steps: int | None = None
     ) -> None:
         """Route to deployments.
 
         Args:
             replicas: handle of each deployment, by its name.
-            pools: choose the deployments of each image.
+            balancer: chooses the deployments of each image.
             checkpoint_steps: steps after which a hop hands its packet back, or None for never.
         """
         self._replicas = replicas
-        self._pools = pools
+        self._balancer = balancer
         self._checkpoint_steps = checkpoint_steps
         self._suspects: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._probes: dict[str, asyncio.Task[None]] = {}
@@ -189,7 +183,7 @@ class Router:
             APIError: a replica refused the image, or two were lost with it and it came no further in between.
         """
         while True:
-            with self._pools.assign(route.plan, _megapixels(route), held.done, route.pools) as deployments:
+            with self._balancer.assign(route.plan, route.megapixels, held.done, route.pools) as deployments:
                 hop = next_hop(
                     route.plan,
                     deployments,
@@ -226,7 +220,7 @@ class Router:
                     held.keep(reply.step, data)
                     alone.close()
 
-            with self._pools.at_work(hop.deployment, _megapixels(route) * (hop.work or 1)) as limit_s:
+            with self._balancer.at_work(hop.deployment, route.megapixels * (hop.work or 1)) as limit_s:
                 # Serve would hold the call until there is a replica, while another deployment may run the stage. Where
                 # there is no limit, no other one does, or this one is new.
                 if limit_s is not None and ray_internals.lacks_replicas(self._replicas[hop.deployment]):
@@ -260,10 +254,10 @@ class Router:
             self._probes[deployment].add_done_callback(lambda _: self._probes.pop(deployment))
 
     async def _probe_until_healthy(self, deployment: str) -> None:
-        while self._pools.avoids(deployment):
+        while self._balancer.avoids(deployment):
             await asyncio.sleep(_PAUSE_S)
             with suppress(Exception):  # that it fails is its answer
                 async with asyncio.timeout(_PROBE_TIMEOUT_S):
                     await self._replicas[deployment].check_health.remote()
-                    self._pools.readmit(deployment)
+                    self._balancer.readmit(deployment)
         logger.info(f"{deployment} is no longer avoided")

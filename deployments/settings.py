@@ -74,6 +74,10 @@ class Settings(BaseModel):
         placement: deployments by name; together they run each stage of the model's plans, and those of the same stage
             share its images.
         max_images: largest `n` of a request.
+        max_images_in_service: most images that all stages together have at once, for each replica of Ingress: enough to
+            fill their batches.
+        max_waiting_images: most images that wait before them, likewise.
+        fallback_wait_s: seconds until an image would be done, past which requests that name fallback plans get these.
         max_body_bytes: largest body of a request, in bytes.
         request_timeout_s: longest time that a request may take, in seconds, queues included.
         checkpoint_steps: steps after which a stage hands the image's packet back to the router, so that another replica
@@ -97,6 +101,9 @@ class Settings(BaseModel):
         "VAEDecoder": Placement(stages=("decode",)),
     }
     max_images: Annotated[int, Field(strict=True, ge=1, le=64)] = 10
+    max_images_in_service: Annotated[int, Field(strict=True, ge=1, le=65536)] = 64
+    max_waiting_images: Annotated[int, Field(strict=True, ge=0, le=65536)] = 1024
+    fallback_wait_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 10.0
     max_body_bytes: Annotated[int, Field(strict=True, ge=1, le=2**30)] = 1024 * 1024
     request_timeout_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 120.0
     checkpoint_steps: Annotated[int, Field(strict=True, ge=1, le=1000)] | None = 10

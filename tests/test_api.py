@@ -228,6 +228,34 @@ def test_errors_name_the_field_of_a_stage(change: dict[str, Any], param: str, me
     assert message in error["message"]
 
 
+def test_fallback_plans_make_the_same_images_by_other_plans(offer: Offer) -> None:
+    asked = resolve(read(plan="base", guidance_scale=2, fallback_plans=["cached", "distilled"], n=2), offer)
+    assert [job.preset for job in asked.fallbacks] == ["cached", "distilled"]
+    assert {(job.seed, job.n, job.size) for job in asked.fallbacks} == {(asked.seed, 2, asked.size)}
+    assert asked.fallbacks[0].plan == offer.model.plan("cached", asked.size).with_guidance(2)
+    assert asked.fallbacks[1].plan == offer.model.plan("distilled", asked.size)  # which is not guided
+    assert asked.fallbacks[1].warnings[-1] == "the server is loaded: plan distilled in place of base"
+    assert resolve(read(fallback_plans=None, priority=None), offer).fallbacks == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"fallback_plans": ["cached", "fastest"]}, "fallback_plans.1", "must be one of base"),
+        ({"fallback_plans": "cached"}, "fallback_plans", "valid array"),
+        ({"fallback_plans": [1]}, "fallback_plans.0", "valid string"),
+        ({"fallback_plans": ["cached"] * 9}, "fallback_plans", "at most 8"),
+        ({"priority": "urgent"}, "priority", "'interactive' or 'batch'"),
+    ],
+)
+def test_wrong_priorities_and_fallbacks_are_named(
+    fields: dict[str, Any], param: str, message: str, offer: Offer
+) -> None:
+    error = refusal(fields, offer)
+    assert (error["param"], error["code"]) == (param, "invalid_value")
+    assert message in error["message"]
+
+
 @pytest.mark.parametrize(
     ("plan", "param"),
     [

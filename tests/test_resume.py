@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import aclosing
@@ -15,8 +14,10 @@ import pytest
 from plans import PLANS
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from virtual_time import run_in_virtual_time
 
 from deployments import ray_internals
+from deployments.balancer import Balancer
 from deployments.http.errors import APIError
 from deployments.messages import (
     VERSION,
@@ -30,7 +31,6 @@ from deployments.messages import (
     StepReply,
     Wire,
 )
-from deployments.pools import Pools
 from deployments.router import DecodedImage, Partial, Router
 from deployments.settings import Placement, ServedStage, Settings
 from stages.plan import Plan
@@ -163,36 +163,11 @@ def end_of(plan: Plan) -> int:
     return sum(stage.steps for stage in plan.stages)
 
 
-class _Clock(selectors.DefaultSelector):
-    """Waits for nothing: the time that it would have waited has passed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        assert timeout is not None, "nothing would ever happen again"
-        self.now += max(timeout, 0)
-        return super().select(0)
-
-
-class _Loop(asyncio.SelectorEventLoop):
-    """An event loop whose time passes only while all tasks wait for it to pass."""
-
-    def __init__(self) -> None:
-        self._clock = _Clock()
-        super().__init__(self._clock)
-
-    def time(self) -> float:
-        return self._clock.now
-
-
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run in an event loop that takes no time, and by whose clock deployments are measured."""
-    with asyncio.Runner(loop_factory=_Loop) as runner, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "monotonic", runner.get_loop().time)
+    """Run in virtual time, by whose clock deployments are measured."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_internals, "lacks_replicas", lambda handle: handle.gone)
-        return runner.run(main)
+        return run_in_virtual_time(main)
 
 
 class Cluster:
@@ -202,7 +177,7 @@ class Cluster:
         """Stand in for deployments of these stages, each on a pool that is called as it is."""
         self.deployments = {name: Deployment(name) for name in placement}
         placed = {name: Placement(stages=stages, pool=name) for name, stages in placement.items()}
-        self.pools = Pools(placed, hang_factor=10.0, hang_floor_s=45.0)
+        self.pools = Balancer(placed, hang_factor=10.0, hang_floor_s=45.0)
         self.router = Router(self.deployments, self.pools, checkpoint_steps)
 
     def __getitem__(self, name: str) -> Deployment:

@@ -107,6 +107,10 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
         ("host", "\u00e9" * 70, "cannot be had"),
     ):
         assert complaint in refusal(lambda config, app, key=key, to=value: config["http_options"].update({key: to}))
+    assert (
+        "deployments.Base.max_queued_requests: must be -1 or at least 64, args.max_images_in_service, not 63"
+        in refusal(lambda config, app: app["deployments"][2].update(max_queued_requests=63))
+    )
     assert "proxy_location" in refusal(lambda config, app: config.update(proxy_location="Disabled"))
     assert "Base.autoscaling_config.foo: Ray" in refusal(
         lambda config, app: app["deployments"][2]["autoscaling_config"].update(foo=3)

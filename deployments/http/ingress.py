@@ -5,7 +5,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -17,14 +17,14 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from deployments import console
+from deployments.admission import Admission, Flow, Late, Turn
+from deployments.balancer import Balancer
 from deployments.http.body import read_json
 from deployments.http.errors import APIError
 from deployments.http.front import Front, received
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
 from deployments.http.responses import images_response, stream_event
 from deployments.http.schemas import ImagesRequest
-from deployments.messages import Route
-from deployments.pools import Pools
 from deployments.router import DecodedImage, Partial, Router
 from deployments.settings import Settings
 
@@ -97,8 +97,15 @@ class Ingress:
             "sizes": model.sizes,
         }
         # In this process: the router only waits, so a deployment of its own would merely add a call.
-        pools = Pools(settings.placement, settings.hang_factor, settings.hang_floor_s, settings.overflow_wait_s)
-        self._router = Router(replicas, pools, settings.checkpoint_steps)
+        balancer = Balancer(
+            settings.placement,
+            settings.hang_factor,
+            settings.hang_floor_s,
+            settings.overflow_wait_s,
+            settings.max_images_in_service,
+        )
+        self._admission = Admission(balancer, settings.max_images_in_service, settings.max_waiting_images)
+        self._router = Router(replicas, balancer, settings.checkpoint_steps)
 
     @app.post("/v1/images/generations")
     async def generate(self, request: Request) -> Response:
@@ -111,12 +118,12 @@ class Ingress:
             raise APIError.from_failure(error) from error
         job = resolve(ImagesRequest.read(body), self._offer)
         logger.info(f"{job.n} of {job.size} by plan {job.preset or 'inline'}, seed {job.seed}, user {job.user!r}")
-        routes = job.routes(request.headers["x-request-id"], start + job.timeout_s)
+        job, turns = self._admit(job, request.headers["x-request-id"], start + job.timeout_s)
         if job.stream:
-            return StreamingResponse(self._stream(job, routes[0]), media_type="text/event-stream")
+            return StreamingResponse(self._stream(job, turns[0]), media_type="text/event-stream")
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._last(route)) for route in routes]
+                tasks = [group.create_task(self._last(turn)) for turn in turns]
         except ExceptionGroup as errors:
             raise APIError.from_failure(errors) from errors
         return JSONResponse(images_response(job, [task.result() for task in tasks]))
@@ -142,17 +149,43 @@ class Ingress:
         ]
         return {"object": "list", "data": data, "default": self._offer.default_plan}
 
-    async def _last(self, route: Route) -> DecodedImage:
-        async with aclosing(self._router.generate(route)) as events:
+    def _admit(self, asked: Job, request_id: str, deadline: float) -> tuple[Job, list[Turn]]:
+        """Admit a request's images by its own plan, or a fallback if that is late or the server loaded.
+
+        Raises:
+            APIError: they would be late by all of them.
+        """
+        left_s = deadline - time.time()
+        jobs = (asked, *asked.fallbacks)
+        soon = [(job, min(left_s, self._settings.fallback_wait_s)) for job in jobs if asked.fallbacks]
+        for job, within_s in (*soon, *((job, left_s) for job in jobs)):
+            flow = Flow(job.priority, tenant="", size=job.size)
+            try:
+                return job, self._admission.admit(job.routes(request_id, deadline), flow, within_s)
+            except Late as late:
+                last = late
+        raise self._admission.refuse(last, asked.n)
+
+    async def _events(self, turn: Turn) -> AsyncGenerator[Partial | DecodedImage]:
+        """Yield what the router does, once it is the image's turn."""
+        try:
+            async with turn, aclosing(self._router.generate(turn.route)) as events:
+                async for event in events:
+                    yield event
+        except Late as late:
+            raise self._admission.refuse(late, 1) from late
+
+    async def _last(self, turn: Turn) -> DecodedImage:
+        async with aclosing(self._events(turn)) as events:
             async for event in events:
                 if isinstance(event, DecodedImage):
                     return event
         raise RuntimeError("the router ended without an image")
 
-    async def _stream(self, job: Job, route: Route) -> AsyncIterator[str]:
+    async def _stream(self, job: Job, turn: Turn) -> AsyncIterator[str]:
         """Yield server-sent events; an error after the headers is an event too."""
         try:
-            async with aclosing(self._router.generate(route)) as events:
+            async with aclosing(self._events(turn)) as events:
                 async for event in events:
                     partial = event.order if isinstance(event, Partial) else None
                     image = event.image if isinstance(event, Partial) else event

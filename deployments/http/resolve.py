@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from deployments.admission import Priority
 from deployments.http.errors import APIError
 from deployments.http.schemas import ImagesRequest
 from deployments.messages import ImageRequest, Route
@@ -56,8 +57,10 @@ class Job:
         partial_images: number of partial images to send.
         user: the end user, as the client names them.
         timeout_s: seconds after which to give up.
+        priority: share of the devices while others wait, too.
         pools: names of the pools that a stage may run on, where these are not all.
         warnings: warnings for the client, sent with its images.
+        fallbacks: the same images by other plans, in the order of preference, for a server under load.
     """
 
     prompt: str
@@ -73,8 +76,10 @@ class Job:
     partial_images: int
     user: str | None
     timeout_s: float
+    priority: Priority
     pools: dict[ServedStage, tuple[str, ...]]
     warnings: list[str]
+    fallbacks: tuple[Job, ...] = ()
 
     def routes(self, request_id: str, deadline: float) -> list[Route]:
         """Return a route for each image.
@@ -147,9 +152,31 @@ def resolve(body: ImagesRequest, offer: Offer) -> Job:
         partial_images=body.partial_images,
         user=body.safety_identifier or body.user,
         timeout_s=timeout_s,
+        priority=body.priority,
         pools=_pools(body, offer),
         warnings=prompt_warnings(body.prompt, body.negative_prompt, offer.model.vocabulary),
+        fallbacks=tuple(_fallback(index, body, seed, offer) for index in range(len(body.fallback_plans))),
     )
+
+
+def _fallback(index: int, body: ImagesRequest, seed: int, offer: Offer) -> Job:
+    """Resolve a request by one of its fallback plans, which takes its guidance scale if it is guided."""
+    name = body.fallback_plans[index]
+    if name not in offer.model.plans:
+        raise _invalid(f"fallback_plans.{index}", f"must be one of {', '.join(offer.model.plans)}, not {name!r}")
+    job = resolve(
+        body.model_copy(
+            update={
+                "plan": name,
+                "fallback_plans": [],
+                "seed": seed,
+                "guidance_scale": body.guidance_scale if offer.model.plans[name].guided else None,
+            }
+        ),
+        offer,
+    )
+    asked = body.plan if isinstance(body.plan, str) else "the request's own" if body.plan else offer.default_plan
+    return replace(job, warnings=[*job.warnings, f"the server is loaded: plan {name} in place of {asked}"])
 
 
 def unknown_model(name: str, offer: Offer) -> APIError:

@@ -44,7 +44,7 @@ def stream_event(job: Job, image: DecodedImage, partial: int | None) -> dict[str
     }
     if partial is not None:
         return {**event, "partial_image_index": partial}
-    return {**event, "usage": usage([image]), **_warnings(job)}
+    return {**event, "usage": usage([image]), "plan": job.plan.name, **_warnings(job)}
 
 
 def usage(images: Sequence[DecodedImage]) -> dict[str, Any]:

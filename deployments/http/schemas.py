@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 from pydantic_core import PydanticUseDefault
 
+from deployments.admission import Priority
 from deployments.http.errors import APIError
 from stages.image import MAX_SEED, ImageFormat
 from stages.plan import Plan
@@ -36,9 +37,10 @@ class ImagesRequest(BaseModel):
     """Body of `POST /v1/images/generations`: all fields of OpenAI's API, and this engine's own.
 
     `seed` is the seed of the first image, and each further image adds 1. `plan` is a plan's name or its stages.
-    `timeout_s` is the time in seconds, queues included, after which the images are of no use. `pools` are the pools
-    that stages may run on, by stage. OpenAI's fields that change nothing here take the values that ask for nothing
-    special.
+    `timeout_s` is the time in seconds, queues included, after which the images are of no use. `priority` is the share
+    of the devices while others wait, too. `fallback_plans` names plans to take, the first that is fast enough, while
+    the server is too loaded for `plan`. `pools` are the pools that stages may run on, by stage. OpenAI's fields that
+    change nothing here take the values that ask for nothing special.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -69,11 +71,13 @@ class ImagesRequest(BaseModel):
     guidance_scale: Annotated[float, Field(ge=1.0, le=20.0)] | None = None
     plan: _PlanOrName | None = None
     timeout_s: Annotated[float, Field(gt=0.0)] | None = None
+    priority: Priority = "interactive"
+    fallback_plans: Annotated[list[Text], Field(max_length=8)] = []
     pools: dict[Text, PoolChoice] | None = None
 
     @field_validator(
         "n", "size", "response_format", "output_format", "output_compression", "stream", "partial_images", "quality",
-        "style", "background", "moderation", mode="before",
+        "style", "background", "moderation", "priority", "fallback_plans", mode="before",
     )  # fmt: skip
     @classmethod
     def _null_is_absent(cls, value: object) -> object:

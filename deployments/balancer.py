@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from cluster.costs import MeasuredCost
@@ -15,7 +15,20 @@ from deployments.settings import DECODE, ENCODE, Placement, ServedStage
 from stages.plan import Plan
 
 
-class Pools:
+@dataclass(frozen=True)
+class Share:
+    """How an image is shared out.
+
+    Attributes:
+        deployments: the deployment of each of its stages.
+        work: network evaluations of a megapixel that each deployment does; encoding and decoding count as one.
+    """
+
+    deployments: dict[ServedStage, str]
+    work: dict[str, float]
+
+
+class Balancer:
     """Assigns each image's stages to the deployments that are expected to be done with them first.
 
     What a deployment takes is measured here, as seconds for a network evaluation of a megapixel. Encoding and decoding
@@ -31,6 +44,7 @@ class Pools:
         hang_factor: float,
         hang_floor_s: float,
         overflow_wait_s: float | None = None,
+        in_service: int = 64,
     ) -> None:
         """Start without measurements.
 
@@ -39,7 +53,9 @@ class Pools:
             hang_factor: times as long as expected that an attempt may take.
             hang_floor_s: seconds that an attempt may take in any case.
             overflow_wait_s: expected wait past which images go to deployments of the next preference; None for never.
+            in_service: most images that all deployments together have at once.
         """
+        self._in_service = in_service
         self._hang_factor, self._hang_floor_s = hang_factor, hang_floor_s
         self._overflow_wait_s = math.inf if overflow_wait_s is None else overflow_wait_s
         self._placement = placement
@@ -68,7 +84,20 @@ class Pools:
     ) -> Iterator[dict[ServedStage, str]]:
         """Choose a deployment for every stage that is left of an image, whose work they expect until the block ends.
 
-        An image stays in a deployment that also runs its next stage.
+        For the arguments see `share`.
+        """
+        share = self.share(plan, megapixels, done, pools)
+        with self.promised(share.work):
+            yield share.deployments
+
+    def share(
+        self,
+        plan: Plan,
+        megapixels: float,
+        done: int | None = None,
+        pools: Mapping[ServedStage, Collection[str]] = MappingProxyType({}),
+    ) -> Share:
+        """Share out what is left of an image; it stays in a deployment that also runs its next stage.
 
         Args:
             plan: the image's plan.
@@ -81,22 +110,55 @@ class Pools:
             if steps:
                 evaluations[stage.name] = evaluations.get(stage.name, 0) + steps * stage.step_work
         evaluations[DECODE] = 1.0
-        assigned: dict[ServedStage, str] = {}
+        deployments: dict[ServedStage, str] = {}
         expected: dict[str, float] = defaultdict(float)
         here = ""
         for name, amount in evaluations.items():
             candidates, work = self._candidates(name, pools.get(name)), megapixels * amount
             if here not in candidates:
                 here = min(candidates, key=lambda each: (self._costs[each].expect(work), self._costs[each].expected))
-            assigned[name] = here
+            deployments[name] = here
             expected[here] += work
-        for deployment, work in expected.items():
-            self._costs[deployment].promise(work)
+        return Share(deployments, dict(expected))
+
+    @contextmanager
+    def promised(self, work: Mapping[str, float]) -> Iterator[None]:
+        """Let deployments expect this work, see `Share`, until the block ends."""
+        for deployment, units in work.items():
+            self._costs[deployment].promise(units)
         try:
-            yield assigned
+            yield
         finally:
-            for deployment, work in expected.items():
-                self._costs[deployment].release(work)
+            for deployment, units in work.items():
+                self._costs[deployment].release(units)
+
+    def seconds_until_done(self, work: Mapping[str, float], overtaken: Iterable[Mapping[str, float]] = ()) -> float:
+        """Estimate the seconds until an image is done that was promised after all others.
+
+        That is the time until its busiest deployment is done with what it expects, and the time in the other ones among
+        the images that move along with it.
+
+        Args:
+            work: the image's work, see `Share`.
+            overtaken: work of images that were promised and come after this one.
+        """
+        expected = {deployment: self._costs[deployment].expected for deployment in work}
+        for later in overtaken:
+            for deployment, units in later.items():
+                if deployment in expected:
+                    expected[deployment] -= units
+        waits, moves = {}, {}
+        for deployment, units in work.items():
+            cost = self._costs[deployment]
+            seconds = cost.seconds_among(min(max(1, cost.images), self._in_service))
+            waits[deployment] = expected[deployment] * seconds
+            moves[deployment] = min(expected[deployment], self._in_service * units) * seconds
+        busiest = max(waits, key=lambda deployment: waits[deployment] - moves[deployment])
+        return waits[busiest] + sum(moves.values()) - moves[busiest]
+
+    def seconds_alone(self, work: Mapping[str, float]) -> float:
+        """Estimate the seconds that an image takes if nothing else is there, the least that it may take."""
+        return sum(units * self._costs[deployment].seconds_among(1) for deployment, units in work.items())
 
     def _candidates(self, stage: ServedStage, pools: Collection[str] | None) -> list[str]:
         """List the deployments that share a stage's images now.
@@ -123,17 +185,16 @@ class Pools:
             may have no replica yet, so that only the deadline of the image counts.
         """
         cost = self._costs[deployment]
-        together, start, elapsed = cost.begin(work), time.monotonic(), None
-        expected = together * cost.seconds
+        begun, measured = cost.begin(work), False
         known = cost.seconds > 0 and not self.avoids(deployment)
         try:
-            yield max(self._hang_floor_s, self._hang_factor * expected) if known else None
-            elapsed = time.monotonic() - start
+            yield max(self._hang_floor_s, self._hang_factor * cost.in_flight * cost.seconds) if known else None
+            measured = True
             self.readmit(deployment)
         except Lost as lost:
             self._avoided.add(deployment)
-            if lost.reason == "hung":  # it takes at least as long, so a slow deployment gets fewer images from now on
-                elapsed = time.monotonic() - start
+            # What hung takes at least as long, so a slow deployment gets fewer images from now on.
+            measured = lost.reason == "hung"
             raise
         finally:
-            cost.end(work, elapsed=elapsed, together=together)
+            cost.end(begun, measured=measured)

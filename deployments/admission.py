@@ -1,0 +1,199 @@
+"""Admission: an image is let in, has to wait for its turn, or is refused at once because it would be late."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, get_args
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from deployments.balancer import Balancer
+from deployments.fairness import FairQueue
+from deployments.http.errors import APIError
+from deployments.messages import Route
+
+Priority = Literal["interactive", "batch"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+
+_WEIGHTS: dict[Priority, float] = {"interactive": 8.0, "batch": 1.0}  # neither starves the other
+_SECONDS = [0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 60, 120]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Images that wait in one line; lines share the devices fairly.
+
+    Attributes:
+        priority: share of the line among those of other priorities.
+        tenant: whose images they are; empty for everybody's.
+        size: `WIDTHxHEIGHT`.
+    """
+
+    priority: Priority
+    tenant: str
+    size: str
+
+
+class Late(Exception):
+    """Images that would be done too late, or for which there is no room.
+
+    Attributes:
+        seconds: until they would be done.
+        wait: seconds after which they would no longer be late if nothing else came.
+    """
+
+    def __init__(self, seconds: float, wait: float) -> None:
+        super().__init__(seconds, wait)
+        self.seconds, self.wait = seconds, wait
+
+    @property
+    def refusal(self) -> APIError:
+        """The answer to the client."""
+        return APIError(
+            503,
+            "overloaded",
+            f"the images would be done in about {math.ceil(self.seconds)} s, which is too late; try again later",
+            headers={"Retry-After": str(max(1, math.ceil(self.wait)))},
+        )
+
+
+class Turn:
+    """The place of an admitted image; it is the image's turn within an `async with` block of this.
+
+    Entering raises Late if waiting took so long that the image would no longer be done in time, and TimeoutError after
+    its deadline. A turn that nobody enters is over at the deadline.
+    """
+
+    def __init__(self, admission: Admission, route: Route, flow: Flow, work: dict[str, float]) -> None:
+        self.route, self.flow, self.work = route, flow, work
+        self.promise = ExitStack()
+        self.has_come = asyncio.Event()
+        self.late: Late | None = None
+        self._admission = admission
+        self._begun = time.monotonic()
+        self._expiry = asyncio.get_running_loop().call_later(self.left_s, admission.leave, self)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return max(0.0, self.route.deadline - time.time())
+
+    async def __aenter__(self) -> None:
+        try:
+            async with asyncio.timeout(self.left_s):
+                await self.has_come.wait()
+            if self.late:
+                raise self.late
+        except BaseException:
+            self._end()
+            raise
+        self.promise.close()  # the router promises what is left of the image from here on
+        self._admission.waited(self.flow, time.monotonic() - self._begun)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._expiry.cancel()
+        self._admission.leave(self)
+
+
+class Admission:
+    """Lets a bounded number of images in at once; the others wait here, where lines of clients and sizes are fair.
+
+    Behind the door, devices take the image with the earliest deadline first.
+    """
+
+    def __init__(self, balancer: Balancer, in_service: int, waiting: int) -> None:
+        """Open the door.
+
+        Args:
+            balancer: knows the work that is expected, and what it takes.
+            in_service: most images behind the door: enough to fill the batches of all stages.
+            waiting: most images in front of it.
+        """
+        self._balancer = balancer
+        self._in_service, self._waiting = in_service, waiting
+        self._inside: set[Turn] = set()
+        self._queue: FairQueue[Turn] = FairQueue()
+        self._queued = Gauge("waiting_images", description="Images that wait for their turn.")
+        self._waits = Histogram(
+            "wait_seconds",
+            description="Seconds that images waited for their turn.",
+            boundaries=_SECONDS,
+            tag_keys=("priority", "size"),
+        )
+        self._refused = Counter("refused_images", description="Images refused at the door.", tag_keys=("reason",))
+
+    def admit(self, routes: Sequence[Route], flow: Flow, within_s: float) -> list[Turn]:
+        """Give images of one plan their turns, all of them or none.
+
+        Args:
+            routes: the images' routes.
+            flow: the line that they wait in.
+            within_s: seconds in which they must be done, by the estimate.
+
+        Raises:
+            Late: they would not be, or no more may wait.
+        """
+        overtaken = [turn.work for turn in self._queue.behind(flow)]
+        with ExitStack() as undo:
+            turns = []
+            for route in routes:
+                share = self._balancer.share(route.plan, route.megapixels, pools=route.pools)
+                turn = Turn(self, route, flow, share.work)
+                undo.callback(turn._end)
+                turn.promise.enter_context(self._balancer.promised(share.work))
+                turns.append(turn)
+            seconds = self._balancer.seconds_until_done(turns[-1].work, overtaken)
+            if seconds > within_s:
+                raise Late(seconds, seconds - within_s)
+            if len(self._queue) + len(turns) > self._waiting + self._free:
+                raise Late(seconds, seconds / (self._in_service + self._waiting))
+            undo.pop_all()
+        for turn in turns:
+            self._queue.push(turn, flow, sum(turn.work.values()), _WEIGHTS[flow.priority])
+        self._let_in()
+        return turns
+
+    def leave(self, turn: Turn) -> None:
+        """End an image's turn, or take it out of the queue; once more has no effect."""
+        turn.promise.close()
+        if turn in self._inside:
+            self._inside.discard(turn)
+        else:
+            self._queue.discard(turn)
+        self._let_in()
+
+    def refuse(self, late: Late, images: int) -> APIError:
+        """Return the answer to a request that was late in every way, which is counted."""
+        self._refused.inc(images, tags={"reason": "late"})
+        return late.refusal
+
+    def waited(self, flow: Flow, seconds: float) -> None:
+        """Take note of how long an image waited."""
+        self._waits.observe(seconds, tags={"priority": flow.priority, "size": flow.size})
+
+    @property
+    def _free(self) -> int:
+        return self._in_service - len(self._inside)
+
+    def _let_in(self) -> None:
+        while self._queue and self._free > 0:
+            turn = self._queue.pop()
+            seconds = self._balancer.seconds_alone(turn.work)
+            if seconds > turn.left_s:
+                turn.late = Late(seconds, seconds - turn.left_s)
+                turn.promise.close()
+            else:
+                self._inside.add(turn)
+            turn.has_come.set()
+        self._queued.set(len(self._queue))
