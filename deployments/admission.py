@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -45,22 +46,13 @@ class Late(Exception):
 
     Attributes:
         seconds: until they would be done.
-        wait: seconds after which they would no longer be late if nothing else came.
+        wait: seconds until there is room for them if nothing else comes.
+        takes: seconds that they take of those that follow.
     """
 
-    def __init__(self, seconds: float, wait: float) -> None:
-        super().__init__(seconds, wait)
-        self.seconds, self.wait = seconds, wait
-
-    @property
-    def refusal(self) -> APIError:
-        """The answer to the client."""
-        return APIError(
-            503,
-            "overloaded",
-            f"the images would be done in about {math.ceil(self.seconds)} s, which is too late; try again later",
-            headers={"Retry-After": str(max(1, math.ceil(self.wait)))},
-        )
+    def __init__(self, seconds: float, wait: float, takes: float) -> None:
+        super().__init__(seconds, wait, takes)
+        self.seconds, self.wait, self.takes = seconds, wait, takes
 
 
 class Turn:
@@ -123,6 +115,7 @@ class Admission:
         self._balancer = balancer
         self._in_service, self._waiting = in_service, waiting
         self._inside: set[Turn] = set()
+        self._next_return = -math.inf  # when the last one that was refused may come back
         self._queue: FairQueue[Turn] = FairQueue()
         self._queued = Gauge("waiting_images", description="Images that wait for their turn.")
         self._waits = Histogram(
@@ -154,15 +147,42 @@ class Admission:
                 turn.promise.enter_context(self._balancer.promised(share.work))
                 turns.append(turn)
             seconds = self._balancer.seconds_until_done(turns[-1].work, overtaken)
-            if seconds > within_s:
-                raise Late(seconds, seconds - within_s)
-            if len(self._queue) + len(turns) > self._waiting + self._free:
-                raise Late(seconds, seconds / (self._in_service + self._waiting))
+            crowd = len(self._queue) + len(turns) - self._free - self._waiting  # images that have no room to wait
+            if seconds > within_s or crowd > 0:
+                pace = self._balancer.pace(turns[-1].work)
+                raise Late(seconds, max(seconds - within_s, crowd * pace), len(turns) * pace)
             undo.pop_all()
         for turn in turns:
             self._queue.push(turn, flow, sum(turn.work.values()), _WEIGHTS[flow.priority])
         self._let_in()
         return turns
+
+    def admit_first(
+        self, choices: Sequence[Sequence[Route]], flow: Flow, within_s: float, soon_s: float
+    ) -> tuple[int, list[Turn]]:
+        """Admit the first choice that would be done soon or, if none is, the first that would be done in time.
+
+        Args:
+            choices: the same images by several plans, the preferred one first; a single one need not be soon.
+            flow: the line that they wait in.
+            within_s: seconds in which they must be done.
+            soon_s: seconds in which they should be done.
+
+        Returns:
+            The choice's index, and the images' turns.
+
+        Raises:
+            Late: none would be done in time.
+        """
+        limits = [min(soon_s, within_s), within_s] if len(choices) > 1 else [within_s]
+        late: Late | None = None
+        for limit, (index, routes) in itertools.product(limits, enumerate(choices)):
+            try:
+                return index, self.admit(routes, flow, limit)
+            except Late as error:
+                late = error
+        assert late, "there must be a choice"
+        raise late
 
     def leave(self, turn: Turn) -> None:
         """End an image's turn, or take it out of the queue; once more has no effect."""
@@ -174,9 +194,20 @@ class Admission:
         self._let_in()
 
     def refuse(self, late: Late, images: int) -> APIError:
-        """Return the answer to a request that was late in every way, which is counted."""
+        """Return the answer to a request whose images are late.
+
+        It may come back once there is room, and after those that were told so before it: else all would come at once,
+        and all but a few for nothing.
+        """
         self._refused.inc(images, tags={"reason": "late"})
-        return late.refusal
+        now = time.monotonic()
+        self._next_return = max(now + late.wait, self._next_return + late.takes)
+        return APIError(
+            503,
+            "overloaded",
+            f"the images would be done in about {math.ceil(late.seconds)} s, which is too late; try again later",
+            headers={"Retry-After": str(max(1, math.ceil(self._next_return - now)))},
+        )
 
     def waited(self, flow: Flow, seconds: float) -> None:
         """Take note of how long an image waited."""
@@ -191,7 +222,7 @@ class Admission:
             turn = self._queue.pop()
             seconds = self._balancer.seconds_alone(turn.work)
             if seconds > turn.left_s:
-                turn.late = Late(seconds, seconds - turn.left_s)
+                turn.late = Late(seconds, 0.0, self._balancer.pace(turn.work))
                 turn.promise.close()
             else:
                 self._inside.add(turn)

@@ -156,6 +156,10 @@ class Balancer:
         busiest = max(waits, key=lambda deployment: waits[deployment] - moves[deployment])
         return waits[busiest] + sum(moves.values()) - moves[busiest]
 
+    def pace(self, work: Mapping[str, float]) -> float:
+        """Estimate the seconds between two such images where many are made."""
+        return max(units * self._costs[name].seconds_among(self._in_service) for name, units in work.items())
+
     def seconds_alone(self, work: Mapping[str, float]) -> float:
         """Estimate the seconds that an image takes if nothing else is there, the least that it may take."""
         return sum(units * self._costs[deployment].seconds_among(1) for deployment, units in work.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -10,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import PLANS
 from virtual_time import run_in_virtual_time
@@ -21,6 +22,7 @@ from deployments.balancer import Balancer
 from deployments.fairness import FairQueue
 from deployments.messages import ImageRequest, Route
 from deployments.settings import Placement, ServedStage
+from stages.plan import Plan
 
 HYBRID = PLANS["hybrid"]
 SPREAD: dict[str, tuple[ServedStage, ...]] = {
@@ -54,6 +56,7 @@ def test_a_newcomer_is_served_next_to_a_flow_with_a_long_queue() -> None:
     assert [item.split()[0] for item in (queue.pop() for _ in range(6))].count("short") == 3
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0.01, 100)), min_size=1, max_size=200))
 def test_backlogged_flows_get_their_shares_by_weight(items: list[tuple[int, float]]) -> None:
     """Work that two flows were given while both wait differs by no more than an item of each, over their weights."""
@@ -164,12 +167,15 @@ class Door:
         tenant: str = "",
         size: str = "1000x1000",
     ) -> list[Turn]:
-        routes = [
+        return self.admission.admit(self.routes(name, count, within_s, size), Flow(priority, tenant, size), within_s)
+
+    def routes(self, name: str, count: int, within_s: float, size: str, plan: Plan = HYBRID) -> list[Route]:
+        return [
             Route(
                 image=ImageRequest(
                     request_id=name, image_index=index, seed=7, size=size, prompt="a ring", negative_prompt=None
                 ),
-                plan=HYBRID,
+                plan=plan,
                 preset=None,
                 format="png",
                 quality=90,
@@ -178,7 +184,6 @@ class Door:
             )
             for index in range(count)
         ]
-        return self.admission.admit(routes, Flow(priority, tenant, size), within_s)
 
     async def make(self, turn: Turn) -> None:
         """Take an image through its deployments."""
@@ -227,8 +232,11 @@ async def test_images_that_would_be_late_are_refused_at_once_with_the_time_to_co
     with pytest.raises(Late) as late:
         door.admit(count=1, within_s=100.0)
     assert late.value.wait == pytest.approx(late.value.seconds - 100.0)
-    assert late.value.refusal.status == 503
-    assert late.value.refusal.headers == {"Retry-After": str(int(late.value.wait) + 1)}
+    refusals = [door.admission.refuse(late.value, 1) for _ in range(3)]
+    assert {refusal.status for refusal in refusals} == {503}
+    told = [int((refusal.headers or {})["Retry-After"]) for refusal in refusals]
+    assert told == [math.ceil(late.value.wait + number * late.value.takes) for number in range(3)]  # each in its turn
+    assert late.value.takes > 1
     work = asyncio.gather(*(door.make(turn) for turn in waiting))
     await asyncio.sleep(late.value.wait + 30)
     (turn,) = door.admit(count=1, within_s=100.0)  # as it was told
@@ -248,6 +256,28 @@ async def test_a_request_is_admitted_whole_or_not_at_all() -> None:
         door.admit(count=8)
     await asyncio.gather(*(door.make(turn) for turn in door.admit(count=7)))
     assert all(cost.expected == pytest.approx(0) and not cost.images for cost in door.balancer._costs.values())
+
+
+@in_virtual_time
+async def test_a_loaded_server_takes_the_first_plan_that_is_soon_enough() -> None:
+    door = Door(TOGETHER)
+    await door.learn()
+    plans = [PLANS["base"], HYBRID, PLANS["distilled"]]
+    choices = [door.routes("image", 1, 1000.0, "1000x1000", plan) for plan in plans]
+
+    async def chosen(within_s: float, soon_s: float, count: int = 3) -> int:
+        index, turns = door.admission.admit_first(choices[:count], Flow("interactive", "", ""), within_s, soon_s)
+        await asyncio.gather(*(door.make(turn) for turn in turns))
+        return index
+
+    assert await chosen(1000.0, soon_s=1000.0) == 0
+    assert await chosen(1000.0, soon_s=20.0) == 1
+    assert await chosen(1000.0, soon_s=8.0) == 2
+    assert await chosen(1000.0, soon_s=1.0) == 0  # none is soon, so it may as well be the one that was asked for
+    assert await chosen(20.0, soon_s=1.0) == 1  # or the first that is not late
+    assert await chosen(1000.0, soon_s=1.0, count=1) == 0
+    with pytest.raises(Late):
+        await chosen(1.0, soon_s=1000.0)
 
 
 @in_virtual_time

@@ -155,16 +155,17 @@ class Ingress:
         Raises:
             APIError: they would be late by all of them.
         """
-        left_s = deadline - time.time()
         jobs = (asked, *asked.fallbacks)
-        soon = [(job, min(left_s, self._settings.fallback_wait_s)) for job in jobs if asked.fallbacks]
-        for job, within_s in (*soon, *((job, left_s) for job in jobs)):
-            flow = Flow(job.priority, tenant="", size=job.size)
-            try:
-                return job, self._admission.admit(job.routes(request_id, deadline), flow, within_s)
-            except Late as late:
-                last = late
-        raise self._admission.refuse(last, asked.n)
+        try:
+            index, turns = self._admission.admit_first(
+                [job.routes(request_id, deadline) for job in jobs],
+                Flow(asked.priority, tenant="", size=asked.size),
+                within_s=deadline - time.time(),
+                soon_s=self._settings.fallback_wait_s,
+            )
+        except Late as late:
+            raise self._admission.refuse(late, asked.n) from late
+        return jobs[index], turns
 
     async def _events(self, turn: Turn) -> AsyncGenerator[Partial | DecodedImage]:
         """Yield what the router does, once it is the image's turn."""
