@@ -48,11 +48,12 @@ class Late(Exception):
         seconds: until they would be done.
         wait: seconds until there is room for them if nothing else comes.
         takes: seconds that they take of those that follow.
+        alone: seconds that one takes if nothing else is there.
     """
 
-    def __init__(self, seconds: float, wait: float, takes: float) -> None:
-        super().__init__(seconds, wait, takes)
-        self.seconds, self.wait, self.takes = seconds, wait, takes
+    def __init__(self, seconds: float, wait: float, takes: float, alone: float) -> None:
+        super().__init__(seconds, wait, takes, alone)
+        self.seconds, self.wait, self.takes, self.alone = seconds, wait, takes, alone
 
 
 class Turn:
@@ -150,7 +151,8 @@ class Admission:
             crowd = len(self._queue) + len(turns) - self._free - self._waiting  # images that have no room to wait
             if seconds > within_s or crowd > 0:
                 pace = self._balancer.pace(turns[-1].work)
-                raise Late(seconds, max(seconds - within_s, crowd * pace), len(turns) * pace)
+                alone = self._balancer.seconds_alone(turns[-1].work)
+                raise Late(seconds, max(seconds - within_s, crowd * pace), len(turns) * pace, alone)
             undo.pop_all()
         for turn in turns:
             self._queue.push(turn, flow, sum(turn.work.values()), _WEIGHTS[flow.priority])
@@ -193,13 +195,22 @@ class Admission:
             self._queue.discard(turn)
         self._let_in()
 
-    def refuse(self, late: Late, images: int) -> APIError:
+    def refuse(self, late: Late, images: int, timeout_s: float) -> APIError:
         """Return the answer to a request whose images are late.
 
         It may come back once there is room, and after those that were told so before it: else all would come at once,
-        and all but a few for nothing.
+        and all but a few for nothing. What would be late on an idle server, too, has exceeded its deadline.
+
+        Args:
+            late: why.
+            images: number of the request's images.
+            timeout_s: seconds that the request may take.
         """
-        self._refused.inc(images, tags={"reason": "late"})
+        if late.alone > timeout_s:
+            self._refused.inc(images, tags={"reason": "too_short"})
+            message = f"an image takes about {late.alone:.2g} s, more than the {timeout_s:g} s that the request has"
+            return APIError(504, "deadline_exceeded", message)
+        self._refused.inc(images, tags={"reason": "overloaded"})
         now = time.monotonic()
         self._next_return = max(now + late.wait, self._next_return + late.takes)
         return APIError(
@@ -222,7 +233,7 @@ class Admission:
             turn = self._queue.pop()
             seconds = self._balancer.seconds_alone(turn.work)
             if seconds > turn.left_s:
-                turn.late = Late(seconds, 0.0, self._balancer.pace(turn.work))
+                turn.late = Late(seconds, 0.0, self._balancer.pace(turn.work), seconds)
                 turn.promise.close()
             else:
                 self._inside.add(turn)

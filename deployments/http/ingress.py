@@ -123,7 +123,7 @@ class Ingress:
             return StreamingResponse(self._stream(job, turns[0]), media_type="text/event-stream")
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._last(turn)) for turn in turns]
+                tasks = [group.create_task(self._last(job, turn)) for turn in turns]
         except ExceptionGroup as errors:
             raise APIError.from_failure(errors) from errors
         return JSONResponse(images_response(job, [task.result() for task in tasks]))
@@ -164,20 +164,20 @@ class Ingress:
                 soon_s=self._settings.fallback_wait_s,
             )
         except Late as late:
-            raise self._admission.refuse(late, asked.n) from late
+            raise self._admission.refuse(late, asked.n, asked.timeout_s) from late
         return jobs[index], turns
 
-    async def _events(self, turn: Turn) -> AsyncGenerator[Partial | DecodedImage]:
+    async def _events(self, job: Job, turn: Turn) -> AsyncGenerator[Partial | DecodedImage]:
         """Yield what the router does, once it is the image's turn."""
         try:
             async with turn, aclosing(self._router.generate(turn.route)) as events:
                 async for event in events:
                     yield event
         except Late as late:
-            raise self._admission.refuse(late, 1) from late
+            raise self._admission.refuse(late, 1, job.timeout_s) from late
 
-    async def _last(self, turn: Turn) -> DecodedImage:
-        async with aclosing(self._events(turn)) as events:
+    async def _last(self, job: Job, turn: Turn) -> DecodedImage:
+        async with aclosing(self._events(job, turn)) as events:
             async for event in events:
                 if isinstance(event, DecodedImage):
                     return event
@@ -186,7 +186,7 @@ class Ingress:
     async def _stream(self, job: Job, turn: Turn) -> AsyncIterator[str]:
         """Yield server-sent events; an error after the headers is an event too."""
         try:
-            async with aclosing(self._events(turn)) as events:
+            async with aclosing(self._events(job, turn)) as events:
                 async for event in events:
                     partial = event.order if isinstance(event, Partial) else None
                     image = event.image if isinstance(event, Partial) else event
