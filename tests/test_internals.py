@@ -108,8 +108,9 @@ def test_rays_store_and_names_of_actors() -> None:
 
 
 def test_replicas_that_a_handle_knows() -> None:
-    """`deployments.ray_internals.lacks_replicas`."""
-    assert callable(DeploymentHandle.running_replicas_populated)
+    """`deployments.ray_internals`: `follow` and `lacks_replicas`."""
+    assert callable(DeploymentHandle._init)
+    assert "if not self.is_initialized:" in inspect.getsource(DeploymentHandle._init_router)
     for wrapper in (router.CurrentLoopRouter, router.SingletonThreadRouter):
         assert "self._asyncio_router = AsyncioRouter(" in inspect.getsource(wrapper)
     assert isinstance(router.AsyncioRouter.request_router, property)

@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from deployments import console
+from deployments import console, ray_internals
 from deployments.http.body import read_json
 from deployments.http.errors import APIError
 from deployments.http.front import Front, received
@@ -98,6 +98,8 @@ class Ingress:
         }
         # In this process: the router only waits, so a deployment of its own would merely add a call.
         pools = Pools(settings.placement, settings.hang_factor, settings.hang_floor_s, settings.overflow_wait_s)
+        for handle in replicas.values():
+            ray_internals.follow(handle)
         self._router = Router(replicas, pools, settings.checkpoint_steps)
 
     @app.post("/v1/images/generations")
