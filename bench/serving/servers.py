@@ -165,7 +165,9 @@ def _end(running: Running) -> None:
 
 
 def _ready(url: str) -> bool:
+    """Whether a server is ready, and none of its deployments lacks a replica."""
     try:
-        return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
+        answer = httpx.get(f"{url}/readyz", timeout=10)
+        return answer.status_code == 200 and all(answer.json().get("replicas", {}).values())
     except httpx.HTTPError:
         return False

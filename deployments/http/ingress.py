@@ -20,6 +20,7 @@ from deployments import console, ray_internals
 from deployments.http.body import read_json
 from deployments.http.errors import APIError
 from deployments.http.front import Front, received
+from deployments.http.readiness import announce
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
 from deployments.http.responses import images_response, stream_event
 from deployments.http.schemas import ImagesRequest
@@ -80,6 +81,7 @@ class Ingress:
         console.attach()
         self._settings = settings
         model = settings.read_model()
+        announce(serve.get_replica_context().app_name, settings.needed_for(model))
         self._offer = Offer(
             model=model,
             blocks=model.count_blocks(),
