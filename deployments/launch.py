@@ -48,8 +48,8 @@ class Server:
                         "the cluster's proxies do not answer probes: set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH="
                         f"{os.environ['RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH']} in the environment of its nodes"
                     )
-                if self._late:
-                    print(f"without {', '.join(sorted(self._late))}: no node of their pools is here yet", flush=True)
+                for name in sorted(self._late):
+                    print(f"without {name}: no node of its pool is here yet", flush=True)
                 host = self._address() + self._prefix()
                 print(
                     f"ready: API at {host}/v1, its description at {host}/docs; dashboard at http://{dashboard}"
