@@ -181,11 +181,12 @@ class Settings(BaseModel):
 
     @property
     def pools_by_stage(self) -> dict[ServedStage, tuple[str, ...]]:
-        """Names of the pools that each stage stands on."""
-        return {
+        """Names of the pools that each stage stands on; without the stages that no deployment runs."""
+        stands = {
             stage: tuple(dict.fromkeys(placed.pool for placed in self.placement.values() if stage in placed.stages))
             for stage in SERVED_STAGES
         }
+        return {stage: pools for stage, pools in stands.items() if pools}
 
     def needed_for(self, model: ModelConfig) -> dict[str, list[ServedStage]]:
         """List for each deployment the stages that it runs and the model's plans use."""
