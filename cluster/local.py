@@ -20,7 +20,7 @@ from typing import Any
 
 from cluster.pools import Pool
 from deployments.__main__ import ENVIRONMENT
-from deployments.check import StartError, read_config
+from deployments.check import StartError, check_pythons, read_config
 from stages.yaml_file import ConfigError
 
 _STORE_BYTES = 128 * 1024 * 1024  # of a node's object store; packets go from replica to replica without it
@@ -39,10 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     """
     os.environ.update(ENVIRONMENT)  # the nodes' processes have it from here
     try:
-        pools = read_config(arguments.config).pools
+        config = read_config(arguments.config)
+        check_pythons(config)
     except StartError as error:
         raise ConfigError(str(error)) from error
-    with started(pools.values()) as address:
+    with started(config.pools.values()) as address:
         command = [sys.executable, "-m", "deployments", str(arguments.config)]
         server = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": address}, start_new_session=True)
         for name in (signal.SIGTERM, signal.SIGINT):

@@ -18,6 +18,7 @@ LabelKey = Annotated[str, Field(pattern=_LABEL_KEY)]
 LabelValue = Annotated[str, Field(pattern=rf"^{_WORD}$")]
 ResourceName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.:-]{0,63}$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+ClaimName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 
 _OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}  # resources that Ray has options for
@@ -90,6 +91,8 @@ class NodeShape(_Strict):
         cpus: number of cores.
         memory_gib: memory of the node itself, in GiB.
         selector: labels of the Kubernetes nodes that have such devices.
+        cache_claim: name of the PersistentVolumeClaim in Kubernetes that keeps what replicas compile, or None for a
+            directory of the node.
         config: `node_config` of `ray up`: what the cloud provider calls such a node.
     """
 
@@ -97,6 +100,7 @@ class NodeShape(_Strict):
     cpus: Annotated[int, Field(ge=1, le=1024)] = 4
     memory_gib: Annotated[float, Field(gt=0.0, le=65536.0)] = 16.0
     selector: dict[LabelKey, LabelValue] = {}
+    cache_claim: ClaimName | None = None
     config: dict[str, JsonValue] = {}
 
 
@@ -131,6 +135,12 @@ class Pool(_Strict):
         except (TypeError, KeyError, ValueError):  # which the field's own check tells
             return content
         return {"resources": dict(backend.resources), **content}
+
+    @model_validator(mode="after")
+    def _claims_for_something(self) -> Pool:
+        if self.node.cache_claim and not self.environment.compilation_cache:
+            raise ValueError("node.cache_claim needs environment.compilation_cache, where it is mounted")
+        return self
 
     @property
     def needed_resources(self) -> dict[str, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
+import shutil
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
@@ -64,6 +66,7 @@ def check(path: Path) -> Config:
     _check_http(config.serve, path)
     # From here on torch and diffusers are imported, which takes seconds, so the errors above are reported first.
     if not os.environ.get("RAY_ADDRESS"):  # else other machines run the replicas
+        check_pythons(config)
         _check_devices(config)
         _check_directories(config)
     from stages.check import check_files
@@ -153,6 +156,16 @@ def _check_deployments(config: Config) -> None:
                 )
     for complaint in overfull(deployments, placement, config.pools):
         raise StartError(f"{where}.deployments: {complaint} in {config.settings.pools}")
+
+
+def check_pythons(config: Config) -> None:
+    """Check that the pools' Pythons are on this machine; Ray would try to start them without end."""
+    for name, pool in config.pools.items():
+        command = shlex.split(pool.environment.py_executable or "")
+        if command and not shutil.which(command[0]):
+            raise StartError(
+                f"{config.settings.pools}: {name}.environment.py_executable: this machine has no program {command[0]}"
+            )
 
 
 def _check_devices(config: Config) -> None:

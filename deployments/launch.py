@@ -16,6 +16,7 @@ from urllib.request import urlopen
 
 import ray
 from ray import serve
+from ray.serve.schema import DeploymentStatusOverview
 from ray.serve.scripts import cli as serve_cli
 
 from cluster.nodes import check_address, find_lack, live_nodes
@@ -34,6 +35,7 @@ class Server:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._stops = 0
+        self._late: frozenset[str] = frozenset()  # deployments whose pools have no node
 
     def run(self) -> None:
         """Serve until a signal arrives; raises StartError if the server does not get ready."""
@@ -46,6 +48,8 @@ class Server:
                         "the cluster's proxies do not answer probes: set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH="
                         f"{os.environ['RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH']} in the environment of its nodes"
                     )
+                for name in sorted(self._late):
+                    print(f"without {name}: no node of its pool is here yet", flush=True)
                 host = self._address() + self._prefix()
                 print(
                     f"ready: API at {host}/v1, its description at {host}/docs; dashboard at http://{dashboard}"
@@ -117,14 +121,29 @@ class Server:
         for name, pool in self._config.pools.items():
             if lack := find_lack(pool, nodes):
                 raise StartError(f"{self._config.settings.pools}: {name}: {lack}")
+        empty = {
+            name
+            for name, pool in self._config.pools.items()
+            if not any(node.belongs_to(pool) and node.room(pool) for node in nodes)
+        }
+        self._late = frozenset(
+            name for name, placement in self._config.settings.placement.items() if placement.pool in empty
+        )
 
     def _wait_until_ready(self) -> bool:
-        """Wait until the server is ready; return False if a signal arrives first. Raises StartError."""
+        """Wait until the server is ready, with all deployments whose pools have nodes.
+
+        Returns:
+            Whether it is; False if a signal arrives first.
+
+        Raises:
+            StartError: a deployment cannot start.
+        """
         running: set[str] = set()
         while not self._stops:
-            if _responds(f"{self._address()}/readyz"):
-                return True
+            responds, starting = _responds(f"{self._address()}/readyz"), set()
             for name, application in serve.status().applications.items():
+                starting |= {key for key, status in application.deployments.items() if _starts(status)}
                 healthy = {key for key, status in application.deployments.items() if status.status == "HEALTHY"}
                 if new := healthy - running:
                     running |= new
@@ -134,6 +153,8 @@ class Server:
                     message = failed[0].message if failed else application.message
                     where = next((key for key, status in application.deployments.items() if status in failed), name)
                     raise StartError(f"{where}: {_reason(message)}")
+            if responds and starting <= self._late:
+                return True
             time.sleep(_POLL_S)
         return False
 
@@ -155,6 +176,11 @@ class Server:
             if deployment.name == "Ingress" and isinstance(deployment.graceful_shutdown_timeout_s, int | float)
         ]
         return max(found, default=_GRACE_S)
+
+
+def _starts(status: DeploymentStatusOverview) -> bool:
+    """Whether a deployment has yet to get its first replica."""
+    return status.status == "UPDATING" and not status.replica_states.get("RUNNING")
 
 
 def _responds(url: str) -> bool:

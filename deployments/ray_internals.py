@@ -27,11 +27,14 @@ def delete(key: str) -> None:
     _internal_kv_del(key, namespace=_NAMESPACE)
 
 
+def follow(handle: DeploymentHandle) -> None:
+    """Let a handle be told of its deployment's replicas from now on, not only from its first call."""
+    handle._init()
+
+
 def lacks_replicas(handle: DeploymentHandle) -> bool:
-    """Whether all replicas of a deployment are gone, as far as its handle was told; False before it knew of any."""
-    if not handle.running_replicas_populated():
-        return False
-    router = handle._router._asyncio_router.request_router
+    """Whether a deployment has no replicas, as far as its handle was told; False before it was told of anything."""
+    router = handle._router and handle._router._asyncio_router.request_router
     return router is not None and not router.curr_replicas
 
 

@@ -221,13 +221,12 @@ class Router:
                     alone.close()
 
             with self._balancer.at_work(hop.deployment, route.megapixels * (hop.work or 1)) as limit_s:
-                # Serve would hold the call until there is a replica, while another deployment may run the stage. Where
-                # there is no limit, no other one does, or this one is new.
-                if limit_s is not None and ray_internals.lacks_replicas(self._replicas[hop.deployment]):
+                replicas = self._replicas[hop.deployment]
+                # Serve would hold the call until there is a replica, while another deployment may run the stage. One
+                # that is avoided was chosen because no other works.
+                if not self._balancer.avoids(hop.deployment) and ray_internals.lacks_replicas(replicas):
                     raise Lost(hop.deployment, "refused")
-                reply, data = await attempt(
-                    self._replicas[hop.deployment], Call(route=route, hop=hop), held.packet, limit_s, on_step
-                )
+                reply, data = await attempt(replicas, Call(route=route, hop=hop), held.packet, limit_s, on_step)
         if isinstance(reply, RefusalReply):
             raise APIError.from_refusal(reply, hop.deployment)
         return reply, data

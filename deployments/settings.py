@@ -145,8 +145,7 @@ class Settings(BaseModel):
         model.check_plans()
         adapters = model.adapters
         run = {stage for placement in self.placement.values() for stage in placement.stages}
-        planned = {ENCODE, DECODE, *(stage.name for plan, _ in model.plans_by_size() for stage in plan.stages)}
-        needed = [stage for stage in SERVED_STAGES if stage in planned]
+        needed = _needed_stages(model)
         if missing := [stage for stage in needed if stage not in run]:
             raise ValueError(
                 f"placement must run each of {', '.join(needed)}, which the plans of {self.model} need; "
@@ -189,10 +188,18 @@ class Settings(BaseModel):
 
     @property
     def pools_by_stage(self) -> dict[ServedStage, tuple[str, ...]]:
-        """Names of the pools that each stage stands on."""
-        return {
+        """Names of the pools that each stage stands on; without the stages that no deployment runs."""
+        stands = {
             stage: tuple(dict.fromkeys(placed.pool for placed in self.placement.values() if stage in placed.stages))
             for stage in SERVED_STAGES
+        }
+        return {stage: pools for stage, pools in stands.items() if pools}
+
+    def needed_for(self, model: ModelConfig) -> dict[str, list[ServedStage]]:
+        """List for each deployment the stages that it runs and the model's plans use."""
+        needed = _needed_stages(model)
+        return {
+            name: [stage for stage in needed if stage in placement.stages] for name, placement in self.placement.items()
         }
 
     def read_model(self) -> ModelConfig:
@@ -203,3 +210,9 @@ class Settings(BaseModel):
         """Read the pools that are placed on, by name; raises FileNotFoundError or `stages.yaml_file.ConfigError`."""
         used = {placement.pool for placement in self.placement.values()}
         return {name: pool for name, pool in read_pools(self.pools).items() if name in used}
+
+
+def _needed_stages(model: ModelConfig) -> list[ServedStage]:
+    """List the stages that a model's plans use."""
+    planned = {ENCODE, DECODE, *(stage.name for plan, _ in model.plans_by_size() for stage in plan.stages)}
+    return [stage for stage in SERVED_STAGES if stage in planned]

@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenIm
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormContinuous
 from openai import OpenAI
+from tiny_z_image import write_checkpoint
 from torch.nn.modules.module import register_module_forward_hook
 
 from backends import Backend, backend_names, get_backend
@@ -73,6 +74,12 @@ def network(config: ModelConfig, backend: Backend) -> Network:
 @pytest.fixture(scope="session")
 def pipeline(config: ModelConfig, backend: Backend) -> Pipeline:
     return Pipeline(config, backend)
+
+
+@pytest.fixture(scope="session")
+def z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config of a tiny random Z-Image."""
+    return write_checkpoint(tmp_path_factory.mktemp("z-image"))
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from backends.buckets import Buckets
 from stages.batching import StepBatcher
 from stages.caches import make_cache
 from stages.config import ModelConfig
+from stages.families import get_family
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import AttentionGuidanceSpec, FirstBlockSpec
 from stages.rows import ModelInput
@@ -53,29 +54,39 @@ def device(request: pytest.FixtureRequest) -> Backend:
     return backend
 
 
+@pytest.fixture(scope="module", params=["qwen_image", "z_image"])
+def exact(request: pytest.FixtureRequest, config: ModelConfig) -> ModelConfig:
+    """A small model of each family in float32."""
+    model = config if request.param == config.family else ModelConfig.read(request.getfixturevalue(request.param))
+    return model.model_copy(update={"dtype": "float32", "sizes": ("128x128",), "plans_at": {}})
+
+
 @pytest.fixture(scope="module")
-def exact(config: ModelConfig) -> ModelConfig:
-    """The small model in float32."""
-    return config.model_copy(update={"dtype": "float32"})
+def pipeline(exact: ModelConfig, backend: Backend) -> Pipeline:
+    """The model on the processor."""
+    return Pipeline(exact, backend)
 
 
 @pytest.fixture(scope="module")
 def here(exact: ModelConfig, device: Backend) -> Pipeline:
-    """The small model on the device."""
+    """The model on the device."""
     return Pipeline(exact, device)
 
 
 @pytest.fixture
 def rows(pipeline: Pipeline, here: Pipeline) -> list[ModelInput]:
-    """Rows of different noise levels, prompts, adapters, negative prompts and skipped blocks."""
+    """Rows of different noise levels, prompts, adapters, skipped blocks and, if the family can, attention guidance."""
     place = here.denoiser._network.device
+    guided = get_family(here.config.family).guides_attention
     packets = pipeline.enter(pipeline.config.plan("hybrid"), IMAGES)
     return [
         ModelInput(
             packet.latent.float().to(place),
             sigma=1.0 - 0.3 * row,
             embeds=packet.prompt_embeds.to(place),
-            negative=None if row else Negative(packets[2].prompt_embeds.to(place), AttentionGuidanceSpec()),
+            negative=(
+                Negative(packets[2].prompt_embeds.to(place), AttentionGuidanceSpec()) if guided and not row else None
+            ),
             adapter=adapter,
             adapter_scale=0.5 + row / 2,
             skip_blocks=frozenset({2} if row == 1 else ()),
@@ -230,7 +241,7 @@ def xla_metric(device: Backend, name: str) -> Callable[[], int]:
 @pytest.fixture(scope="module")
 def warm(exact: ModelConfig, device: Backend) -> Pipeline:
     """A pipeline after warm-up over the config's sizes, of which it has one."""
-    small = exact.model_copy(update={"sizes": ("128x128",), "max_prompt_tokens": 59})
+    small = exact.model_copy(update={"max_prompt_tokens": 59})
     pipeline = Pipeline(small, device)
     pipeline.denoiser.warm_up(small.sizes, 8 * 64, print)
     return pipeline
@@ -251,9 +262,9 @@ def draw_images(rng: Random) -> list[Prompted]:
 
 @pytest.mark.slow
 def test_nothing_is_compiled_after_the_warm_up(warm: Pipeline, compilations: Callable[[], int]) -> None:
-    rng = Random(0)
+    rng, channels = Random(0), warm.denoiser._network.transformer.token_channels
     for text in ("a star", "a star " * 20):  # encoder and decoder have a shape a size
-        warm.decoder.decode(torch.zeros(1, 64, 64), (8, 8))
+        warm.decoder.decode(torch.zeros(1, 64, channels), (8, 8))
         warm.encoder.encode(text)
     before = compilations()
     for number in range(30):

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from safetensors.torch import save_file
+from diffusers import ZImagePipeline
 from served import pixels
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from tiny_z_image import BASE, PLANS, SCALE, STEPS
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from backends import Backend
+from backends import Backend, CPUBackend
 from bench.serving.servers import servers, started
 from stages.check import check_files
 from stages.config import ModelConfig
@@ -26,70 +27,32 @@ from stages.plan import FirstBlockSpec, Plan
 from stages.sources import BadFile
 from stages.yaml_file import ConfigError
 
-SCENES = Path(__file__).parent.parent / "checkpoints" / "scenes"
 PROMPTS = ["a red circle", "two small green squares left of a large blue triangle " * 4, "a star"]
-WIDTH, BLOCKS, STEPS, SCALE = 32, 3, 4, 3.0
-CHAT = "{% for message in messages %}user {{ message.content }}{% endfor %} assistant"
-
-BASE = {"name": "base", "sigma_start": 1, "sigma_end": 0, "steps": STEPS}
-PLANS = {
-    "base": [{**BASE, "guidance_scale": SCALE}],
-    "distilled": [{**BASE, "name": "distilled", "adapter": "distilled"}],
-    "cached": [{**BASE, "guidance_scale": SCALE, "cache": {"kind": "first_block", "threshold": 0.05}}],
-    "hybrid": [
-        {**BASE, "sigma_end": 0.75, "steps": 1, "guidance_scale": SCALE},
-        {**BASE, "name": "distilled", "sigma_start": 0.75, "steps": 2, "adapter": "distilled"},
-    ],
-}
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline of Z-Image's classes with a LoRA beside it, all of it random."""
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("z-image")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(SCENES / "tokenizer")
-    tokenizer.chat_template = CHAT
-    text = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=12,
-    )  # fmt: skip
-    transformer = ZImageTransformer2DModel(
-        in_channels=4, dim=WIDTH, n_layers=BLOCKS, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=24,
-        axes_dims=[4, 6, 6], axes_lens=[256, 64, 64],
-    )  # fmt: skip
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, layers_per_block=1,
-        scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
-    pipeline = ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae, Qwen3Model(text), tokenizer, transformer)
-    pipeline.save_pretrained(directory)
-    lora = {}
-    for block in range(BLOCKS):
-        for layer in ("attention.to_q", "attention.to_out.0", "feed_forward.w2", "adaLN_modulation.0"):
-            name = f"layers.{block}.{layer}"
-            outputs, inputs = transformer.get_submodule(name).weight.shape
-            lora[f"transformer.{name}.lora_A.weight"] = torch.randn(2, inputs)
-            lora[f"transformer.{name}.lora_B.weight"] = 0.1 * torch.randn(outputs, 2)
-    (directory / "lora").mkdir()
-    save_file(lora, directory / "lora" / "pytorch_lora_weights.safetensors")
-    return directory
+class RealBackend(CPUBackend):
+    """The processor as a device that has no complex numbers."""
+
+    complex_numbers = False
+
+
+class ComplexNumbers(TorchDispatchMode):
+    """Counts the operations within that result in complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        self.count += isinstance(result, torch.Tensor) and result.is_complex()
+        return result
 
 
 @pytest.fixture(scope="module")
-def model(source: Path) -> Path:
+def model(z_image: Path) -> Path:
     """Its config."""
-    path = source / "configs" / "z.yaml"
-    path.parent.mkdir()
-    content = {
-        "name": "tiny-z", "family": "z_image", "source": str(source), "sizes": ["64x64", "64x96"],
-        "adapters": {"distilled": {"source": str(source / "lora")}}, "plans": PLANS,
-    }  # fmt: skip
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return z_image
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +63,23 @@ def ours(model: Path, backend: Backend) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def theirs(source: Path) -> ZImagePipeline:
+def real(ours: Pipeline) -> Pipeline:
+    return Pipeline(ours.config, RealBackend())
+
+
+@pytest.fixture(scope="module", params=["ours", "real"])
+def either(request: pytest.FixtureRequest) -> Pipeline:
+    """In complex numbers and in real arithmetic."""
+    pipeline: Pipeline = request.getfixturevalue(request.param)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def theirs(model: Path) -> ZImagePipeline:
+    source = ModelConfig.read(model).source
     reference = ZImagePipeline.from_pretrained(source, dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
-    reference.load_lora_weights(source / "lora", adapter_name="distilled")
+    reference.load_lora_weights(f"{source}/distilled", adapter_name="distilled")
     return reference
 
 
@@ -122,12 +98,12 @@ def expected(theirs: ZImagePipeline, plan: str, prompt: str, negative: str, seed
 @pytest.mark.parametrize("size", ["64x64", "64x96"])
 @pytest.mark.parametrize("plan", ["base", "distilled"])
 def test_prompts_of_mixed_lengths_in_one_batch_are_diffusers_one_by_one(
-    ours: Pipeline, theirs: ZImagePipeline, plan: str, size: str
+    either: Pipeline, theirs: ZImagePipeline, plan: str, size: str
 ) -> None:
     images = [Prompted(prompt, seed, "white" * (seed % 2)) for seed, prompt in enumerate(PROMPTS)]
-    packets = ours.enter(ours.config.plan(plan), images, size)
+    packets = either.enter(either.config.plan(plan), images, size)
     assert len({-(-len(packet.prompt_embeds) // 32) for packet in packets}) > 1  # they are padded to multiples of 32
-    packets = ours.denoise(packets, ours.config.plan(plan))
+    packets = either.denoise(packets, either.config.plan(plan))
     reached = {}
     for image, packet in zip(images, packets, strict=True):
         truth = expected(theirs, plan, image.prompt, image.negative_prompt or "", image.seed, size)
@@ -170,6 +146,17 @@ def test_hybrid_plan_runs_and_counts(ours: Pipeline) -> None:
     (result,) = ours.run("hybrid", PROMPTS[0], seeds=(1,))
     assert result.nfe == 4
     assert result.image.size == (64, 64)
+
+
+def test_a_device_without_complex_numbers_meets_none(ours: Pipeline, real: Pipeline) -> None:
+    counts = []
+    for each in (ours, real):
+        plan = each.config.plan("distilled")
+        with ComplexNumbers() as seen:
+            each.denoise(each.enter(plan, [Prompted("a star", 0)]), plan)
+        counts.append(seen.count)
+    assert counts[0] > 0
+    assert counts[1] == 0
 
 
 def test_attention_guidance_is_refused_by_name(ours: Pipeline) -> None:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 from diffusers.models.transformers import transformer_z_image
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformerBlock
 from peft import LoraConfig
@@ -29,6 +29,7 @@ from stages.internals.diffusers import (
     dispatch_attention_fn,
     image_padding,
     rotary_axes,
+    rotary_tables,
 )
 from stages.internals.peft import get_pattern_key
 from stages.internals.torch import unrelated_dimensions
@@ -48,6 +49,19 @@ def test_diffusers_attention_of_qwen_image(transformer: QwenImageTransformer2DMo
     assert {"attn_mask", "backend"} <= parameters(dispatch_attention_fn)
     assert rotary_axes(plain) == (10000, transformer.config.axes_dims_rope)
     assert {"video_fhw", "device", "max_txt_seq_len"} <= parameters(QwenEmbedRope.forward)
+
+
+def test_diffusers_attention_of_z_image() -> None:
+    """`stages.internals.diffusers`."""
+    plain = ZImageTransformer2DModel(
+        in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=1, n_kv_heads=1, cap_feat_dim=8,
+        axes_dims=[4, 6, 6], axes_lens=[7, 5, 3],
+    )  # fmt: skip
+    assert attention_backend(plain.layers[0].attention) is None
+    tables = rotary_tables(plain)
+    assert [table.shape for table in tables] == [(7, 2), (5, 3), (3, 3)]
+    assert all(table.is_complex() for table in tables)
+    assert {"attention_mask", "freqs_cis"} <= parameters(transformer_z_image.ZSingleStreamAttnProcessor.__call__)
 
 
 def test_diffusers_blocks() -> None:
@@ -94,8 +108,9 @@ def test_rays_store_and_names_of_actors() -> None:
 
 
 def test_replicas_that_a_handle_knows() -> None:
-    """`deployments.ray_internals.lacks_replicas`."""
-    assert callable(DeploymentHandle.running_replicas_populated)
+    """`deployments.ray_internals`: `follow` and `lacks_replicas`."""
+    assert callable(DeploymentHandle._init)
+    assert "if not self.is_initialized:" in inspect.getsource(DeploymentHandle._init_router)
     for wrapper in (router.CurrentLoopRouter, router.SingletonThreadRouter):
         assert "self._asyncio_router = AsyncioRouter(" in inspect.getsource(wrapper)
     assert isinstance(router.AsyncioRouter.request_router, property)

@@ -22,7 +22,7 @@ from ray.serve.schema import ServeDeploySchema
 from cluster.manifests import containers, kuberay, ray_up
 from cluster.manifests.layout import Layout
 from cluster.pools import Pool, read_pools
-from deployments.check import Config, read_config
+from deployments.check import Config, StartError, read_config
 from stages.yaml_file import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -229,9 +229,38 @@ def test_resources_of_ones_own_are_told_to_kuberay(tmp_path: Path) -> None:
     assert offered(group)["GPU"] == 2
 
 
+@pytest.mark.parametrize(
+    ("node", "kept"),
+    [
+        ({}, {"hostPath": {"path": "/var/compilations", "type": "DirectoryOrCreate"}}),
+        ({"cache_claim": "compiled"}, {"persistentVolumeClaim": {"claimName": "compiled"}}),
+    ],
+)
+def test_what_replicas_compile_outlives_their_pods(tmp_path: Path, node: dict[str, Any], kept: dict[str, Any]) -> None:
+    layout = some(tmp_path, environment={"image": "b", "compilation_cache": "/var/compilations"}, node=node)
+    manifest = kuberay.render(layout, "images")
+    jsonschema.validate(manifest, SCHEMA)
+    spec = pods(manifest)["h100"]["spec"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "h100"}, "spec": spec}
+    kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+    (mount,), (volume,) = spec["containers"][0]["volumeMounts"], spec["volumes"]
+    assert mount["mountPath"] == "/var/compilations"
+    assert volume == {"name": mount["name"], **kept}
+    for other in ("head", "cpu"):  # whose pool keeps nothing
+        assert "volumes" not in pods(manifest)[other]["spec"]
+
+
+def test_a_claim_without_a_directory_to_mount_it_at_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match=r"pools\.yaml: h100: node\.cache_claim needs environment\.compilation_cache"):
+        some(tmp_path, node={"cache_claim": "compiled"})
+
+
 def test_the_cluster_file_is_one_that_ray_takes(tmp_path: Path, everywhere: Layout) -> None:
     layout = some(
-        tmp_path, replicas={"min": 1, "max": 5}, node={"devices": 2, "config": {"InstanceType": "p5.4xlarge"}}
+        tmp_path,
+        replicas={"min": 1, "max": 5},
+        environment={"image": "b", "compilation_cache": "/var/compilations"},
+        node={"devices": 2, "config": {"InstanceType": "p5.4xlarge"}},
     )
     with pytest.raises(ConfigError, match=r"pools\.yaml: cpu\.node\.config: must be what the provider calls"):
         ray_up.render(layout, "images", AWS)
@@ -250,6 +279,9 @@ def test_the_cluster_file_is_one_that_ray_takes(tmp_path: Path, everywhere: Layo
     assert types["h100"]["resources"] == {"CPU": 4, "GPU": 2}
     assert (types["h100"]["min_workers"], types["h100"]["max_workers"], cluster["max_workers"]) == (1, 3, 4)
     assert types["h100"]["docker"]["worker_image"] == "b"
+    options = types["h100"]["docker"]["worker_run_options"]
+    assert options == ["--gpus=all", "--volume=/var/compilations:/var/compilations"]
+    assert types["cpu"]["docker"]["worker_run_options"] == []
     assert cluster["docker"]["image"] == "a"
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -271,6 +272,20 @@ def test_replicas_keep_what_they_compile_where_their_pool_says(tmp_path: Path) -
         )
 
 
+def test_a_pools_python_must_be_here_where_this_machine_is_the_cluster(tmp_path: Path) -> None:
+    pools = {"cpu": {"backend": "cpu", "environment": {"py_executable": f"{tmp_path}/bin/python -u"}}}
+    config = written(tmp_path, pools)
+    with pytest.raises(StartError) as refused:
+        check(on_free_port(config))
+    complaint = (
+        f"{tmp_path}/pools.yaml: cpu.environment.py_executable: this machine has no program {tmp_path}/bin/python"
+    )
+    assert str(refused.value) == complaint
+    command = [sys.executable, "-m", "cluster", "local", str(config)]
+    local = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (local.returncode, local.stderr.splitlines()[-1]) == (1, complaint)
+
+
 def test_what_a_cluster_lacks_is_a_sentence() -> None:
     def node(resources: dict[str, float], **labels: str) -> LiveNode:
         return LiveNode("0", labels, {"CPU": 8.0, **resources})
@@ -295,6 +310,12 @@ def test_the_documentation_shows_pools_and_a_placement(tmp_path: Path) -> None:
         {"model": "configs/scenes.yaml", **placement, "pools": "cluster/example-pools.yaml"}
     )
     assert list(settings.read_pools()) == ["cpu", "h100", "mi300", "gaudi2"]
+
+
+def test_a_stage_that_no_deployment_runs_stands_on_no_pool() -> None:
+    """So that a plan with it is refused, in place of an image that finds no deployment."""
+    config = read_config(ROOT / "cluster" / "h100" / "serve.yaml")
+    assert config.settings.pools_by_stage == dict.fromkeys(("encode", "base", "distilled", "decode"), ("h100",))
 
 
 def test_settings_have_the_shipped_pools_by_default() -> None:

@@ -326,6 +326,13 @@ def test_a_hung_attempt_counts_as_slow_and_one_that_died_not(clock: list[float])
     assert routing._costs["Fast"].in_flight == 0
 
 
+async def send(url: str, **fields: object) -> list[httpx.Response]:
+    """Send twelve requests at once."""
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        bodies = [{"prompt": "a striped heart", "seed": seed, **fields} for seed in range(12)]
+        return await asyncio.gather(*(client.post("/v1/images/generations", json=body) for body in bodies))
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_two_deployments_of_a_stage_share_its_images_but_for_those_that_choose_a_pool(
@@ -343,11 +350,6 @@ def test_two_deployments_of_a_stage_share_its_images_but_for_those_that_choose_a
     (base,) = [deployment for deployment in application["deployments"] if deployment["name"] == "Base"]
     application["deployments"].append({**base, "name": "Second"})
 
-    async def send(url: str, **fields: object) -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-            bodies = [{"prompt": "a striped heart", "seed": seed, **fields} for seed in range(12)]
-            return await asyncio.gather(*(client.post("/v1/images/generations", json=body) for body in bodies))
-
     with started(replace(server, config=config), model) as running:
         answers = asyncio.run(send(running.url))
         done = Counter({name: len(log_lines(running, name, "evaluations")) for name in ("Base", "Second")})
@@ -362,3 +364,26 @@ def test_two_deployments_of_a_stage_share_its_images_but_for_those_that_choose_a
         (local,) = pipeline.run("hybrid", "a striped heart", seeds=(seed,), size="128x128")
         served = pixels(answer.raise_for_status().json()["data"][0])
         assert np.abs(served - np.asarray(local.image).astype(int)).max() <= 3
+
+
+@pytest.mark.slow
+def test_images_pass_over_a_deployment_whose_pool_has_no_node(tmp_path: Path) -> None:
+    model = Path(__file__).parent.parent / "configs" / "scenes.yaml"
+    server = servers(model)[0]
+    config = copy.deepcopy(server.config)
+    assert config
+    (application,) = config["applications"]
+    pool = {"backend": "cpu", "resources": {"CPU": 0.1}}
+    away = {**pool, "labels": {"pool": "away"}, "replicas": {"min": 0, "max": 1}}
+    (tmp_path / "pools.yaml").write_text(yaml.safe_dump({"cpu": {**pool, "replicas": 5}, "away": away}))
+    application["args"]["pools"] = str(tmp_path / "pools.yaml")
+    application["args"]["placement"]["Away"] = {**application["args"]["placement"]["Base"], "pool": "away"}
+    application["deployments"].append({"name": "Away", "num_replicas": 1})
+    with started(replace(server, config=config, late=("Away",)), model) as running:
+        answers = asyncio.run(send(running.url))
+        readiness = httpx.get(f"{running.url}/readyz", timeout=10).json()
+        log = running.log.read_text()
+    assert [answer.status_code for answer in answers] == [200] * 12
+    assert readiness["stages"]["base"] == {"Base": 1, "Away": 0}
+    assert "without Away: no node of its pool is here yet" in log
+    assert "ready: API at" in log

@@ -453,16 +453,34 @@ def test_where_all_replicas_are_gone_another_deployment_takes_over() -> None:
     assert len(cluster["Base"].attempts) > 1
 
 
-def test_where_all_replicas_of_the_only_deployment_are_gone_serve_holds_the_image() -> None:
+def test_a_deployment_that_never_had_a_replica_is_passed_over() -> None:
+    cluster = Cluster({**SPREAD, "Second": ("base",)})
+    cluster["Base"].gone, cluster["Base"].healthy = True, False
+
+    async def play() -> list[bytes]:
+        done = await asyncio.gather(*(cluster.image(f"image {number}") for number in range(4)))
+        assert (len(cluster["Base"].attempts), len(cluster["Second"].attempts)) == (0, 4)
+        cluster["Base"].gone, cluster["Base"].healthy = False, True
+        while cluster.pools.avoids("Base"):
+            await asyncio.sleep(0.1)
+        return done + await asyncio.gather(*(cluster.image(f"both {number}") for number in range(4)))
+
+    assert run(play()) == [b"image after 32"] * 8
+    assert cluster["Base"].attempts
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_where_all_replicas_of_the_only_deployment_are_gone_serve_holds_the_image(measured: bool) -> None:
     cluster = Cluster()
 
     async def play() -> bytes:
-        await cluster.image("measured")
+        if measured:
+            await cluster.image("measured")
         cluster["Base"].gone = True
         return await cluster.image()
 
     assert run(play()) == b"image after 32"  # as the stand-in begins at once
-    assert cluster["Base"].attempts[1:] == [("image", 0, 30)]
+    assert cluster["Base"].attempts[measured:] == [("image", 0, 30)]
 
 
 def test_an_attempt_that_hangs_is_cancelled_and_made_elsewhere() -> None:

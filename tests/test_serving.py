@@ -33,6 +33,13 @@ def test_serve_run_starts_six_healthy_deployments(url: str) -> None:
     assert httpx.get(f"{url}/readyz", timeout=10).json() == {
         "status": "ready",
         "replicas": dict.fromkeys(DEPLOYMENTS, 1),
+        "stages": {
+            "encode": {"TextEncoder": 1},
+            "base": {"Base": 1},
+            "bridge": {"Bridge": 1},
+            "distilled": {"Distilled": 1},
+            "decode": {"VAEDecoder": 1},
+        },
     }
     assert httpx.get(f"{url}/healthz", timeout=10).json() == {"status": "ok"}
     assert deployment_statuses() == dict.fromkeys(DEPLOYMENTS, "HEALTHY")

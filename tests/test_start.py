@@ -255,6 +255,29 @@ def test_readiness_counts_replicas_that_both_the_controller_and_ray_know() -> No
     assert Readiness.of(one_of_two, frozenset({second})) == Readiness({"Base": 1}, None)
 
 
+def test_a_stage_is_ready_when_one_of_its_deployments_is() -> None:
+    runs = {"Base": ["base"], "Other": ["base", "bridge"], "Tail": ["bridge", "decode"], "Spare": []}
+    names = {name: f"SERVE_REPLICA::images#{name}#1" for name in ("Ingress", *runs)}
+    deployments = Deployments(
+        {f"images#{name}": 1 for name in names},
+        started=frozenset(names.values()),
+        stages={f"images#{name}": stages for name, stages in runs.items()},
+    )
+
+    def readiness(*gone: str) -> Readiness:
+        return Readiness.of(deployments, frozenset(actor for name, actor in names.items() if name not in gone))
+
+    assert readiness("Other", "Spare").reason is None  # no plan needs what Spare runs
+    assert readiness("Other").stages == {
+        "base": {"Base": 1, "Other": 0}, "bridge": {"Other": 0, "Tail": 1}, "decode": {"Tail": 1}
+    }  # fmt: skip
+    assert readiness("Base").reason is None
+    assert readiness("Base", "Other").reason == "no running replica of Base or Other (base)"
+    assert readiness("Other", "Tail", "Ingress").reason == (
+        "no running replica of Ingress, Other or Tail (bridge), Tail (decode)"
+    )
+
+
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Running]:
     """All stages in one deployment, behind a queue of four, in which Serve also counts those that it hands on."""
@@ -359,7 +382,9 @@ def test_death_of_a_replica_is_told_at_once_and_answered_in_the_apis_shape(narro
     seconds = {"Ingress": kill_replica(narrow, "Ingress"), "Device": kill_replica(narrow, "Device")}
     print(f"/readyz told of a death after {seconds} s")
     assert_error(get(narrow, "/readyz"), 503, "not_ready")
-    assert get(narrow, "/readyz").json()["error"]["message"] == "no running replica of Device, Ingress"
+    assert get(narrow, "/readyz").json()["error"]["message"] == (
+        "no running replica of Device (encode, base, bridge, distilled, decode), Ingress"
+    )
     assert_error(post(narrow, SLOW), 503, "not_ready")
     assert_error(get(narrow, "/v1/models"), 503, "not_ready")
     for answer in answers:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +34,14 @@ class Server:
         command: command line with the placeholders `{port}` and `{config}`.
         config: content of the config file, or None if it takes none.
         slow: whether an image takes so long that only a few requests are sent.
+        late: deployments without a replica of which the server counts as started.
     """
 
     name: str
     command: tuple[str, ...]
     config: dict[str, Any] | None = None
     slow: bool = False
+    late: tuple[str, ...] = ()
 
 
 def colocated(config: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def started(server: Server, model: Path) -> Iterator[Running]:
         running = Running(url, process, log)
         try:
             deadline = time.monotonic() + _START_TIMEOUT
-            while not _ready(url):
+            while not _ready(url, server.late):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{server.name} did not get ready:\n{log.read_text()[-4000:]}")
                 time.sleep(1)
@@ -164,8 +166,11 @@ def _end(running: Running) -> None:
     running.process.wait(timeout=10)
 
 
-def _ready(url: str) -> bool:
+def _ready(url: str, late: Collection[str]) -> bool:
+    """Whether a server is ready, and no deployment but those that come late lacks a replica."""
     try:
-        return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
+        answer = httpx.get(f"{url}/readyz", timeout=10)
+        replicas = answer.json().get("replicas", {})
+        return answer.status_code == 200 and all(count for name, count in replicas.items() if name not in late)
     except httpx.HTTPError:
         return False

@@ -9,11 +9,13 @@ import yaml
 
 from cluster.manifests.layout import HEAD_CPUS, HEAD_MEMORY_GIB, Group, Layout
 from cluster.manifests.vendors import VENDORS
+from cluster.pools import Pool
 from deployments import PROXY_CALLBACK
 
 Manifest = dict[str, Any]
 
 _AGENT_PORT = 52365  # Ray's agent, which answers for its node's health
+_COMPILATIONS = "compilations"  # the volume that keeps them
 _SPARE_S = 60  # beyond the drain, before Kubernetes kills
 
 
@@ -54,7 +56,7 @@ def _head_template(layout: Layout) -> Manifest:
     # Not of the application: KubeRay deploys it when the head is ready, and asks the head's proxy by itself.
     container["readinessProbe"] = _probe("/api/healthz", _AGENT_PORT, failures=10)
     container["lifecycle"] = _before_end(f"sleep {layout.drain_s}")
-    return {"spec": _pod_spec(container, layout)}
+    return {"spec": _pod_spec(container, layout.head.pool, layout)}
 
 
 def _worker_group(group: Group, layout: Layout) -> Manifest:
@@ -70,7 +72,7 @@ def _worker_group(group: Group, layout: Layout) -> Manifest:
         "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the pod ends' "
         f"--deadline-remaining-seconds {layout.drain_s}; sleep {layout.drain_s}"
     )
-    spec = _pod_spec(container, layout)
+    spec = _pod_spec(container, pool, layout)
     if pool.node.selector:
         spec["nodeSelector"] = dict(pool.node.selector)
     if vendor:
@@ -103,8 +105,16 @@ def _container(name: str, image: str, resources: dict[str, str], layout: Layout)
     }
 
 
-def _pod_spec(container: Manifest, layout: Layout) -> Manifest:
-    return {"terminationGracePeriodSeconds": layout.drain_s + _SPARE_S, "containers": [container]}
+def _pod_spec(container: Manifest, pool: Pool, layout: Layout) -> Manifest:
+    spec: Manifest = {"terminationGracePeriodSeconds": layout.drain_s + _SPARE_S, "containers": [container]}
+    if pool.environment.compilation_cache:
+        directory, claim = str(pool.environment.compilation_cache), pool.node.cache_claim
+        # A volume that outlives the pod, or the next one would compile anew.
+        host_path = {"path": directory, "type": "DirectoryOrCreate"}
+        kept = {"persistentVolumeClaim": {"claimName": claim}} if claim else {"hostPath": host_path}
+        container["volumeMounts"] = [{"name": _COMPILATIONS, "mountPath": directory}]
+        spec["volumes"] = [{"name": _COMPILATIONS, **kept}]
+    return spec
 
 
 def _probe(path: str, port: int, *, delay: int = 10, failures: int) -> Manifest:

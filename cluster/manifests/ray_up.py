@@ -66,7 +66,7 @@ def render(layout: Layout, name: str, provider: Mapping[str, str]) -> dict[str, 
 
 
 def _node_type(group: Group) -> dict[str, Any]:
-    vendor = VENDORS.get(group.pool.backend)
+    vendor, kept = VENDORS.get(group.pool.backend), group.pool.environment.compilation_cache
     return {
         "node_config": dict(group.pool.node.config),
         "resources": {"CPU": group.pool.node.cpus, **group.resources},
@@ -75,6 +75,9 @@ def _node_type(group: Group) -> dict[str, Any]:
         "max_workers": group.most,
         "docker": {
             "worker_image": group.image,
-            "worker_run_options": list(vendor.run_options) if vendor else [],
+            "worker_run_options": [
+                *(vendor.run_options if vendor else ()),
+                *([f"--volume={kept}:{kept}"] if kept else ()),  # of the machine, which outlives the container
+            ],
         },
     }

@@ -78,7 +78,7 @@ class Front:
         readiness = self._watch.readiness
         if readiness.reason:
             return _error(503, "not_ready", readiness.reason)
-        return JSONResponse({"status": "ready", "replicas": readiness.replicas})
+        return JSONResponse({"status": "ready", "replicas": readiness.replicas, "stages": readiness.stages})
 
     def _refusal(self) -> JSONResponse | None:
         """Return the refusal of a request that could not be served; a request may wait for a stage that restarts."""

@@ -16,12 +16,13 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from deployments import console
+from deployments import console, ray_internals
 from deployments.admission import Admission, Flow, Late, Turn
 from deployments.balancer import Balancer
 from deployments.http.body import read_json
 from deployments.http.errors import APIError
 from deployments.http.front import Front, received
+from deployments.http.readiness import announce
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
 from deployments.http.responses import images_response, stream_event
 from deployments.http.schemas import ImagesRequest
@@ -80,6 +81,7 @@ class Ingress:
         console.attach()
         self._settings = settings
         model = settings.read_model()
+        announce(serve.get_replica_context().app_name, settings.needed_for(model))
         self._offer = Offer(
             model=model,
             blocks=model.count_blocks(),
@@ -105,6 +107,8 @@ class Ingress:
             settings.max_images_in_service,
         )
         self._admission = Admission(balancer, settings.max_images_in_service, settings.max_waiting_images)
+        for handle in replicas.values():
+            ray_internals.follow(handle)
         self._router = Router(replicas, balancer, settings.checkpoint_steps)
 
     @app.post("/v1/images/generations")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ _STATUS_PERIOD_UNREADY_S = 0.5
 _DEADLINE_S = 2.0  # after which a cluster that does not respond makes the server unready
 _AT_REST = {"HEALTHY", "UPSCALING", "DOWNSCALING"}  # statuses in which a deployment may be scaled to zero replicas
 _DRAINING = "draining"
+_STAGES = "stages of "  # before an application's name
 _UNANSWERED = (TimeoutError, RayError, RayServeException)
 
 
@@ -37,11 +40,14 @@ class Deployments:
         running: number of running replicas, by `application#deployment`.
         resting: deployments that are healthy without a replica.
         started: names of the replicas' actors when the controller was asked.
+        stages: the stages that deployments are needed for, by `application#deployment`; any deployment of a stage will
+            do. Those that are not here, such as the ingress, are needed themselves.
     """
 
     running: Mapping[str, int] = field(default_factory=dict)
     resting: frozenset[str] = frozenset()
     started: frozenset[str] = frozenset()
+    stages: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,12 @@ class Readiness:
     Attributes:
         replicas: number of running replicas, by deployment.
         reason: why images cannot be made, or None if they can.
+        stages: for each stage, the number of running replicas of each deployment that runs it.
     """
 
     replicas: Mapping[str, int]
     reason: str | None
+    stages: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, deployments: Deployments, alive: frozenset[str]) -> Readiness:
@@ -66,15 +74,32 @@ class Readiness:
         """
         known = [ray_internals.deployment_of(name) for name in alive & deployments.started]
         replicas = {key: min(running, known.count(key)) for key, running in deployments.running.items()}
-        missing = sorted(
-            key.partition("#")[2]
-            for key, count in replicas.items()
-            if not count and (deployments.running[key] or key not in deployments.resting)
-        )
+        works = {key for key, count in replicas.items() if count or not _lacks(key, deployments)}
+        alternatives: dict[tuple[str, str], list[str]] = defaultdict(list)  # by application and stage
+        for key in replicas:
+            for stage in deployments.stages.get(key, ()):
+                alternatives[key.partition("#")[0], stage].append(key)
+        needed: dict[tuple[str, ...], list[str]] = {(key,): [] for key in replicas if key not in deployments.stages}
+        stages: dict[str, dict[str, int]] = defaultdict(dict)
+        for (_, stage), keys in alternatives.items():
+            needed.setdefault(tuple(keys), []).append(stage)
+            stages[stage].update((key.partition("#")[2], replicas[key]) for key in keys)
+        missing = sorted(_describe(keys, of) for keys, of in needed.items() if works.isdisjoint(keys))
         reason = f"no running replica of {', '.join(missing)}" if missing else None
         if not replicas:
             reason = "starting"
-        return cls({key.partition("#")[2]: count for key, count in replicas.items()}, reason)
+        return cls({key.partition("#")[2]: count for key, count in replicas.items()}, reason, dict(stages))
+
+
+def _lacks(key: str, deployments: Deployments) -> bool:
+    """Whether a deployment without a living replica should have one."""
+    return bool(deployments.running[key]) or key not in deployments.resting
+
+
+def _describe(keys: Sequence[str], stages: Sequence[str]) -> str:
+    """Describe deployments of which one must run: `Base or BaseOnMI300 (base)`."""
+    names = " or ".join(key.partition("#")[2] for key in keys)
+    return f"{names} ({', '.join(stages)})" if stages else names
 
 
 class Watch:
@@ -148,14 +173,26 @@ class Watch:
 
 
 def _ask_controller(started: frozenset[str]) -> Deployments:
-    running, resting = {}, set()
+    running, resting, stages = {}, set(), {}
     for application, overview in serve.status().applications.items():
+        announced = json.loads(ray_internals.get(_STAGES + application) or b"{}")
+        stages.update({f"{application}#{deployment}": runs for deployment, runs in announced.items()})
         for deployment, status in overview.deployments.items():
             key = f"{application}#{deployment}"
             running[key] = status.replica_states.get("RUNNING", 0)
             if status.status in _AT_REST:
                 resting.add(key)
-    return Deployments(running, frozenset(resting), started)
+    return Deployments(running, frozenset(resting), started, stages)
+
+
+def announce(application: str, stages: Mapping[str, Sequence[str]]) -> None:
+    """Tell all watches what an application's deployments are needed for.
+
+    Args:
+        application: name of the application.
+        stages: for each deployment that runs stages, those that the model's plans use.
+    """
+    ray_internals.put(_STAGES + application, json.dumps(stages).encode())
 
 
 def begin() -> None:

@@ -119,9 +119,9 @@ class Transformer(ABC):
     def token_channels(self) -> int:
         """Number of channels of a latent's token."""
 
+    @abstractmethod
     def avoid_complex(self) -> None:
-        """Run without complex numbers from now on; raises ValueError if the family cannot."""
-        raise ValueError("the transformer needs complex numbers")
+        """Run without complex numbers from now on."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.attention_processor import Attention
 
-from stages.families.qwen_image.rotary import Rotary, RotaryEmbedding, rotate
+from stages.families.qwen_image.rotary import Rotary, RotaryEmbedding
+from stages.families.rotary import rotate
 from stages.internals.diffusers import attention_backend, dispatch_attention_fn, rotary_axes
 from stages.text import NegativeBatch
 

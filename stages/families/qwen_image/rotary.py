@@ -1,4 +1,4 @@
-"""Rotary embeddings of Qwen-Image, in real arithmetic for devices that have no complex numbers."""
+"""Rotary embeddings of Qwen-Image."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from stages.families.rotary import lay_out
+
 _POSITIONS = 4096  # of a text and half an image's side before it, as in diffusers' table
 
 
@@ -16,8 +18,7 @@ _POSITIONS = 4096  # of a text and half an image's side before it, as in diffuse
 class Rotary:
     """Rotations of a batch's positions, the same for every row.
 
-    They are complex (tokens, 1, half the width of a head) or, in real arithmetic, cosines and sines
-    (tokens, 1, half the width of a head, 2).
+    They are (tokens, 1, half the width of a head), see `stages.families.rotary`.
 
     Attributes:
         text: of as many tokens as the longest text has; prompt and negative prompt share these positions.
@@ -32,7 +33,7 @@ class RotaryEmbedding(nn.Module):
     """Stands in for diffusers' `QwenEmbedRope`: an image's rows and columns count from its centre, text after them.
 
     Attributes:
-        real: whether to use real arithmetic, which takes three times as long on a CPU.
+        real: whether to use real arithmetic.
     """
 
     def __init__(self, theta: float, axes: Sequence[int]) -> None:
@@ -83,16 +84,4 @@ class RotaryEmbedding(nn.Module):
 
 def _place(rotations: torch.Tensor, device: torch.device, real: bool) -> torch.Tensor:
     """Put rotations (tokens, half the width of a head) on a device, as `Rotary` has them."""
-    rotations = rotations[:, None]
-    return (torch.view_as_real(rotations).contiguous() if real else rotations).to(device)
-
-
-def rotate(tokens: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of channels (batch, tokens, heads, width of a head) by `rotations`, see `Rotary`; keep the dtype."""
-    pairs = tokens.float().unflatten(-1, (-1, 2))
-    if rotations.is_complex():
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotations)
-    else:
-        (real, imaginary), (cosine, sine) = pairs.unbind(-1), rotations.unbind(-1)
-        rotated = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
-    return rotated.flatten(-2).type_as(tokens)
+    return lay_out(rotations[:, None], real).to(device)

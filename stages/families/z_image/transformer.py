@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from diffusers import ZImageTransformer2DModel
 from torch import nn
 
 from stages.families.base import Tokens, Transformer
+from stages.families.rotary import lay_out
+from stages.families.z_image.attention import replace_attention
+from stages.internals.diffusers import rotary_tables
 from stages.text import Rows, Text
 
 _MULTIPLE = 32  # image and text are each padded to a multiple of this many tokens
@@ -23,7 +28,8 @@ class ZImageContext:
 
     Attributes:
         temb: (batch, width), embedding of the noise level.
-        rotary: complex (batch, tokens, half the width of a head), rotary frequencies of image and then text.
+        rotary: (batch, tokens, 1, half the width of a head), rotations of image and then text, see
+            `stages.families.rotary`.
         mask: bool (batch, tokens), False for tokens that do not exist, or None if all do.
         count: number of the latent's tokens, which are the first of the image's.
     """
@@ -46,6 +52,15 @@ class ZImageTransformer(Transformer):
     """
 
     kind = ZImageTransformer2DModel
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        replace_attention(module)
+        self._real = False
+        self._tables = lru_cache(maxsize=1)(partial(_place, rotary_tables(module)))  # a bound method would be a cycle
+
+    def avoid_complex(self) -> None:
+        self._real = True
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -109,8 +124,14 @@ class ZImageTransformer(Transformer):
         return negative + scale * (positive - negative)
 
     def _rotary(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return rotary frequencies (batch, tokens, half the width of a head) of positions (batch, tokens, 3)."""
-        return self.module.rope_embedder(positions.flatten(0, 1)).unflatten(0, positions.shape[:2])
+        """Return the rotations of positions (batch, tokens, 3), see `ZImageContext`."""
+        tables = self._tables(positions.device, self._real)
+        parts = [table[positions[..., axis]] for axis, table in enumerate(tables)]
+        return torch.cat(parts, dim=2)[:, :, None]
+
+
+def _place(tables: Sequence[torch.Tensor], device: torch.device, real: bool) -> list[torch.Tensor]:
+    return [lay_out(table, real).to(device) for table in tables]
 
 
 def _round_up(counts: torch.Tensor) -> torch.Tensor:
