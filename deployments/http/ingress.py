@@ -7,9 +7,11 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from ray import serve
@@ -22,7 +24,11 @@ from deployments.http.errors import APIError
 from deployments.http.front import Front, received
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
 from deployments.http.responses import images_response, stream_event
-from deployments.http.schemas import ImagesRequest
+from deployments.http.schemas import Generation, ImagesRequest
+from deployments.jobs import routes
+from deployments.jobs.jobs import Jobs
+from deployments.jobs.progress import Progress
+from deployments.jobs.schemas import JobRequest
 from deployments.messages import Route
 from deployments.pools import Pools
 from deployments.router import DecodedImage, Partial, Router
@@ -42,15 +48,18 @@ describe_routes = app.openapi
 
 
 def describe() -> dict[str, Any]:
-    """Describe the API, including the body that `Ingress.generate` parses without FastAPI."""
+    """Describe the API, including the bodies that are parsed without FastAPI."""
     document = describe_routes()
-    schema = ImagesRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    document.setdefault("components", {}).setdefault("schemas", {}).update(schema.pop("$defs"))
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    document["paths"]["/v1/images/generations"]["post"]["requestBody"] = body
+    bodies: dict[str, type[Generation]] = {"/v1/images/generations": ImagesRequest, "/v1/images/jobs": JobRequest}
+    for path, kind in bodies.items():
+        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schema.pop("$defs"))
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        document["paths"][path]["post"]["requestBody"] = body
     return document
 
 
+app.include_router(routes.router)
 app.openapi = describe  # type: ignore[method-assign]
 app.add_middleware(Front, refuses=False)  # if Serve's proxy has no front, probes arrive here
 
@@ -65,6 +74,14 @@ async def _respond_unrouted(request: Request, error: HTTPException) -> JSONRespo
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     message = f"{request.method} {request.url.path}: {error.detail}"
     return await _respond(request, APIError(error.status_code, code, message, headers=error.headers))
+
+
+@app.exception_handler(RequestValidationError)
+async def _respond_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Name parameters and headers without the place that they came from."""
+    return await _respond(
+        request, APIError.from_validation([{**each, "loc": each["loc"][1:]} for each in error.errors()])
+    )
 
 
 @app.exception_handler(Exception)
@@ -99,6 +116,18 @@ class Ingress:
         # In this process: the router only waits, so a deployment of its own would merely add a call.
         pools = Pools(settings.placement, settings.hang_factor, settings.hang_floor_s, settings.overflow_wait_s)
         self._router = Router(replicas, pools, settings.checkpoint_steps)
+        self.max_body_bytes = settings.max_body_bytes
+        self.jobs = Jobs(settings.jobs, self._offer, self._make) if settings.jobs else None
+
+    async def __del__(self) -> None:
+        """Give jobs back; Serve awaits this before it ends a replica."""
+        if self.jobs:
+            await self.jobs.stop()
+
+    def check_health(self) -> None:
+        """Raise if jobs are no longer worked on; Serve calls this, and replaces a replica that raises several times."""
+        if self.jobs:
+            self.jobs.check_health()
 
     @app.post("/v1/images/generations")
     async def generate(self, request: Request) -> Response:
@@ -111,15 +140,11 @@ class Ingress:
             raise APIError.from_failure(error) from error
         job = resolve(ImagesRequest.read(body), self._offer)
         logger.info(f"{job.n} of {job.size} by plan {job.preset or 'inline'}, seed {job.seed}, user {job.user!r}")
-        routes = job.routes(request.headers["x-request-id"], start + job.timeout_s)
+        request_id, deadline = request.headers["x-request-id"], start + job.timeout_s
         if job.stream:
-            return StreamingResponse(self._stream(job, routes[0]), media_type="text/event-stream")
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._last(route)) for route in routes]
-        except ExceptionGroup as errors:
-            raise APIError.from_failure(errors) from errors
-        return JSONResponse(images_response(job, [task.result() for task in tasks]))
+            (route,) = job.routes(request_id, deadline)
+            return StreamingResponse(self._stream(job, route), media_type="text/event-stream")
+        return JSONResponse(images_response(job, await self._make(job, request_id, deadline)))
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -142,10 +167,24 @@ class Ingress:
         ]
         return {"object": "list", "data": data, "default": self._offer.default_plan}
 
-    async def _last(self, route: Route) -> DecodedImage:
-        async with aclosing(self._router.generate(route)) as events:
+    async def _make(
+        self, job: Job, request_id: str, deadline: float, progress: Progress | None = None
+    ) -> list[DecodedImage]:
+        """Make the images of a request, in order, and note how far they are. Raises APIError."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._last(route, progress)) for route in job.routes(request_id, deadline)]
+        except ExceptionGroup as errors:
+            raise APIError.from_failure(errors) from errors
+        return [task.result() for task in tasks]
+
+    async def _last(self, route: Route, progress: Progress | None) -> DecodedImage:
+        tell = partial(progress.note_step, route.image.image_index) if progress else None
+        async with aclosing(self._router.generate(route, tell)) as events:
             async for event in events:
                 if isinstance(event, DecodedImage):
+                    if progress:
+                        progress.note_image()
                     return event
         raise RuntimeError("the router ended without an image")
 
@@ -154,9 +193,9 @@ class Ingress:
         try:
             async with aclosing(self._router.generate(route)) as events:
                 async for event in events:
-                    partial = event.order if isinstance(event, Partial) else None
+                    order = event.order if isinstance(event, Partial) else None
                     image = event.image if isinstance(event, Partial) else event
-                    data = stream_event(job, image, partial)
+                    data = stream_event(job, image, order)
                     yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
         except Exception as error:
             yield f"event: error\ndata: {json.dumps(APIError.from_failure(error).body)}\n\n"

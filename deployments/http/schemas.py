@@ -23,6 +23,13 @@ _PlanOrName = Annotated[
 ]
 
 
+def null_is_absent(value: object) -> object:
+    """Give a field its default if it is null; for validators before the field's own."""
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
 class PoolChoice(BaseModel):
     """The pools that a stage of a request may run on: those of `only`, or all, without those of `ignore`."""
 
@@ -32,8 +39,8 @@ class PoolChoice(BaseModel):
     ignore: tuple[Text, ...] | None = None
 
 
-class ImagesRequest(BaseModel):
-    """Body of `POST /v1/images/generations`: all fields of OpenAI's API, and this engine's own.
+class Generation(BaseModel):
+    """What images to generate, in whatever way they are then asked for: OpenAI's fields, and this engine's own.
 
     `seed` is the seed of the first image, and each further image adds 1. `plan` is a plan's name or its stages.
     `timeout_s` is the time in seconds, queues included, after which the images are of no use. `pools` are the pools
@@ -47,11 +54,8 @@ class ImagesRequest(BaseModel):
     model: Text | None = None
     n: Annotated[int, Field(ge=1)] = 1
     size: Text = "auto"
-    response_format: Literal["b64_json"] = "b64_json"
     output_format: ImageFormat = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] = 95
-    stream: bool = False
-    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
     user: Text | None = None
     safety_identifier: Text | None = None
 
@@ -71,15 +75,10 @@ class ImagesRequest(BaseModel):
     timeout_s: Annotated[float, Field(gt=0.0)] | None = None
     pools: dict[Text, PoolChoice] | None = None
 
-    @field_validator(
-        "n", "size", "response_format", "output_format", "output_compression", "stream", "partial_images", "quality",
-        "style", "background", "moderation", mode="before",
-    )  # fmt: skip
-    @classmethod
-    def _null_is_absent(cls, value: object) -> object:
-        if value is None:
-            raise PydanticUseDefault
-        return value
+    _nulls = field_validator(
+        "n", "size", "output_format", "output_compression", "quality", "style", "background", "moderation",
+        mode="before",
+    )(null_is_absent)  # fmt: skip
 
     @classmethod
     def read(cls, body: bytes) -> Self:
@@ -88,3 +87,28 @@ class ImagesRequest(BaseModel):
             return cls.model_validate_json(body, strict=True)
         except ValidationError as error:
             raise APIError.from_validation(error.errors()) from error
+
+
+class ImagesRequest(Generation):
+    """Body of `POST /v1/images/generations`: all fields of OpenAI's API, and this engine's own, see `Generation`."""
+
+    response_format: Literal["b64_json"] = "b64_json"
+    stream: bool = False
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+
+    _more_nulls = field_validator("response_format", "stream", "partial_images", mode="before")(null_is_absent)
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong: `param` is the field, if it is a field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """Body of an error."""
+
+    error: ErrorDetail
