@@ -203,11 +203,19 @@ class Store:
                 job.lease_until, job.progress, job.stages = self._clock() + lease_s, progress, stages
             return job is not None
 
-    def release(self, job_id: str, owner: str, pause_s: float) -> bool:
-        """Give a job back, for others to take after a pause; return whether it was the owner's."""
+    def release(self, job_id: str, owner: str, pause_s: float, *, counted: bool) -> bool:
+        """Give a job back, for others to take after a pause; return whether it was the owner's.
+
+        Args:
+            job_id: the job's id.
+            owner: who gives it back.
+            pause_s: seconds for which nobody is to take it.
+            counted: whether the attempt counts.
+        """
         with self._session.begin() as session:
             if job := self._held(session, job_id, owner):
                 job.status, job.owner, job.lease_until = "queued", None, self._clock() + pause_s
+                job.attempts -= not counted
             return job is not None
 
     def release_all(self, owner: str) -> None:

@@ -34,6 +34,7 @@ _BEAT_S = 1.0  # from one note of progress to the next, and until a job that was
 _SWEEP_S = 30.0
 _PAUSE_S = 5.0  # before a job that failed for no fault of its own is tried again
 _RELEASE_S = 5.0
+_WRITE_S = 120.0  # until a file that is not written yet is given up
 _SWEPT = 100  # jobs that one sweep deletes
 _LOST = "its worker was lost at each attempt; the request may be the reason"
 
@@ -108,9 +109,10 @@ class Worker:
         try:
             result = making.result()
         except APIError as error:
-            if error.status > 500 and job.attempts < settings.attempts:  # the server's state is the reason
+            busy = error.code == "overloaded"
+            if busy or (error.status > 500 and job.attempts < settings.attempts):  # the server's state is the reason
                 logger.warning(f"{job.id}: attempt {job.attempts}: {error.code}; it is tried again")
-                await self._insist(self._store.release, job.id, self._owner, _PAUSE_S)
+                await self._insist(self._store.release, job.id, self._owner, _PAUSE_S, counted=not busy)
             else:
                 message = error.body["error"]["message"]
                 await self._insist(self._store.fail, job.id, self._owner, error.code, message, settings.keep_s)
@@ -132,7 +134,8 @@ class Worker:
         for entry, image in zip(result["data"], images, strict=True):
             del entry["b64_json"]
             try:
-                entry["file"] = await asyncio.to_thread(self._files.write, job.id, image.data, asked.format)
+                async with asyncio.timeout(_WRITE_S):
+                    entry["file"] = await asyncio.to_thread(self._files.write, job.id, image.data, asked.format)
             except Exception as error:  # of whatever file system it is
                 logger.error(f"{job.id}: its images cannot be written", exc_info=error)
                 raise APIError(503, "images_not_kept", "the images cannot be written") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,10 +15,12 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 from served import pixels
 
 from bench.serving.servers import ROOT, Running, Server, servers, started
 from deployments.jobs.store import Store
+from scenes.oracle import holds, read
 
 MODEL = ROOT / "configs" / "scenes.yaml"
 LEASE_S = 10.0
@@ -75,12 +79,21 @@ def kill(running: Running) -> None:
     assert not left
 
 
-def statuses(jobs: list[dict[str, Any]]) -> set[str]:
-    return {job["status"] for job in jobs}
+def is_completed(jobs: list[dict[str, Any]]) -> bool:
+    return any(job["status"] == "completed" for job in jobs)
 
 
 def in_its_steps(jobs: list[dict[str, Any]]) -> bool:
     return any(0 < job["progress"] < 100 for job in jobs)
+
+
+def follow_docs(running: Running, directory: Path) -> None:
+    """Run the first job of docs/jobs.md as it stands there."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs" / "jobs.md").read_text(), re.MULTILINE | re.DOTALL)
+    code = "".join(blocks[:2]).replace("http://127.0.0.1:8000", running.url)
+    subprocess.run(["bash", "-e", "-o", "pipefail", "-c", code], cwd=directory, check=True, timeout=300)
+    with Image.open(directory / "heart.png") as image:
+        assert holds(read(image), ("heart", "red"), "left of", ("ring", "blue"))
 
 
 @pytest.mark.slow
@@ -88,12 +101,12 @@ def test_accepted_jobs_survive_the_death_of_everything(tmp_path: Path) -> None:
     server = keeping(tmp_path / "jobs")
     with started(server, MODEL) as running:
         made = [create(running, seed=seed, response_format="url") for seed in range(8)]
-        before = wait_for(running, lambda jobs: "completed" in statuses(jobs) and in_its_steps(jobs))
+        before = wait_for(running, lambda jobs: is_completed(jobs) and in_its_steps(jobs))
         kill(running)
     done = [job for job in before.values() if job["status"] == "completed"]
     with started(server, MODEL) as running:
         assert create(running, seed=0, response_format="url")["id"] == made[0]["id"]
-        after = wait_for(running, lambda jobs: statuses(jobs) == {"completed"})
+        after = wait_for(running, lambda jobs: {job["status"] for job in jobs} == {"completed"})
         assert set(after) == {job["id"] for job in made}
         assert [after[job["id"]] for job in done] == done  # not made again
         for job in after.values():
@@ -105,6 +118,7 @@ def test_accepted_jobs_survive_the_death_of_everything(tmp_path: Path) -> None:
             ).json()
             assert np.abs(pixels({"b64_json": base64.b64encode(file)}) - pixels(direct["data"][0])).max() <= 1
             assert len(list((tmp_path / "jobs" / "images" / job["id"]).iterdir())) == 1
+        follow_docs(running, tmp_path)
         last = create(running, seed=100, n=4)
         wait_for(running, in_its_steps)
         logs = Path(running.process.environ()["RAY_TMPDIR"]).glob("*/session_latest/logs/**/*")

@@ -144,7 +144,7 @@ def test_a_job_whose_lease_ended_is_taken_over_and_what_its_owner_says_counts_no
     assert not store.renew(job.id, "dead", LEASE_S, 50, STAGES)
     assert not store.complete(job.id, "dead", {"of": "dead"}, [], KEEP_S)
     assert not store.fail(job.id, "dead", "code", "message", KEEP_S)
-    assert not store.release(job.id, "dead", 0.0)
+    assert not store.release(job.id, "dead", 0.0, counted=True)
     assert store.complete(job.id, "next", {"of": "next"}, STAGES, KEEP_S)
     assert not store.complete(job.id, "next", {"of": "twice"}, [], KEEP_S)
     done = got(store, job.id)
@@ -174,12 +174,14 @@ def test_jobs_that_are_given_back_are_there_at_once_and_the_attempt_does_not_cou
     assert claimed(store, "b").attempts == 1
 
 
-def test_a_job_that_is_to_be_tried_again_waits_and_the_attempt_counts(store: Store, clock: Clock) -> None:
+def test_a_job_that_is_to_be_tried_again_waits_and_the_attempt_counts_if_it_is_to(store: Store, clock: Clock) -> None:
     job = add(store)
     claimed(store)
-    assert store.release(job.id, "a", 5.0)
+    assert store.release(job.id, "a", 5.0, counted=True)
     assert claim(store) is None
     clock.now += 5
+    assert claimed(store).attempts == 2
+    assert store.release(job.id, "a", 0.0, counted=False)
     assert claimed(store).attempts == 2
 
 
