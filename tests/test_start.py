@@ -105,7 +105,11 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
         ({}, "args: jobs: directory must be there, or both store and images"),
         ({"directory": str(tmp_path), "lease": 3}, "args: jobs.lease: "),
         ({"directory": f"{tmp_path}/file"}, "args.jobs.store: "),
-        ({"store": "mysql://root:secret@host/jobs"}, "args: jobs.store: must begin with sqlite:/// or postgresql://"),
+        (
+            {"store": "mysql://root:secret@host/jobs"},
+            "args: jobs.store: must be sqlite:/// with a path, or begin with postgresql://",
+        ),
+        ({**here, "store": "sqlite:///:memory:"}, "args: jobs.store: must be"),
         ({**here, "store": "postgresql:///jobs?host=/nowhere"}, "args.jobs.store: "),
         ({**here, "images": "nowhere://images"}, "args.jobs.images: "),
         ({**here, "images": f"{tmp_path}/file"}, "args.jobs.images: "),

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import secrets
 from contextlib import suppress
-from urllib.parse import quote
 
 import fsspec
 from itsdangerous import BadSignature, SignatureExpired, URLSafeTimedSerializer
 
 from stages.image import ImageFormat
-
-_KEY = "links"
 
 
 class ImageFiles:
@@ -70,12 +67,12 @@ class Links:
             key: secret that those who make links and those who read them share.
             seconds: seconds for which links hold.
         """
-        self._signer = URLSafeTimedSerializer(key, salt=_KEY)
+        self._signer = URLSafeTimedSerializer(key, salt="links")
         self.seconds = seconds
 
     def sign(self, name: str) -> str:
         """Return a token for a file."""
-        return quote(self._signer.dumps(name))
+        return self._signer.dumps(name)
 
     def read(self, token: str) -> str:
         """Return the name of a token's file; raises BadLink."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
 _Seconds = Annotated[float, Field(strict=True, gt=0.0, le=366 * 86400.0)]
-_STORES = ("sqlite:///", "postgresql://")
+_STORE = re.compile(r"sqlite:///(?!:memory:).+|postgresql://.+")
 
 
 class WebhookSettings(BaseModel):
@@ -54,7 +55,7 @@ class JobsSettings(BaseModel):
     images: str | None = None
     concurrent: Annotated[int, Field(strict=True, ge=1, le=1024)] = 4
     max_unfinished: Annotated[int, Field(strict=True, ge=1, le=10_000_000)] = 10_000
-    attempts: Annotated[int, Field(strict=True, ge=1, le=100)] = 5
+    attempts: Annotated[int, Field(strict=True, ge=1, le=100)] = 3
     timeout_s: _Seconds = 600.0
     lease_s: Annotated[float, Field(strict=True, ge=3.0, le=3600.0)] = 30.0
     keep_s: _Seconds = 86400.0
@@ -65,8 +66,10 @@ class JobsSettings(BaseModel):
     @field_validator("store")
     @classmethod
     def _known(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(_STORES):
-            raise ValueError(f"must begin with {' or '.join(_STORES)}")  # without the URL, which may hold a password
+        if value is not None and not _STORE.fullmatch(value):
+            raise ValueError(
+                "must be sqlite:/// with a path, or begin with postgresql://"
+            )  # without the URL, which may hold a password
         return value
 
     @model_validator(mode="after")

@@ -41,7 +41,7 @@ def keeping(directory: Path) -> Server:
 
 
 def create(running: Running, **body: Any) -> dict[str, Any]:
-    key = f"order-{body['seed']}"
+    key = f"seed-{body['seed']}"
     answer = httpx.post(
         f"{running.url}/v1/images/jobs", json={**BODY, **body}, headers={"Idempotency-Key": key}, timeout=30
     )
