@@ -54,7 +54,7 @@ async def attempt(
         Lost: it is to be tried again.
         grpc.RpcError: the packet is longer than what Serve was told to send.
     """
-    send = _stream if call.hop.previews or call.hop.checkpoints else _call
+    send = _stream if call.hop.previews or call.hop.checkpoints or call.hop.tells else _call
     try:
         async with asyncio.timeout(limit_s) as limit:
             reply, data = await send(replica, call, packet, on_step)

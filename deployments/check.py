@@ -8,7 +8,7 @@ import shlex
 import shutil
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,7 @@ def check(path: Path) -> Config:
         check_pythons(config)
         _check_devices(config)
         _check_directories(config)
+        _check_jobs(config)
     from stages.check import check_files
 
     with _refusing(f"{config.settings.model}: "):
@@ -190,6 +191,29 @@ def _check_directories(config: Config) -> None:
                     f"{config.settings.pools}: {name}.environment.compilation_cache: "
                     f"{directory} cannot be written: {error.strerror}"
                 ) from error
+
+
+def _check_jobs(config: Config) -> None:
+    """Check that the store, the directory of images and the secret of webhooks can be used."""
+    jobs = config.settings.jobs
+    if jobs is None:
+        return
+    from deployments.jobs.files import ImageFiles
+    from deployments.jobs.store import Store
+    from deployments.jobs.webhook import read_secret
+
+    checks: dict[str, Callable[[], object]] = {
+        "store": lambda: Store(jobs.store_url).close(),
+        "images": lambda: ImageFiles(jobs.images_url).probe(),
+    }
+    if webhooks := jobs.webhooks:
+        checks["webhooks.secret_file"] = lambda: read_secret(webhooks.secret_file)
+    for key, attempt in checks.items():
+        try:
+            attempt()
+        except Exception as error:  # of whatever database or file system it is
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise StartError(f"{config.where}.args.jobs.{key}: {reason}") from error
 
 
 def _check_memory(config: Config, model: ModelConfig) -> None:

@@ -17,6 +17,7 @@ def next_hop(
     partial_images: int = 0,
     shown: int = 0,
     checkpoint_steps: int | None = None,
+    tells: bool = False,
 ) -> Hop:
     """Return the next call for an image, which takes it as far as its stages' deployments allow.
 
@@ -28,6 +29,7 @@ def next_hop(
             the last one.
         shown: step of the last preview that was sent.
         checkpoint_steps: fewest steps between two checkpoints, or None for no checkpoints.
+        tells: whether to tell of each step, in a hop that has some.
     """
     left = plan.steps_left(done or 0)
     parts = [(end, stage, steps) for end, (stage, steps) in enumerate(zip(plan.stages, left, strict=True), 1) if steps]
@@ -44,6 +46,7 @@ def next_hop(
         previews=tuple(step for step in _previews(plan, partial_images) if max(begin, shown) < step <= last),
         checkpoints=tuple(_checkpoints(plan, begin, last, checkpoint_steps)) if checkpoint_steps else (),
         decodes=leaves == len(way),
+        tells=tells and bool(run),
     )
 
 

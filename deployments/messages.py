@@ -19,7 +19,7 @@ from stages.wire import OtherVersion, Version, to_plain
 
 T = TypeVar("T")
 
-VERSION = Version(3, 0)
+VERSION = Version(3, 1)
 
 
 class MessageError(ValueError):
@@ -108,6 +108,7 @@ class Hop(_Part):
         previews: steps of the plan, counted from 1, after which to send the image that the step predicts.
         checkpoints: steps of the plan, counted likewise, after which to send the packet.
         decodes: whether the call ends with the image.
+        tells: whether to tell of each step.
     """
 
     deployment: str
@@ -116,6 +117,7 @@ class Hop(_Part):
     previews: tuple[int, ...] = ()
     checkpoints: tuple[int, ...] = ()
     decodes: bool = False
+    tells: bool = False
 
 
 class Call(_Message):
@@ -126,13 +128,13 @@ class Call(_Message):
 
 
 class StepReply(_Message):
-    """A reply during a hop, with a packet beside it: a preview, to decode, or a checkpoint, to go on from.
+    """A reply during a hop: a preview, to decode, or a checkpoint, to go on from, with a packet; or just a step's end.
 
     Attributes:
-        step: the step of the plan after which the packet was made, counted from 1.
+        step: the step of the plan that was the last one, counted from 1.
     """
 
-    kind: Literal["preview", "checkpoint"]
+    kind: Literal["preview", "checkpoint", "step"]
     step: int
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from backends import get_backend
@@ -12,7 +12,7 @@ from deployments import console
 from deployments.autoscaling import WorkMeter
 from deployments.messages import Call, PacketReply, RefusalReply, StalledReply, Start, StepReply, Wire
 from deployments.settings import DECODE, ENCODE
-from deployments.workers import DecodeWorker, DenoiseWorker, EncodeWorker
+from deployments.workers import DecodeWorker, DenoiseWorker, EncodeWorker, HandOut
 from stages.errors import NotFinite, PromptTooLong
 from stages.packet import LatentPacket
 from stages.pulse import Pulse
@@ -77,8 +77,8 @@ class StageReplica:
         return await self._reply(call, packet, hand_out=lambda reply, packet: None)
 
     async def stream(self, call: str, packet: bytes) -> AsyncGenerator[Wire]:
-        """Yield the hop's previews and checkpoints, each as soon as its step is done, then what `run` would return."""
-        handed_out: asyncio.Queue[tuple[StepReply, LatentPacket] | None] = asyncio.Queue()
+        """Yield the hop's replies to steps, each as soon as its step is done, then what `run` would return."""
+        handed_out: asyncio.Queue[tuple[StepReply, LatentPacket | None] | None] = asyncio.Queue()
         result = asyncio.create_task(
             self._reply(call, packet, hand_out=lambda reply, packet: handed_out.put_nowait((reply, packet)))
         )
@@ -86,7 +86,7 @@ class StageReplica:
         try:
             while item := await handed_out.get():
                 reply, current = item
-                yield reply.to_json(), current.to_bytes()
+                yield reply.to_json(), current.to_bytes() if current else b""
             yield await result
         finally:
             result.cancel()
@@ -99,7 +99,7 @@ class StageReplica:
     def _stalled(self) -> bool:
         return any(pulse.seconds > self._stall_timeout_s for pulse in self._pulses)
 
-    async def _reply(self, call: str, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
+    async def _reply(self, call: str, packet: bytes, hand_out: HandOut) -> Wire:
         """Run a call; errors of a single image become replies, since Serve would log a traceback of an exception."""
         if self._stalled:
             return StalledReply(begun=False).to_json(), b""
@@ -127,7 +127,7 @@ class StageReplica:
             self._at_work.discard(task)
         return refusal.to_json(), b""
 
-    async def _run(self, call: Call, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
+    async def _run(self, call: Call, packet: bytes, hand_out: HandOut) -> Wire:
         if packet:
             current = LatentPacket.from_bytes(packet)
         else:

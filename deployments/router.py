@@ -53,16 +53,20 @@ class _Held:
         done: steps of the plan that the packet has behind it; None before it is encoded.
         shown: step of the last preview.
         suspect: whether a replica died or stalled with the image, which has come no further since.
+        tell: called with the number of steps that are done.
     """
 
     packet: bytes = b""
     done: int | None = None
     shown: int = 0
     suspect: bool = False
+    tell: Callable[[int], object] | None = None
 
     def keep(self, done: int, packet: bytes) -> None:
         """Go on from here from now on."""
         self.packet, self.done, self.suspect = packet, done, False
+        if self.tell:
+            self.tell(done)
 
 
 def _ignore(preview: bytes) -> None:
@@ -101,16 +105,22 @@ class Router:
             tag_keys=("lost_in", "reason"),  # Serve keeps "deployment" for that of the router
         )
 
-    async def generate(self, route: Route) -> AsyncGenerator[Partial | DecodedImage]:
+    async def generate(
+        self, route: Route, tell: Callable[[int], object] | None = None
+    ) -> AsyncGenerator[Partial | DecodedImage]:
         """Yield the requested partial images, then the image.
 
         Closing or cancelling the generator cancels the hop in progress.
+
+        Args:
+            route: the image's route.
+            tell: called with the number of the plan's steps that are done, 0 once the image is encoded.
 
         Raises:
             APIError: see `APIError.from_failure`.
         """
         partials: asyncio.Queue[Partial | None] = asyncio.Queue()
-        task = asyncio.create_task(self._run_hops(route, partials.put_nowait))
+        task = asyncio.create_task(self._run_hops(route, partials.put_nowait, tell))
         task.add_done_callback(lambda _: partials.put_nowait(None))
         outcome = "failed"
         try:
@@ -143,12 +153,15 @@ class Router:
             f"{image.spans[-1].end - image.spans[0].start:.2f} s"
         )
 
-    async def _run_hops(self, route: Route, show: Callable[[Partial], None]) -> DecodedImage:
+    async def _run_hops(
+        self, route: Route, show: Callable[[Partial], None], tell: Callable[[int], object] | None
+    ) -> DecodedImage:
         """Take an image through its hops.
 
         Args:
             route: the image's route.
             show: called with the partial images in order; they are decoded while later stages run.
+            tell: see `generate`.
         """
         orders, in_order = itertools.count(), asyncio.Lock()
         steps = sum(stage.steps for stage in route.plan.stages)
@@ -163,7 +176,7 @@ class Router:
             def decode_beside(preview: bytes) -> None:
                 decoding.create_task(decode(preview))
 
-            return await self._take(route, _Held(), decode_beside)
+            return await self._take(route, _Held(tell=tell), decode_beside)
 
     async def _take(self, route: Route, held: _Held, show: Callable[[bytes], object] = _ignore) -> DecodedImage:
         """Take an image through what is left of its plan, hop by hop; a hop that is lost is tried again.
@@ -191,6 +204,7 @@ class Router:
                     partial_images=route.partial_images,
                     shown=held.shown,
                     checkpoint_steps=self._checkpoint_steps,
+                    tells=held.tell is not None,
                 )
                 try:
                     reply, data = await self._call(route, hop, held, show)
@@ -216,6 +230,9 @@ class Router:
                 if reply.kind == "preview":
                     held.shown = reply.step
                     show(data)
+                elif reply.kind == "step":
+                    if held.tell:
+                        held.tell(reply.step)
                 else:
                     held.keep(reply.step, data)
                     alone.close()

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, f
 
 from backends import Quantization, get_backend
 from cluster.pools import BackendName, Pool, read_pools
+from deployments.jobs.settings import JobsSettings
 from stages.config import ModelConfig
 from stages.plan import STAGES, Name, StageName
 
@@ -88,6 +89,7 @@ class Settings(BaseModel):
             those of the next one get images, too; None for never, and then only while they do not work.
         stall_timeout_s: seconds that a replica's device may be at one step, prompt or batch of images; after that the
             replica takes no more work, and Serve replaces it.
+        jobs: where jobs are kept, and how they are worked on; None for no jobs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -111,6 +113,7 @@ class Settings(BaseModel):
     hang_floor_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 45.0
     stall_timeout_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 30.0
     overflow_wait_s: Annotated[float, Field(strict=True, ge=0.0, le=86400.0)] | None = None
+    jobs: JobsSettings | None = None
 
     @field_validator("placement")
     @classmethod

@@ -30,6 +30,10 @@ from stages.stage import Denoiser
 
 logger = logging.getLogger("ray.serve")
 
+HandOut = Callable[
+    [StepReply, LatentPacket | None], object
+]  # takes a reply to a step, and the packet beside it, if any
+
 Grid = tuple[int, int]
 
 
@@ -83,9 +87,7 @@ class DenoiseWorker:
         if not self._device.is_alive():
             raise RuntimeError("the thread that uses the device has died")
 
-    async def denoise(
-        self, packet: LatentPacket, call: Call, hand_out: Callable[[StepReply, LatentPacket], object]
-    ) -> LatentPacket:
+    async def denoise(self, packet: LatentPacket, call: Call, hand_out: HandOut) -> LatentPacket:
         """Take a packet through what is left of the stages of `call.hop`; see `stages.stage.Denoiser.begin`.
 
         A caller that cancels stops the work before its next step.
@@ -93,12 +95,15 @@ class DenoiseWorker:
         Args:
             packet: the packet to denoise.
             call: the plan, the hop and the deadline; earlier deadlines go first.
-            hand_out: called in the event loop's thread with the hop's previews and checkpoints.
+            hand_out: called in the event loop's thread with the hop's replies to steps.
         """
         loop = asyncio.get_running_loop()
 
         def from_device(kind: Literal["preview", "checkpoint"]) -> Callable[[int, LatentPacket], object]:
             return lambda step, made: loop.call_soon_threadsafe(hand_out, StepReply(kind=kind, step=step), made)
+
+        def tell(step: int) -> None:
+            loop.call_soon_threadsafe(hand_out, StepReply(kind="step", step=step), None)
 
         submitted = self._batcher.submit(
             packet,
@@ -108,6 +113,7 @@ class DenoiseWorker:
             checkpoints=call.hop.checkpoints,
             show=from_device("preview"),
             keep=from_device("checkpoint"),
+            tell=tell if call.hop.tells else None,
             deadline=call.route.deadline,
         )
         try:

@@ -32,6 +32,7 @@ class _Entry:
     checkpoints: Collection[int] = field(compare=False)
     show: Callable[[int, LatentPacket], object] = field(compare=False)
     keep: Callable[[int, LatentPacket], object] = field(compare=False)
+    tell: Callable[[int], object] | None = field(compare=False)
     done: int = field(compare=False)  # steps of the plan
     future: Future[LatentPacket] = field(compare=False, default_factory=Future)
     run: StageRun | None = field(compare=False, default=None)
@@ -79,6 +80,7 @@ class StepBatcher:
         checkpoints: Collection[int] = (),
         show: Callable[[int, LatentPacket], object] = _ignore,
         keep: Callable[[int, LatentPacket], object] = _ignore,
+        tell: Callable[[int], object] | None = None,
         deadline: float = math.inf,
     ) -> Future[LatentPacket]:
         """Queue a packet for its next stages, from any thread.
@@ -93,11 +95,12 @@ class StepBatcher:
             checkpoints: steps, counted likewise, after which to call `keep`; see `StageRun.checkpoint`.
             show: called on the device's thread with the step and a packet to decode, see `StageRun.preview`.
             keep: called on the device's thread with the step and a packet from which the image goes on.
+            tell: called on the device's thread with each step, once it is done.
             deadline: seconds since the epoch; the earliest goes first.
 
         Returns:
             A future of the packet after these stages; it may raise NotFinite and the errors of `Denoiser.begin`,
-            `StageRun.checkpoint`, `show` and `keep`.
+            `StageRun.checkpoint`, `show`, `keep` and `tell`.
 
         Raises:
             RuntimeError: the batcher is closed.
@@ -112,6 +115,7 @@ class StepBatcher:
             checkpoints=checkpoints,
             show=show,
             keep=keep,
+            tell=tell,
             done=sum(stage.steps for stage in plan.stages[: packet.position]) + packet.step,
         )
         with self._changed:
@@ -158,6 +162,8 @@ class StepBatcher:
         entry.done += 1
         keeps = entry.done in entry.checkpoints
         try:
+            if entry.tell:
+                entry.tell(entry.done)
             if entry.done in entry.previews:
                 entry.show(entry.done, run.preview())
             if not (keeps or run.state.done):

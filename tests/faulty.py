@@ -16,10 +16,10 @@ from ray import serve
 from ray.serve import Application
 
 from deployments import app
-from deployments.messages import Call, StepReply, Wire
+from deployments.messages import Call, Wire
 from deployments.replica import StageReplica
 from deployments.settings import Settings
-from stages.packet import LatentPacket
+from deployments.workers import HandOut
 
 DIRECTORY = "FAULTY_DIRECTORY"  # variable of the environment
 # Request ids of images that kill replicas begin with one of these, and go on with the deployment's name.
@@ -48,7 +48,7 @@ class FaultyReplica(StageReplica):
             decoder.decode = self._faulty(decoder.decode, lambda *_: False)  # type: ignore[method-assign]
         began(self._directory, self._name, os.getpid()).touch()
 
-    async def _reply(self, call: str, packet: bytes, hand_out: Callable[[StepReply, LatentPacket], None]) -> Wire:
+    async def _reply(self, call: str, packet: bytes, hand_out: HandOut) -> Wire:
         (self._directory / f"has-{os.getpid()}-{Call.from_json(call).route.image.request_id}").touch()
         return await super()._reply(call, packet, hand_out)
 

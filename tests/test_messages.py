@@ -86,7 +86,8 @@ def test_what_computes_nothing_loads_neither_torch_nor_diffusers() -> None:
     for module in (
         "stages.config", "stages.plan", "deployments.messages", "deployments.settings", "deployments.check",
         "deployments.router", "deployments.http.ingress", "deployments.http.front", "deployments.launch",
-        "deployments.__main__", "cluster.simulate", "cluster.plan", "cluster.check", "cluster.render",
+        "deployments.__main__", "deployments.jobs.jobs", "cluster.simulate",
+        "cluster.plan", "cluster.check", "cluster.render",
     ):  # fmt: skip
         loaded = subprocess.run(
             [sys.executable, "-c", program, module], capture_output=True, text=True, check=True, timeout=120

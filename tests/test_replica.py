@@ -82,6 +82,15 @@ def test_an_image_that_goes_on_from_a_checkpoint_ends_as_the_same_file(replica: 
     assert [reply.kind for reply, _ in final] == ["checkpoint", "preview", "image"]
 
 
+def test_a_hop_that_is_to_tell_of_its_steps_tells_of_each(replica: StageReplica, run: Run) -> None:
+    hop = Hop(deployment="All", end=1, checkpoints=(2,), decodes=True, tells=True)
+    *during, (last, _) = run(stream(replica, call_of(hop)))
+    handed = [(reply.kind, reply.step, bool(data)) for reply, data in during if reply.kind in ("step", "checkpoint")]
+    steps = [("step", step, False) for step in range(1, 7)]
+    assert handed == [*steps[:2], ("checkpoint", 2, True), *steps[2:]]
+    assert last.kind == "image"
+
+
 def test_a_hop_ends_where_its_stages_do(replica: StageReplica, run: Run) -> None:
     encoded = run(replica.run(call_of(Hop(deployment="All"), PLANS["hybrid"]), b""))[1]
     assert LatentPacket.from_bytes(encoded).position == 0

@@ -101,6 +101,8 @@ class Deployment:
                 await self.before(call, done + 1)
                 done += 1
                 self.attempts[attempt] = (*self.attempts[attempt][:2], done)
+                if hop.tells:
+                    yield StepReply(kind="step", step=done).to_json(), b""
                 if done in hop.previews:
                     yield StepReply(kind="preview", step=done).to_json(), b"%d" % end_of(plan)
                 if done in hop.checkpoints:
@@ -190,6 +192,7 @@ class Cluster:
         partial_images: int = 0,
         timeout_s: float = 120.0,
         pools: dict[ServedStage, tuple[str, ...]] | None = None,
+        tell: Callable[[int], object] | None = None,
     ) -> list[Partial | DecodedImage]:
         route = Route(
             image=ImageRequest(
@@ -203,7 +206,7 @@ class Cluster:
             deadline=time.time() + timeout_s,
             pools=pools or {},
         )
-        async with aclosing(self.router.generate(route)) as events:
+        async with aclosing(self.router.generate(route, tell)) as events:
             return [event async for event in events]
 
     async def image(self, name: str = "image", plan: Plan = LONG, timeout_s: float = 120.0) -> bytes:
@@ -225,6 +228,18 @@ def failing(*failures: tuple[int, BaseException]) -> Before:
             raise left.pop(0)[1]
 
     return before
+
+
+def test_the_router_tells_of_each_step_and_from_where_a_lost_hop_goes_on() -> None:
+    told: list[int] = []
+    cluster = Cluster()
+    cluster["Base"].before = failing((14, DIED))
+    run(cluster.generate(tell=told.append))
+    hop_ends = [0, 30, 32]
+    assert [step for step in told if step in hop_ends] == [0, 30, 30, 32, 32]
+    assert list(dict.fromkeys(told)) == list(range(33))
+    assert told.count(13) == 2  # made again after the checkpoint at 10
+    assert told.count(9) == 1
 
 
 def test_an_undisturbed_image_takes_a_call_a_hop_and_those_without_checkpoints_are_unary() -> None:

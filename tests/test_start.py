@@ -98,6 +98,27 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
     assert "args.request_timeout_s: must be below http_options.request_timeout_s, 130, not 500" in refusal(
         lambda config, app: app["args"].update(request_timeout_s=500)
     )
+    (tmp_path / "file").touch()
+    (tmp_path / "secret").write_text("whsec_short")
+    here = {"directory": str(tmp_path)}
+    for jobs, complaint in (
+        ({}, "args: jobs: directory must be there, or both store and images"),
+        ({"directory": str(tmp_path), "lease": 3}, "args: jobs.lease: "),
+        ({"directory": f"{tmp_path}/file"}, "args.jobs.store: "),
+        (
+            {"store": "mysql://root:secret@host/jobs"},
+            "args: jobs.store: must be sqlite:/// with a path, or begin with postgresql://",
+        ),
+        ({**here, "store": "sqlite:///:memory:"}, "args: jobs.store: must be"),
+        ({**here, "store": "postgresql:///jobs?host=/nowhere"}, "args.jobs.store: "),
+        ({**here, "images": "nowhere://images"}, "args.jobs.images: "),
+        ({**here, "images": f"{tmp_path}/file"}, "args.jobs.images: "),
+        ({**here, "webhooks": {"secret_file": "nowhere"}}, "args.jobs.webhooks.secret_file: "),
+        ({**here, "webhooks": {"secret_file": f"{tmp_path}/secret"}}, f"{tmp_path}/secret must hold whsec_"),
+    ):
+        refused = refusal(lambda config, app, to=jobs: app["args"].update(jobs=to))
+        assert complaint in refused
+        assert "root:secret" not in refused
     for prefix in ("foo", None, "/{x}"):
         assert "route_prefix: must begin with /" in refusal(lambda config, app, to=prefix: app.update(route_prefix=to))
     for key, value, complaint in (

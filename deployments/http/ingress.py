@@ -5,11 +5,13 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from ray import serve
@@ -25,7 +27,11 @@ from deployments.http.front import Front, received
 from deployments.http.readiness import announce
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
 from deployments.http.responses import images_response, stream_event
-from deployments.http.schemas import ImagesRequest
+from deployments.http.schemas import Generation, ImagesRequest
+from deployments.jobs import routes
+from deployments.jobs.jobs import Jobs
+from deployments.jobs.progress import Progress
+from deployments.jobs.schemas import JobRequest
 from deployments.router import DecodedImage, Partial, Router
 from deployments.settings import Settings
 
@@ -43,15 +49,18 @@ describe_routes = app.openapi
 
 
 def describe() -> dict[str, Any]:
-    """Describe the API, including the body that `Ingress.generate` parses without FastAPI."""
+    """Describe the API, including the bodies that are parsed without FastAPI."""
     document = describe_routes()
-    schema = ImagesRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    document.setdefault("components", {}).setdefault("schemas", {}).update(schema.pop("$defs"))
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    document["paths"]["/v1/images/generations"]["post"]["requestBody"] = body
+    bodies: dict[str, type[Generation]] = {"/v1/images/generations": ImagesRequest, "/v1/images/jobs": JobRequest}
+    for path, kind in bodies.items():
+        schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schema.pop("$defs"))
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        document["paths"][path]["post"]["requestBody"] = body
     return document
 
 
+app.include_router(routes.router)
 app.openapi = describe  # type: ignore[method-assign]
 app.add_middleware(Front, refuses=False)  # if Serve's proxy has no front, probes arrive here
 
@@ -66,6 +75,14 @@ async def _respond_unrouted(request: Request, error: HTTPException) -> JSONRespo
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     message = f"{request.method} {request.url.path}: {error.detail}"
     return await _respond(request, APIError(error.status_code, code, message, headers=error.headers))
+
+
+@app.exception_handler(RequestValidationError)
+async def _respond_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Name parameters and headers without the place that they came from."""
+    return await _respond(
+        request, APIError.from_validation([{**each, "loc": each["loc"][1:]} for each in error.errors()])
+    )
 
 
 @app.exception_handler(Exception)
@@ -110,6 +127,18 @@ class Ingress:
         for handle in replicas.values():
             ray_internals.follow(handle)
         self._router = Router(replicas, balancer, settings.checkpoint_steps)
+        self.max_body_bytes = settings.max_body_bytes
+        self.jobs = Jobs(settings.jobs, self._offer, self._make_job) if settings.jobs else None
+
+    async def __del__(self) -> None:
+        """Give jobs back; Serve awaits this before it ends a replica."""
+        if self.jobs:
+            await self.jobs.stop()
+
+    def check_health(self) -> None:
+        """Raise if jobs are no longer worked on; Serve calls this, and replaces a replica that raises several times."""
+        if self.jobs:
+            self.jobs.check_health()
 
     @app.post("/v1/images/generations")
     async def generate(self, request: Request) -> Response:
@@ -125,12 +154,7 @@ class Ingress:
         job, turns = self._admit(job, request.headers["x-request-id"], start + job.timeout_s)
         if job.stream:
             return StreamingResponse(self._stream(job, turns[0]), media_type="text/event-stream")
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._last(job, turn)) for turn in turns]
-        except ExceptionGroup as errors:
-            raise APIError.from_failure(errors) from errors
-        return JSONResponse(images_response(job, [task.result() for task in tasks]))
+        return JSONResponse(images_response(job, await self._make(job, turns)))
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -171,19 +195,37 @@ class Ingress:
             raise self._admission.refuse(late, asked.n, asked.timeout_s) from late
         return jobs[index], turns
 
-    async def _events(self, job: Job, turn: Turn) -> AsyncGenerator[Partial | DecodedImage]:
-        """Yield what the router does, once it is the image's turn."""
+    async def _events(
+        self, job: Job, turn: Turn, tell: Callable[[int], object] | None = None
+    ) -> AsyncGenerator[Partial | DecodedImage]:
+        """Yield what the router does, once it is the image's turn; for `tell` see `Router.generate`."""
         try:
-            async with turn, aclosing(self._router.generate(turn.route)) as events:
+            async with turn, aclosing(self._router.generate(turn.route, tell)) as events:
                 async for event in events:
                     yield event
         except Late as late:
             raise self._admission.refuse(late, 1, job.timeout_s) from late
 
-    async def _last(self, job: Job, turn: Turn) -> DecodedImage:
-        async with aclosing(self._events(job, turn)) as events:
+    async def _make_job(self, job: Job, request_id: str, deadline: float, progress: Progress) -> list[DecodedImage]:
+        """Make a job's images, in order, and note how far they are. Raises APIError."""
+        admitted, turns = self._admit(job, request_id, deadline)
+        return await self._make(admitted, turns, progress)
+
+    async def _make(self, job: Job, turns: list[Turn], progress: Progress | None = None) -> list[DecodedImage]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._last(job, turn, progress)) for turn in turns]
+        except ExceptionGroup as errors:
+            raise APIError.from_failure(errors) from errors
+        return [task.result() for task in tasks]
+
+    async def _last(self, job: Job, turn: Turn, progress: Progress | None) -> DecodedImage:
+        tell = partial(progress.note_step, turn.route.image.image_index) if progress else None
+        async with aclosing(self._events(job, turn, tell)) as events:
             async for event in events:
                 if isinstance(event, DecodedImage):
+                    if progress:
+                        progress.note_image()
                     return event
         raise RuntimeError("the router ended without an image")
 
@@ -192,9 +234,9 @@ class Ingress:
         try:
             async with aclosing(self._events(job, turn)) as events:
                 async for event in events:
-                    partial = event.order if isinstance(event, Partial) else None
+                    order = event.order if isinstance(event, Partial) else None
                     image = event.image if isinstance(event, Partial) else event
-                    data = stream_event(job, image, partial)
+                    data = stream_event(job, image, order)
                     yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
         except Exception as error:
             yield f"event: error\ndata: {json.dumps(APIError.from_failure(error).body)}\n\n"

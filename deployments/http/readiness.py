@@ -205,8 +205,36 @@ def followed() -> bool:
     return all(ray_internals.get(name) is not None for name in ray_internals.list_proxies())
 
 
+def is_draining() -> bool:
+    """Whether this cluster's server is about to stop; False while the cluster does not answer."""
+    with suppress(*_UNANSWERED):
+        return ray_internals.get(_DRAINING) is not None
+    return False
+
+
+def hold() -> None:
+    """Make `drain` wait for the replica that this runs in, until it lets go."""
+    ray_internals.put(_held_by(ray.get_runtime_context().get_actor_name() or ""), b"1")
+
+
+def let_go() -> None:
+    """Let `drain` no longer wait for the replica that this runs in."""
+    ray_internals.put(_held_by(ray.get_runtime_context().get_actor_name() or ""), b"0")
+
+
+def _held_by(replica: str) -> str:
+    return f"{replica} holds"
+
+
+def _occupied() -> bool:
+    """Whether a proxy has requests in progress, or a replica holds the drain."""
+    if any(ray_internals.get(name) != b"0" for name in ray_internals.list_proxies()):
+        return True
+    return any(ray_internals.get(_held_by(name)) == b"1" for name in ray_internals.list_replicas())
+
+
 def drain(timeout_s: float, cut_short: Callable[[], bool]) -> bool:
-    """Make every proxy refuse new requests, and wait until those in progress are done.
+    """Make every proxy refuse new requests, and wait until those in progress are done and replicas have let go.
 
     Args:
         timeout_s: longest time to wait, in seconds.
@@ -217,7 +245,7 @@ def drain(timeout_s: float, cut_short: Callable[[], bool]) -> bool:
     """
     ray_internals.put(_DRAINING, b"1")
     deadline = time.monotonic() + timeout_s
-    while any(ray_internals.get(name) != b"0" for name in ray_internals.list_proxies()):
+    while _occupied():
         if time.monotonic() > deadline or cut_short():
             return False
         time.sleep(_LOOK_PERIOD_S / 2)

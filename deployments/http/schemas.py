@@ -24,6 +24,13 @@ _PlanOrName = Annotated[
 ]
 
 
+def null_is_absent(value: object) -> object:
+    """Give a field its default if it is null; for validators before the field's own."""
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
 class PoolChoice(BaseModel):
     """The pools that a stage of a request may run on: those of `only`, or all, without those of `ignore`."""
 
@@ -33,13 +40,12 @@ class PoolChoice(BaseModel):
     ignore: tuple[Text, ...] | None = None
 
 
-class ImagesRequest(BaseModel):
-    """Body of `POST /v1/images/generations`: all fields of OpenAI's API, and this engine's own.
+class Generation(BaseModel):
+    """What images to generate, in whatever way they are then asked for: OpenAI's fields, and this engine's own.
 
     `seed` is the seed of the first image, and each further image adds 1. `plan` is a plan's name or its stages.
     `timeout_s` is the time in seconds, queues included, after which the images are of no use. `priority` is the share
-    of the devices while others wait, too. `fallback_plans` names plans to take, the first that is fast enough, while
-    the server is too loaded for `plan`. `pools` are the pools that stages may run on, by stage. OpenAI's fields that
+    of the devices while others wait, too. `pools` are the pools that stages may run on, by stage. OpenAI's fields that
     change nothing here take the values that ask for nothing special.
     """
 
@@ -49,11 +55,8 @@ class ImagesRequest(BaseModel):
     model: Text | None = None
     n: Annotated[int, Field(ge=1)] = 1
     size: Text = "auto"
-    response_format: Literal["b64_json"] = "b64_json"
     output_format: ImageFormat = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] = 95
-    stream: bool = False
-    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
     user: Text | None = None
     safety_identifier: Text | None = None
 
@@ -72,18 +75,12 @@ class ImagesRequest(BaseModel):
     plan: _PlanOrName | None = None
     timeout_s: Annotated[float, Field(gt=0.0)] | None = None
     priority: Priority = "interactive"
-    fallback_plans: Annotated[list[Text], Field(max_length=8)] = []
     pools: dict[Text, PoolChoice] | None = None
 
-    @field_validator(
-        "n", "size", "response_format", "output_format", "output_compression", "stream", "partial_images", "quality",
-        "style", "background", "moderation", "priority", "fallback_plans", mode="before",
-    )  # fmt: skip
-    @classmethod
-    def _null_is_absent(cls, value: object) -> object:
-        if value is None:
-            raise PydanticUseDefault
-        return value
+    _nulls = field_validator(
+        "n", "size", "output_format", "output_compression", "quality", "style", "background", "moderation",
+        "priority", mode="before",
+    )(null_is_absent)  # fmt: skip
 
     @classmethod
     def read(cls, body: bytes) -> Self:
@@ -92,3 +89,34 @@ class ImagesRequest(BaseModel):
             return cls.model_validate_json(body, strict=True)
         except ValidationError as error:
             raise APIError.from_validation(error.errors()) from error
+
+
+class ImagesRequest(Generation):
+    """Body of `POST /v1/images/generations`: all fields of OpenAI's API, and this engine's own, see `Generation`.
+
+    `fallback_plans` names plans to take, the first that is fast enough, while the server is too loaded for `plan`.
+    """
+
+    response_format: Literal["b64_json"] = "b64_json"
+    stream: bool = False
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+    fallback_plans: Annotated[list[Text], Field(max_length=8)] = []
+
+    _more_nulls = field_validator(
+        "response_format", "stream", "partial_images", "fallback_plans", mode="before"
+    )(null_is_absent)  # fmt: skip
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong: `param` is the field, if it is a field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """Body of an error."""
+
+    error: ErrorDetail

@@ -1,0 +1,1 @@
+"""Jobs: images that a client asks for in one request and fetches in another; loads no torch."""
