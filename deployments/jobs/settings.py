@@ -66,10 +66,8 @@ class JobsSettings(BaseModel):
     @field_validator("store")
     @classmethod
     def _known(cls, value: str | None) -> str | None:
-        if value is not None and not _STORE.fullmatch(value):
-            raise ValueError(
-                "must be sqlite:/// with a path, or begin with postgresql://"
-            )  # without the URL, which may hold a password
+        if value is not None and not _STORE.fullmatch(value):  # the message leaves it out, since it may hold a password
+            raise ValueError("must be sqlite:/// with a path, or begin with postgresql://")
         return value
 
     @model_validator(mode="after")
