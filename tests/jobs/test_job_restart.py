@@ -97,6 +97,7 @@ def follow_docs(running: Running, directory: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_accepted_jobs_survive_the_death_of_everything(tmp_path: Path) -> None:
     server = keeping(tmp_path / "jobs")
     with started(server, MODEL) as running:
