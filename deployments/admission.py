@@ -84,7 +84,7 @@ class Turn:
             if self.late:
                 raise self.late
         except BaseException:
-            self._end()
+            self.end()
             raise
         self.promise.close()  # the router promises what is left of the image from here on
         self._admission.waited(self.flow, time.monotonic() - self._begun)
@@ -92,9 +92,10 @@ class Turn:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._end()
+        self.end()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Make room for others; once more has no effect."""
         self._expiry.cancel()
         self._admission.leave(self)
 
@@ -144,7 +145,7 @@ class Admission:
             for route in routes:
                 share = self._balancer.share(route.plan, route.megapixels, pools=route.pools)
                 turn = Turn(self, route, flow, share.work)
-                undo.callback(turn._end)
+                undo.callback(turn.end)
                 turn.promise.enter_context(self._balancer.promised(share.work))
                 turns.append(turn)
             seconds = self._balancer.seconds_until_done(turns[-1].work, overtaken)

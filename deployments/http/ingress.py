@@ -217,6 +217,9 @@ class Ingress:
                 tasks = [group.create_task(self._last(job, turn, progress)) for turn in turns]
         except ExceptionGroup as errors:
             raise APIError.from_failure(errors) from errors
+        finally:
+            for turn in turns:  # a task that was cancelled before it began has not entered its own
+                turn.end()
         return [task.result() for task in tasks]
 
     async def _last(self, job: Job, turn: Turn, progress: Progress | None) -> DecodedImage:
