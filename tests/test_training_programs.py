@@ -42,6 +42,7 @@ def _tiny() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_script_makes_a_checkpoint_from_nothing(tmp_path: Path, backend: Backend) -> None:
     """By every program in turn, each on what those before it left; the engine draws by the hybrid plan with it."""
     config, programs, run = tmp_path / "tiny.yaml", tmp_path / "programs", tmp_path / "run"
