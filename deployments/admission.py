@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -20,7 +20,6 @@ from deployments.http.errors import APIError
 from deployments.messages import Route
 
 Priority = Literal["interactive", "batch"]
-PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 _WEIGHTS: dict[Priority, float] = {"interactive": 8.0, "batch": 1.0}  # neither starves the other
 _SECONDS = [0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 60, 120]
@@ -63,9 +62,10 @@ class Turn:
     its deadline. A turn that nobody enters is over at the deadline.
     """
 
-    def __init__(self, admission: Admission, route: Route, flow: Flow, work: dict[str, float]) -> None:
-        self.route, self.flow, self.work = route, flow, work
-        self.promise = ExitStack()
+    def __init__(
+        self, admission: Admission, route: Route, flow: Flow, work: dict[str, float], promise: ExitStack
+    ) -> None:
+        self.route, self.flow, self.work, self.promise = route, flow, work, promise
         self.has_come = asyncio.Event()
         self.late: Late | None = None
         self._admission = admission
@@ -139,22 +139,22 @@ class Admission:
         Raises:
             Late: they would not be, or no more may wait.
         """
-        overtaken = [turn.work for turn in self._queue.behind(flow)]
+        promised = []
         with ExitStack() as undo:
-            turns = []
             for route in routes:
-                share = self._balancer.share(route.plan, route.megapixels, pools=route.pools)
-                turn = Turn(self, route, flow, share.work)
-                undo.callback(turn.end)
-                turn.promise.enter_context(self._balancer.promised(share.work))
-                turns.append(turn)
-            seconds = self._balancer.seconds_until_done(turns[-1].work, overtaken)
-            crowd = len(self._queue) + len(turns) - self._free - self._waiting  # images that have no room to wait
+                work = self._balancer.share(route.plan, route.megapixels, pools=route.pools).work
+                promise = undo.enter_context(ExitStack())
+                promise.enter_context(self._balancer.promised(work))
+                promised.append((route, work, promise))
+            overtaken = (turn.work for turn in self._queue.behind(flow))
+            seconds = self._balancer.seconds_until_done(work, self._in_service, overtaken)
+            crowd = len(self._queue) + len(routes) - self._free - self._waiting  # images that have no room to wait
             if seconds > within_s or crowd > 0:
-                pace = self._balancer.pace(turns[-1].work)
-                alone = self._balancer.seconds_alone(turns[-1].work)
-                raise Late(seconds, max(seconds - within_s, crowd * pace), len(turns) * pace, alone)
+                pace = self._balancer.pace(work, self._in_service)
+                alone = self._balancer.seconds_alone(work)
+                raise Late(seconds, max(seconds - within_s, crowd * pace), len(routes) * pace, alone)
             undo.pop_all()
+        turns = [Turn(self, route, flow, work, promise) for route, work, promise in promised]
         for turn in turns:
             self._queue.push(turn, flow, sum(turn.work.values()), _WEIGHTS[flow.priority])
         self._let_in()
@@ -190,9 +190,8 @@ class Admission:
     def leave(self, turn: Turn) -> None:
         """End an image's turn, or take it out of the queue; once more has no effect."""
         turn.promise.close()
-        if turn in self._inside:
-            self._inside.discard(turn)
-        else:
+        self._inside.discard(turn)
+        if not turn.has_come.is_set():
             self._queue.discard(turn)
         self._let_in()
 
@@ -234,7 +233,7 @@ class Admission:
             turn = self._queue.pop()
             seconds = self._balancer.seconds_alone(turn.work)
             if seconds > turn.left_s:
-                turn.late = Late(seconds, 0.0, self._balancer.pace(turn.work), seconds)
+                turn.late = Late(seconds, 0.0, self._balancer.pace(turn.work, self._in_service), seconds)
                 turn.promise.close()
             else:
                 self._inside.add(turn)

@@ -44,7 +44,6 @@ class Balancer:
         hang_factor: float,
         hang_floor_s: float,
         overflow_wait_s: float | None = None,
-        in_service: int = 64,
     ) -> None:
         """Start without measurements.
 
@@ -53,9 +52,7 @@ class Balancer:
             hang_factor: times as long as expected that an attempt may take.
             hang_floor_s: seconds that an attempt may take in any case.
             overflow_wait_s: expected wait past which images go to deployments of the next preference; None for never.
-            in_service: most images that all deployments together have at once.
         """
-        self._in_service = in_service
         self._hang_factor, self._hang_floor_s = hang_factor, hang_floor_s
         self._overflow_wait_s = math.inf if overflow_wait_s is None else overflow_wait_s
         self._placement = placement
@@ -132,7 +129,9 @@ class Balancer:
             for deployment, units in work.items():
                 self._costs[deployment].release(units)
 
-    def seconds_until_done(self, work: Mapping[str, float], overtaken: Iterable[Mapping[str, float]] = ()) -> float:
+    def seconds_until_done(
+        self, work: Mapping[str, float], in_service: int, overtaken: Iterable[Mapping[str, float]] = ()
+    ) -> float:
         """Estimate the seconds until an image is done that was promised after all others.
 
         That is the time until its busiest deployment is done with what it expects, and the time in the other ones among
@@ -140,6 +139,7 @@ class Balancer:
 
         Args:
             work: the image's work, see `Share`.
+            in_service: most images that all deployments together have at once.
             overtaken: work of images that were promised and come after this one.
         """
         expected = {deployment: self._costs[deployment].expected for deployment in work}
@@ -150,15 +150,15 @@ class Balancer:
         waits, moves = {}, {}
         for deployment, units in work.items():
             cost = self._costs[deployment]
-            seconds = cost.seconds_among(min(max(1, cost.images), self._in_service))
+            seconds = cost.seconds_among(min(max(1, cost.images), in_service))
             waits[deployment] = expected[deployment] * seconds
-            moves[deployment] = min(expected[deployment], self._in_service * units) * seconds
+            moves[deployment] = min(expected[deployment], in_service * units) * seconds
         busiest = max(waits, key=lambda deployment: waits[deployment] - moves[deployment])
         return waits[busiest] + sum(moves.values()) - moves[busiest]
 
-    def pace(self, work: Mapping[str, float]) -> float:
-        """Estimate the seconds between two such images where many are made."""
-        return max(units * self._costs[name].seconds_among(self._in_service) for name, units in work.items())
+    def pace(self, work: Mapping[str, float], in_service: int) -> float:
+        """Estimate the seconds between two such images while so many are made at once."""
+        return max(units * self._costs[name].seconds_among(in_service) for name, units in work.items())
 
     def seconds_alone(self, work: Mapping[str, float]) -> float:
         """Estimate the seconds that an image takes if nothing else is there, the least that it may take."""

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from deployments.settings import Placement, ServedStage
 from stages.config import ModelConfig
-from stages.image import ImageFormat, parse_size
+from stages.image import ImageFormat, megapixels
 from stages.plan import Plan
 from stages.spans import Span
 from stages.wire import OtherVersion, Version, to_plain
@@ -94,8 +94,7 @@ class Route(_Part):
     @property
     def megapixels(self) -> float:
         """Size of the image in millions of pixels."""
-        width, height = parse_size(self.image.size)
-        return width * height / 1e6
+        return megapixels(self.image.size)
 
 
 class Hop(_Part):

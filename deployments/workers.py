@@ -30,10 +30,8 @@ from stages.stage import Denoiser
 
 logger = logging.getLogger("ray.serve")
 
-HandOut = Callable[
-    [StepReply, LatentPacket | None], object
-]  # takes a reply to a step, and the packet beside it, if any
-
+# Takes a reply to a step, and the packet beside it, if there is one.
+HandOut = Callable[[StepReply, LatentPacket | None], object]
 Grid = tuple[int, int]
 
 

@@ -21,6 +21,12 @@ def parse_size(size: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def megapixels(size: str, images: int = 1) -> float:
+    """Return the millions of pixels of so many images of `WIDTHxHEIGHT`."""
+    width, height = parse_size(size)
+    return width * height * images / 1e6
+
+
 def token_grid(size: str, pixels_per_token: int) -> tuple[int, int]:
     """Return the rows and columns of tokens of an image of `WIDTHxHEIGHT` pixels."""
     width, height = parse_size(size)

@@ -152,7 +152,7 @@ class Door:
         self, placement: dict[str, tuple[ServedStage, ...]] = SPREAD, in_service: int = 4, waiting: int = 1000
     ) -> None:
         placed = {name: Placement(stages=stages, pool=name) for name, stages in placement.items()}
-        self.balancer = Balancer(placed, 10.0, 45.0, in_service=in_service)
+        self.balancer = Balancer(placed, 10.0, 45.0)
         self.admission = Admission(self.balancer, in_service, waiting)
         self.devices = {name: Device() for name in placement}
         self.served: list[str] = []
@@ -359,5 +359,5 @@ def test_estimates_leave_out_what_is_overtaken() -> None:
     with ExitStack() as promised:
         for _ in range(3):
             promised.enter_context(balancer.promised({"All": 5.0}))
-        assert balancer.seconds_until_done({"All": 5.0}) == pytest.approx(30.0)
-        assert balancer.seconds_until_done({"All": 5.0}, [{"All": 5.0}]) == pytest.approx(20.0)
+        assert balancer.seconds_until_done({"All": 5.0}, 64) == pytest.approx(30.0)
+        assert balancer.seconds_until_done({"All": 5.0}, 64, [{"All": 5.0}]) == pytest.approx(20.0)

@@ -14,7 +14,7 @@ import torch
 from bench.serving.load import LoadFigures
 from cluster.costs import Device
 from cluster.simulate import Scenario, Stage, circulate
-from stages.image import parse_size
+from stages.image import megapixels
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan, StageSpec
 
@@ -62,7 +62,6 @@ def calibrate(
         batch_tokens: most image tokens in a step, the server's `max_batch_tokens`.
     """
     size = pipeline.config.sizes[0]
-    width, height = parse_size(size)
     with threads(REPLICA_THREADS):
         one, eight = (_seconds(pipeline, plan, prompted[:count]) for count in (1, _BATCH))
     parts: dict[str, list[StageSpec]] = defaultdict(list)
@@ -81,7 +80,7 @@ def calibrate(
         devices={"core": Device(count=os.cpu_count())},
         stages=stages,
         rate=rate,
-        megapixels=width * height / 1e6,
+        megapixels=megapixels(size),
         deadline=deadline,
     )
     return _contend(scenario, two_clients.elsewhere + sum(two_clients.stages.values()))

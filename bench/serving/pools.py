@@ -36,7 +36,7 @@ from cluster.costs import Device
 from cluster.simulate import Scenario, Stage, circulate, poisson_arrivals, replay
 from scenes.cases import DEV, Cases
 from stages.config import ModelConfig
-from stages.image import parse_size
+from stages.image import megapixels
 
 FAST, SLOW = "fast", "slow"
 APART, TOGETHER = ((FAST,), (SLOW,)), (FAST, SLOW)
@@ -234,12 +234,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Load the two pools and write `pools.json`."""
     output = output_directory(arguments)
     model = arguments.config.resolve()
-    width, height = parse_size(ModelConfig.read(model).sizes[0])
+    size = ModelConfig.read(model).sizes[0]
     requests = [body(case) for case in Cases.read(DEV).accuracy[:16]]
     with tempfile.TemporaryDirectory() as directory:
         server = two_pools(model, arguments.step, Path(directory))
         with started(server, model) as running:
-            measured = TwoPools(running.url, requests, width * height / 1e6, arguments.seconds)
+            measured = TwoPools(running.url, requests, megapixels(size), arguments.seconds)
             measured.run()
     comparisons = measured.comparisons
     print(f"throughput {comparisons['throughput']:.2f} of the sum, p95 {comparisons['p95']:.2f} of the fast pool's")

@@ -26,7 +26,7 @@ from deployments.http.errors import APIError
 from deployments.http.front import Front, received
 from deployments.http.readiness import announce
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
-from deployments.http.responses import images_response, stream_event
+from deployments.http.responses import images_response, inline, stream_event
 from deployments.http.schemas import Generation, ImagesRequest
 from deployments.jobs import routes
 from deployments.jobs.jobs import Jobs
@@ -116,13 +116,7 @@ class Ingress:
             "sizes": model.sizes,
         }
         # In this process: the router only waits, so a deployment of its own would merely add a call.
-        balancer = Balancer(
-            settings.placement,
-            settings.hang_factor,
-            settings.hang_floor_s,
-            settings.overflow_wait_s,
-            settings.max_images_in_service,
-        )
+        balancer = Balancer(settings.placement, settings.hang_factor, settings.hang_floor_s, settings.overflow_wait_s)
         self._admission = Admission(balancer, settings.max_images_in_service, settings.max_waiting_images)
         for handle in replicas.values():
             ray_internals.follow(handle)
@@ -154,7 +148,8 @@ class Ingress:
         job, turns = self._admit(job, request.headers["x-request-id"], start + job.timeout_s)
         if job.stream:
             return StreamingResponse(self._stream(job, turns[0]), media_type="text/event-stream")
-        return JSONResponse(images_response(job, await self._make(job, turns)))
+        images = await self._make(job, turns)
+        return JSONResponse(images_response(job, images, [inline(image) for image in images]))
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:

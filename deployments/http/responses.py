@@ -9,14 +9,19 @@ from typing import Any
 
 from deployments.http.resolve import Job
 from deployments.router import DecodedImage
-from stages.image import parse_size
+from stages.image import megapixels
 from stages.spans import Span
 
 
-def images_response(job: Job, images: Sequence[DecodedImage]) -> dict[str, Any]:
-    """Build the response to a request that does not stream."""
-    width, height = parse_size(job.size)
-    data = [image_data(image) for image in images]
+def images_response(job: Job, images: Sequence[DecodedImage], content: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Build the response to a request that does not stream.
+
+    Args:
+        job: the request.
+        images: its images.
+        content: for each image, what its entry begins with: the file, or where it is.
+    """
+    data = [{**begin, **describe(image)} for begin, image in zip(content, images, strict=True)]
     return _warnings(job) | {
         "created": int(time.time()),
         "data": data,
@@ -27,7 +32,7 @@ def images_response(job: Job, images: Sequence[DecodedImage]) -> dict[str, Any]:
         "plan": job.plan.name,
         "seed": images[0].reply.seed,
         "nfe": sum(entry["nfe"] for entry in data),
-        "megapixels": width * height * len(images) / 1e6,
+        "megapixels": megapixels(job.size, len(images)),
     }
 
 
@@ -40,7 +45,8 @@ def stream_event(job: Job, image: DecodedImage, partial: int | None) -> dict[str
         "output_format": job.format,
         "quality": "auto",
         "background": "opaque",
-        **image_data(image),
+        **inline(image),
+        **describe(image),
     }
     if partial is not None:
         return {**event, "partial_image_index": partial}
@@ -63,10 +69,14 @@ def _warnings(job: Job) -> dict[str, Any]:
     return {"warnings": job.warnings} if job.warnings else {}
 
 
-def image_data(image: DecodedImage) -> dict[str, Any]:
-    """Build an entry of a response's `data`."""
+def inline(image: DecodedImage) -> dict[str, Any]:
+    """Build the part of an entry of a response's `data` that holds the image's file."""
+    return {"b64_json": base64.b64encode(image.data).decode()}
+
+
+def describe(image: DecodedImage) -> dict[str, Any]:
+    """Build the part of an entry of a response's `data` that says how the image was made."""
     return {
-        "b64_json": base64.b64encode(image.data).decode(),
         "seed": image.reply.seed,
         "nfe": sum(span.nfe for span in image.reply.spans),
         "timings": [timing(span) for span in image.reply.spans],

@@ -128,18 +128,18 @@ class Worker:
             asked = resolve(ImagesRequest.read(job.request.encode()), self._offer)
             progress.begin(asked.plan, asked.n)
             images = await self._generate(asked, job.id, time.time() + asked.timeout_s, progress)
-            result = images_response(asked, images)
         except Exception as error:
             raise APIError.from_failure(error) from error
-        for entry, image in zip(result["data"], images, strict=True):
-            del entry["b64_json"]
+        written = []
+        for image in images:
             try:
                 async with asyncio.timeout(_WRITE_S):
-                    entry["file"] = await asyncio.to_thread(self._files.write, job.id, image.data, asked.format)
+                    name = await asyncio.to_thread(self._files.write, job.id, image.data, asked.format)
             except Exception as error:  # of whatever file system it is
                 logger.error(f"{job.id}: its images cannot be written", exc_info=error)
                 raise APIError(503, "images_not_kept", "the images cannot be written") from error
-        return result
+            written.append({"file": name})
+        return images_response(asked, images, written)
 
     async def _sweep(self) -> None:
         """Delete what need not be kept any longer, and end what was lost too often."""
