@@ -30,4 +30,10 @@ def build(settings: Settings) -> Application:
         ).bind(Start(model=model, placement=placement, stall_timeout_s=settings.stall_timeout_s).to_json())
         for name, placement in settings.placement.items()
     }
-    return serve.deployment(Ingress, max_constructor_retry_count=1).bind(settings, replicas)
+    return serve.deployment(
+        Ingress,
+        max_constructor_retry_count=1,
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=settings.request_timeout_s,  # one that is replaced answers what it has
+    ).bind(settings, replicas)

@@ -25,7 +25,6 @@ from deployments.fit import starting_resources
 from deployments.http import readiness
 
 _POLL_S = 0.25
-_GRACE_S = 20.0  # Serve's own default
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -169,13 +168,14 @@ class Server:
 
     def _grace(self) -> float:
         """Return the longest `graceful_shutdown_timeout_s` of any application's ingress."""
-        found = [
-            deployment.graceful_shutdown_timeout_s
+        graces = {self._config.application.name: self._config.settings.request_timeout_s}  # if its config has none
+        graces |= {
+            application.name: deployment.graceful_shutdown_timeout_s
             for application in self._config.serve.applications
             for deployment in application.deployments
             if deployment.name == "Ingress" and isinstance(deployment.graceful_shutdown_timeout_s, int | float)
-        ]
-        return max(found, default=_GRACE_S)
+        }
+        return max(graces.values())
 
 
 def _starts(status: DeploymentStatusOverview) -> bool:

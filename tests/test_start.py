@@ -308,7 +308,7 @@ def narrow() -> Iterator[Running]:
     for deployment in config["applications"][0]["deployments"]:
         deployment["health_check_period_s"] = 1
         if deployment["name"] == "Ingress":
-            deployment.update(max_ongoing_requests=4, max_queued_requests=4)
+            deployment.update(num_replicas=1, max_ongoing_requests=4, max_queued_requests=4)
     with started(replace(server, config=config), MODEL) as running:
         yield running
 
@@ -398,7 +398,7 @@ def kill_replica(running: Running, deployment: str) -> float:
     return time.monotonic() - start
 
 
-def test_death_of_a_replica_is_told_at_once_and_answered_in_the_apis_shape(narrow: Running) -> None:
+def test_death_of_every_replica_is_told_at_once_and_outlived_by_what_they_had(narrow: Running) -> None:
     answers = at_work(narrow, 2, begun=2)
     seconds = {"Ingress": kill_replica(narrow, "Ingress"), "Device": kill_replica(narrow, "Device")}
     print(f"/readyz told of a death after {seconds} s")
@@ -409,7 +409,7 @@ def test_death_of_a_replica_is_told_at_once_and_answered_in_the_apis_shape(narro
     assert_error(post(narrow, SLOW), 503, "not_ready")
     assert_error(get(narrow, "/v1/models"), 503, "not_ready")
     for answer in answers:
-        assert_error(answer.result(), 503, "replica_died")
+        assert answer.result().status_code == 200, answer.result().text
     deadline = time.monotonic() + 240
     while get(narrow, "/readyz").status_code != 200:
         assert time.monotonic() < deadline

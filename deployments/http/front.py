@@ -1,8 +1,9 @@
-"""Middleware in Serve's HTTP proxy, in front of the application: probes, and errors in the API's format.
+"""Middleware in Serve's HTTP proxy, in front of the application: probes, lost requests, errors in the API's format.
 
-If the application answered probes, they would wait in the queue of images. And the proxy's own errors (its queue is
-full, a replica died, a timeout) are plain text or empty, and do not reach the application's handlers. Serve wraps its
-proxies in what `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.http.front:middlewares` names.
+If the application answered probes, they would wait in the queue of images. A replica of the application that dies takes
+the requests along that it has, of which only the proxy still knows. And the proxy's own errors (its queue is full, a
+timeout) are plain text or empty, and do not reach the application's handlers. Serve wraps its proxies in what
+`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.http.front:middlewares` names.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import uuid
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers
@@ -19,10 +21,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.http.errors import REPLICA_DIED, RETRY, error_body
 from deployments.http.readiness import Watch
+from deployments.http.replay import Replay
 
 _RECEIVED = b"x-front-received"  # header that says when the proxy had the request, in seconds since the epoch
 _REQUEST_ID = b"x-request-id"  # of clients, which Serve makes the request's name where there is one
 _NAME = re.compile(rb"[\w.:-]{1,64}")
+_IDEMPOTENCY_KEY = b"idempotency-key"
 
 
 def middlewares() -> list[Middleware]:
@@ -41,17 +45,18 @@ def received(headers: Headers) -> float:
 
 
 class Front:
-    """Answers probes at once, refuses requests while nothing can be served, and gives errors the API's format."""
+    """Answers probes at once, sends what a dead replica had to another one, and gives errors the API's format."""
 
-    def __init__(self, app: ASGIApp, *, refuses: bool = True) -> None:
+    def __init__(self, app: ASGIApp, *, in_proxy: bool = True) -> None:
         """Start watching the cluster.
 
         Args:
             app: the wrapped application.
-            refuses: whether to refuse requests while nothing can be served; one front per request should.
+            in_proxy: whether this is in Serve's proxy, where requests are refused while nothing can be served, and sent
+                again.
         """
         self._app = app
-        self._refuses = refuses
+        self._in_proxy = in_proxy
         self._in_flight = 0
         self._watch = Watch(lambda: self._in_flight)
 
@@ -67,7 +72,7 @@ class Front:
             await refusal(scope, receive, send)
         else:
             self._in_flight += 1
-            if self._refuses:
+            if self._in_proxy:
                 scope = {**scope, "headers": _marked(scope["headers"])}
             try:
                 await self._forward(scope, receive, send)
@@ -84,49 +89,94 @@ class Front:
         """Return the refusal of a request that could not be served; a request may wait for a stage that restarts."""
         readiness = self._watch.readiness
         was_ready = self._watch.was_ready or readiness.reason is None  # the watch may not have looked since
-        if not self._refuses or (was_ready and readiness.replicas.get("Ingress")):
+        if not self._in_proxy or (was_ready and readiness.replicas.get("Ingress")):
             return None
         return _error(503, "not_ready", readiness.reason or "starting")
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start: Message | None = None
-        done = False
+        """Send a request to a replica and, if that dies before it answers, once more to whichever is there then.
 
-        async def shaped(message: Message) -> None:
-            nonlocal start, done
-            if message["type"] == "http.response.start":
-                start = message
-                if message["status"] >= 400 and not _is_json(message):
-                    await _proxy_error(message)(scope, receive, send)
-                    done = True
-                    return
-            if not done:
-                done = message["type"] == "http.response.body" and not message.get("more_body", False)
-                await send(message)
+        Not a third time: the request may be the reason.
+        """
+        replay = Replay(receive)
+        answer = _Answer(scope, receive, send)
+        await self._attempt(scope, replay, answer)
+        if answer.begun is None and self._in_proxy and _is_repeatable(scope) and replay.rewind():
+            await self._attempt(scope, replay, answer)
+        await answer.end()
 
+    async def _attempt(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         try:
-            await self._app(scope, receive, shaped)
+            await self._app(dict(scope), receive, answer)
         except UnicodeDecodeError:  # of Serve's, which reads some
-            if start is None:
-                await _error(400, "invalid_value", "headers must be in UTF-8")(scope, receive, send)
-                return
-            raise
-        if start is None:
-            await _error(503, "replica_died", REPLICA_DIED)(scope, receive, send)
-        elif not done and Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream"):
+            if answer.begun:
+                raise
+            await answer.replace(_error(400, "invalid_value", "headers must be in UTF-8"))
+
+
+class _Answer:
+    """An answer on its way to the client; the first message of it waits for the second, until which it may be lost.
+
+    Attributes:
+        begun: the message that began what the client gets, or None as long as that is nothing.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.begun: Message | None = None
+        self._scope, self._receive, self._send = scope, receive, send
+        self._start: Message | None = None
+        self._done = False
+
+    async def __call__(self, message: Message) -> None:
+        """Take a message of the proxy's; an error that is not the application's gets the API's format, or is lost."""
+        if message["type"] == "http.response.start":
+            self._start = None if _is_lost(message) else message
+            if self._start and message["status"] >= 400 and not _is_json(message):
+                await self.replace(_proxy_error(message))
+        elif self._start and not self._done:
+            if not self.begun:
+                self.begun = self._start
+                await self._send(self._start)
+            self._done = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await self._send(message)
+
+    async def replace(self, answer: JSONResponse) -> None:
+        """Give the client this answer, and nothing that comes."""
+        self.begun, self._done = {"type": "http.response.start", "status": answer.status_code}, True
+        await answer(self._scope, self._receive, self._send)
+
+    async def end(self) -> None:
+        """Say that a replica died if the client has no answer yet, or an unfinished stream."""
+        if self.begun is None:
+            await self.replace(_error(503, "replica_died", REPLICA_DIED))
+        elif not self._done and Headers(raw=self.begun["headers"]).get("content-type", "").startswith(
+            "text/event-stream"
+        ):
             body = error_body(503, "replica_died", REPLICA_DIED)
             event = f"event: error\ndata: {json.dumps(body)}\n\n".encode()
-            await send({"type": "http.response.body", "body": event, "more_body": False})
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+def _is_repeatable(scope: Scope) -> bool:
+    """Whether a request that may have been worked on can be sent again: it reads, makes images, or has a key."""
+    return (
+        scope["method"] == "GET"
+        or scope["path"].endswith("/v1/images/generations")
+        or any(name.lower() == _IDEMPOTENCY_KEY for name, _ in scope["headers"])
+    )
 
 
 def _marked(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return headers with the time, and without a request id that is no plain name: Serve writes it into its logs."""
-    kept = [
-        (name, value)
-        for name, value in headers
-        if name.lower() != _RECEIVED and (name.lower() != _REQUEST_ID or _NAME.fullmatch(value))
-    ]
-    return [*kept, (_RECEIVED, repr(time.time()).encode())]
+    """Return headers with the time and a request id, the client's if it is a plain name: Serve writes it into logs."""
+    names = [value for name, value in headers if name.lower() == _REQUEST_ID and _NAME.fullmatch(value)]
+    kept = [(name, value) for name, value in headers if name.lower() not in (_RECEIVED, _REQUEST_ID)]
+    name = names[0] if names else str(uuid.uuid4()).encode()
+    return [*kept, (_REQUEST_ID, name), (_RECEIVED, repr(time.time()).encode())]
+
+
+def _is_lost(start: Message) -> bool:
+    """Whether an answer is the proxy's that the replica failed; the application's own failures are in JSON."""
+    return start["status"] == 500 and not _is_json(start)
 
 
 def _is_json(start: Message) -> bool:

@@ -62,7 +62,7 @@ def describe() -> dict[str, Any]:
 
 app.include_router(routes.router)
 app.openapi = describe  # type: ignore[method-assign]
-app.add_middleware(Front, refuses=False)  # if Serve's proxy has no front, probes arrive here
+app.add_middleware(Front, in_proxy=False)  # if Serve's proxy has no front, probes arrive here
 
 
 @app.exception_handler(APIError)

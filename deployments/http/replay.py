@@ -1,0 +1,37 @@
+"""Request bodies that can be read twice."""
+
+from __future__ import annotations
+
+from starlette.types import Message, Receive
+
+_MOST_BYTES = 8 * 1024 * 1024
+
+
+class Replay:
+    """An ASGI `receive` that keeps the body, as long as it is short, so that it can be read again."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._kept: list[Message] = []
+        self._bytes = 0
+        self._next = 0  # of those kept
+
+    async def __call__(self) -> Message:
+        """Return the next message."""
+        if self._next < len(self._kept):
+            self._next += 1
+            return self._kept[self._next - 1]
+        message = await self._receive()
+        self._bytes += len(message.get("body", b""))
+        if self._bytes > _MOST_BYTES:
+            self._kept.clear()
+            self._next = 0
+        elif message["type"] == "http.request":  # a disconnection is told anew
+            self._kept.append(message)
+            self._next += 1
+        return message
+
+    def rewind(self) -> bool:
+        """Begin anew, or return False if the body is too long for that."""
+        self._next = 0
+        return self._bytes <= _MOST_BYTES

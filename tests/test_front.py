@@ -1,0 +1,171 @@
+"""The front, before an application that behaves as Serve's proxy does when replicas die."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import httpx
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.http import front
+from deployments.http.front import Front
+from deployments.http.readiness import Readiness
+
+pytestmark = pytest.mark.anyio
+
+GENERATIONS, JOBS = "/v1/images/generations", "/v1/images/jobs"
+Behaviour = Literal["answers", "dies", "ends", "streams", "dies in its stream"]
+STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
+
+
+class Replicas:
+    """An application whose replicas behave in turn as they are told to; it keeps the requests that they got."""
+
+    def __init__(self, *behaviours: Behaviour) -> None:
+        self.requests: list[tuple[dict[bytes, bytes], bytes]] = []
+        self._behaviours = iter(behaviours)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message.get("more_body", False)
+        self.requests.append((dict(scope["headers"]), body))
+
+        async def start(status: int, headers: list[tuple[bytes, bytes]]) -> None:
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+
+        async def put(body: bytes, more: bool = False) -> None:
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        match next(self._behaviours):
+            case "answers":
+                await start(200, [(b"content-type", b"application/json")])
+                await put(b"{}")
+            case "dies":  # Serve's proxy says so in plain text
+                await start(500, [(b"content-type", b"text/plain")])
+                await put(b"The actor died unexpectedly before finishing this task.")
+            case "ends":  # or begins no answer
+                pass
+            case "streams":
+                await start(200, STREAM)
+                await put(b"data: 1\n\n", more=True)
+                await put(b"data: 2\n\n")
+            case "dies in its stream":
+                await start(200, STREAM)
+                await put(b"data: 1\n\n", more=True)
+
+
+class Ready:
+    was_ready = True
+    readiness = Readiness({"Ingress": 2}, None)
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cluster is there to watch."""
+    monkeypatch.setattr(front, "Watch", Ready)
+
+
+async def send(app: ASGIApp, path: str = GENERATIONS, method: str = "POST", **options: Any) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        return await client.request(method, path, **options)
+
+
+def code_of(answer: httpx.Response) -> str:
+    return answer.json()["error"]["code"]
+
+
+@pytest.mark.parametrize("death", ["dies", "ends"])
+async def test_what_a_dead_replica_had_is_sent_to_another_one(death: Behaviour) -> None:
+    replicas = Replicas(death, "answers")
+    answer = await send(Front(replicas), content=iter_bytes(b'{"prompt":', b'"a star"}'))
+    assert (answer.status_code, answer.content) == (200, b"{}")
+    (first, body), (second, again) = replicas.requests
+    assert body == again == b'{"prompt":"a star"}'
+    assert first[b"x-request-id"] == second[b"x-request-id"]
+    assert first[b"x-front-received"] == second[b"x-front-received"]  # the time that it may take is not longer
+
+
+async def iter_bytes(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+async def test_a_stream_is_sent_again_before_its_first_event_alone() -> None:
+    class Begins(Replicas):
+        """Ends between its status and its first event."""
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            async def headless(message: Message) -> None:
+                if self.requests[1:] or message["type"] == "http.response.start":
+                    await send(message)
+
+            await super().__call__(scope, receive, headless)
+
+    answer = await send(Front(Begins("streams", "streams")))
+    assert answer.text == "data: 1\n\ndata: 2\n\n"
+    replicas = Replicas("dies in its stream", "streams")
+    answer = await send(Front(replicas))
+    assert len(replicas.requests) == 1
+    (first, last) = answer.text.strip().split("\n\n")
+    assert first == "data: 1"
+    event, data = last.split("\n")
+    assert event == "event: error"
+    assert json.loads(data.removeprefix("data: "))["error"]["code"] == "replica_died"
+
+
+async def test_a_request_is_sent_twice_at_most() -> None:
+    replicas = Replicas("dies", "ends", "answers")
+    answer = await send(Front(replicas))
+    assert (answer.status_code, code_of(answer), answer.headers["retry-after"]) == (503, "replica_died", "1")
+    assert len(replicas.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "times"), [("POST", {}, 1), ("POST", {"Idempotency-Key": "k"}, 2), ("GET", {}, 2)]
+)
+async def test_what_would_be_done_twice_is_not_sent_again(method: str, headers: dict[str, str], times: int) -> None:
+    replicas = Replicas("dies", "answers")
+    answer = await send(Front(replicas), JOBS, method, headers=headers)
+    assert len(replicas.requests) == times
+    assert answer.status_code == (200 if times == 2 else 503)
+
+
+async def test_a_body_that_is_too_long_to_keep_is_sent_once() -> None:
+    replicas = Replicas("dies", "answers")
+    answer = await send(Front(replicas), content=iter_bytes(*([b"x" * 2**20] * 9)))
+    assert code_of(answer) == "replica_died"
+    assert [len(body) for _, body in replicas.requests] == [9 * 2**20]
+
+
+async def test_in_the_application_nothing_is_sent_again() -> None:
+    replicas = Replicas("dies", "answers")
+    assert code_of(await send(Front(replicas, in_proxy=False))) == "replica_died"
+    assert len(replicas.requests) == 1
+
+
+@pytest.mark.parametrize("name", ["two words", "first\tsecond", "x" * 65, ""])
+async def test_a_request_without_a_plain_id_gets_one(name: str) -> None:
+    replicas = Replicas("answers")
+    await send(Front(replicas), headers={"X-Request-ID": name} if name else {})
+    ((headers, _),) = replicas.requests
+    assert 0 < len(headers[b"x-request-id"]) <= 64
+    assert headers[b"x-request-id"] != name.encode()
+
+
+async def test_a_plain_request_id_is_kept() -> None:
+    replicas = Replicas("answers")
+    await send(Front(replicas), headers={"X-Request-ID": "mine-1"})
+    assert replicas.requests[0][0][b"x-request-id"] == b"mine-1"
