@@ -103,7 +103,7 @@ class Settings(BaseModel):
         "VAEDecoder": Placement(stages=("decode",)),
     }
     max_images: Annotated[int, Field(strict=True, ge=1, le=64)] = 10
-    max_images_in_service: Annotated[int, Field(strict=True, ge=1, le=65536)] = 64
+    max_images_in_service: Annotated[int, Field(strict=True, ge=1, le=65536)] = 32
     max_waiting_images: Annotated[int, Field(strict=True, ge=0, le=65536)] = 1024
     fallback_wait_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 10.0
     max_body_bytes: Annotated[int, Field(strict=True, ge=1, le=2**30)] = 1024 * 1024

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,7 +10,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import openai.types
 import yaml
@@ -49,11 +47,3 @@ def pixels(image: openai.types.Image | ImageGenStreamEvent | Mapping[str, Any]) 
     data = image["b64_json"] if isinstance(image, Mapping) else image.b64_json
     assert data is not None
     return np.asarray(Image.open(BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
-
-
-def metrics(server: Running, name: str) -> list[str]:
-    """Lines of a metric, as Prometheus would scrape them from the server's nodes."""
-    (discovery,) = Path(server.process.environ()["RAY_TMPDIR"]).glob("*/prom_metrics_service_discovery.json")
-    targets = [target for group in json.loads(discovery.read_text()) for target in group["targets"]]
-    pages = [httpx.get(f"http://{target}/metrics", timeout=10).text for target in targets]
-    return [line for page in pages for line in page.splitlines() if line.startswith(name)]

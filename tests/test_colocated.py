@@ -16,7 +16,7 @@ import torch
 import yaml
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
-from served import deployment_statuses, metrics, pixels
+from served import deployment_statuses, pixels
 
 from backends import Backend
 from bench.serving.servers import Running, servers, started
@@ -98,7 +98,7 @@ def test_an_image_that_overflows_fails_alone_and_says_where(colocated: Running, 
     }
     assert done.status_code == 200
     deadline = time.monotonic() + 120
-    while not any('outcome="not_finite"' in line for line in metrics(colocated, "ray_images")):
+    while not any('outcome="not_finite"' in line for line in colocated.metrics("ray_images")):
         assert time.monotonic() < deadline
         time.sleep(1)
 

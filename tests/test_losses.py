@@ -19,9 +19,9 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from served import log_lines, metrics, pixels
+from served import log_lines, pixels
 
-from bench.serving.servers import ROOT, Running, Server, servers, started
+from bench.serving.servers import ROOT, Running, Server, servers, started, titled
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +123,7 @@ def images(answers: list[Future[httpx.Response]]) -> list[np.ndarray]:
 def wait_until_counted(server: Faulty, deployment: str, reason: str) -> None:
     """Wait until the metrics tell of hops that were lost there for this reason."""
     tags = {f'lost_in="{deployment}"', f'reason="{reason}"'}
-    wait_for(lambda: any(all(tag in line for tag in tags) for line in metrics(server.running, "ray_resumed_hops")))
+    wait_for(lambda: any(all(tag in line for tag in tags) for line in server.running.metrics("ray_resumed_hops")))
 
 
 def assert_same(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
@@ -150,6 +150,22 @@ def test_eight_images_outlive_their_replica(server: Faulty, deployment: str, bod
     assert len(log_lines(server.running, "Ingress", f"of {deployment}-", f"{deployment} died")) == 8
     wait_for(server.ready)
     wait_until_counted(server, deployment, "died")
+
+
+def test_requests_outlive_the_replica_of_ingress_that_had_them(server: Faulty) -> None:
+    """Those of the other one go on, and those of the dead one begin anew."""
+    names = [f"ingress-{number}" for number in range(8)]
+    undisturbed = images(server.send(LONG, [f"undisturbed-{name}" for name in names]))
+    answers = server.send(LONG, names)
+    server.wait_until_it_has(server.pid("Base"), names)
+    ingresses = titled(server.running.processes(), "ray::ServeReplica:images:Ingress")
+    assert len(ingresses) == 2
+    ingresses[0].kill()
+    assert_same(images(answers), undisturbed)
+    begun = [len(log_lines(server.running, "Ingress", f" {name} ", " by plan base,")) for name in names]
+    assert set(begun) == {1, 2}
+    print(f"{begun.count(2)} of 8 requests began anew")
+    wait_for(server.ready)
 
 
 def test_an_image_that_was_far_on_goes_on_from_its_last_checkpoint(server: Faulty) -> None:

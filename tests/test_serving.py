@@ -18,7 +18,7 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 from PIL import Image
 from pydantic import ValidationError
-from served import deployment_statuses, images_of, log_lines, metrics, pixels
+from served import deployment_statuses, images_of, log_lines, pixels
 
 from bench.serving.servers import Running
 from bench.serving.trace import chrome_trace, most_busy
@@ -306,7 +306,7 @@ def test_metrics_have_a_closed_set_of_plans_and_outcomes(server: Running, url: s
     deadline = time.monotonic() + 120
     counted: set[tuple[str, str]] = set()
     while not {("inline", "done"), ("base", "refused")} <= counted and time.monotonic() < deadline:
-        lines = metrics(server, "ray_images")
+        lines = server.metrics("ray_images")
         counted = {(tag("plan", line), tag("outcome", line)) for line in lines}
         time.sleep(1)
     assert {("inline", "done"), ("base", "refused")} <= counted

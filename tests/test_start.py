@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 import yaml
 from served import log_lines
 
-from bench.serving.servers import ROOT, Running, servers, started
+from bench.serving.servers import ROOT, Running, servers, started, titled
 from deployments.check import StartError, check, read_config
 from deployments.fit import starting_resources
 from deployments.http.readiness import Deployments, Readiness
@@ -129,8 +128,8 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
     ):
         assert complaint in refusal(lambda config, app, key=key, to=value: config["http_options"].update({key: to}))
     assert (
-        "deployments.Base.max_queued_requests: must be -1 or at least 64, args.max_images_in_service, not 63"
-        in refusal(lambda config, app: app["deployments"][2].update(max_queued_requests=63))
+        "deployments.Base.max_queued_requests: must be -1 or at least 32, args.max_images_in_service, not 31"
+        in refusal(lambda config, app: app["deployments"][2].update(max_queued_requests=31))
     )
     assert "proxy_location" in refusal(lambda config, app: config.update(proxy_location="Disabled"))
     assert "Base.autoscaling_config.foo: Ray" in refusal(
@@ -379,17 +378,10 @@ def test_probes_pass_a_full_queue_whose_refusals_have_the_apis_shape(narrow: Run
             assert_error(answer.result(), 503, "overloaded")
 
 
-def title_of(process: psutil.Process) -> str:
-    """What Ray calls the process, without the method that it may be running; empty for one that ends."""
-    with suppress(psutil.Error):
-        return "".join(process.cmdline()[:1]).partition(".")[0]
-    return ""
-
-
 def kill_replica(running: Running, deployment: str) -> float:
     """Kill a deployment's process; seconds until `/readyz` tells so."""
     title = f"ray::ServeReplica:images:{deployment}"
-    (process,) = [process for process in running.processes() if title_of(process) == title]
+    (process,) = titled(running.processes(), title)
     start = time.monotonic()
     process.send_signal(signal.SIGKILL)
     while (answer := get(running, "/readyz")).status_code == 200 or deployment not in answer.json()["error"]["message"]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +100,23 @@ class Running:
     process: psutil.Process
     log: Path
 
+    @property
+    def dashboard(self) -> str:
+        """URL of Ray's dashboard, which one of our own servers tells when it is ready."""
+        found = re.search(r"dashboard at (http://[\w.:\[\]-]+)", self.log.read_text())
+        assert found, "the server has not told it yet"
+        return found[1]
+
     def processes(self) -> list[psutil.Process]:
         """Return the server's processes that are alive."""
         return [self.process, *self.process.children(recursive=True)] if self.process.is_running() else []
+
+    def metrics(self, name: str) -> list[str]:
+        """Return the lines of a metric, as Prometheus would scrape them from the server's nodes."""
+        (discovery,) = Path(self.process.environ()["RAY_TMPDIR"]).glob("*/prom_metrics_service_discovery.json")
+        targets = [target for group in json.loads(discovery.read_text()) for target in group["targets"]]
+        pages = [httpx.get(f"http://{target}/metrics", timeout=10).text for target in targets]
+        return [line for page in pages for line in page.splitlines() if line.startswith(name)]
 
     def resident_memory(self) -> int:
         """Return the resident bytes of the processes that hold a model or serve HTTP, without Ray's daemons."""
@@ -113,13 +129,24 @@ class Running:
         return total
 
 
+def titled(processes: Iterable[psutil.Process], title: str) -> list[psutil.Process]:
+    """Return those of Ray's processes that have this title, whatever method they run."""
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):  # it ends
+            if "".join(process.cmdline()[:1]).partition(".")[0] == title:
+                found.append(process)
+    return found
+
+
 @contextmanager
-def started(server: Server, model: Path) -> Iterator[Running]:
+def started(server: Server, model: Path, address: str | None = None) -> Iterator[Running]:
     """Run a server within the `with` block.
 
     Args:
         server: the server.
         model: path of the model's config.
+        address: address of the Ray cluster to run on, or None for one of its own.
 
     Raises:
         RuntimeError: the server ended or was not ready in time; the message holds the end of its log.
@@ -138,6 +165,8 @@ def started(server: Server, model: Path) -> Iterator[Running]:
         # Otherwise Ray might join another cluster: it looks for one in RAY_TMPDIR and in RAY_ADDRESS.
         environment = {**os.environ, "RIVAL_MODEL": str(model), "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": directory}
         environment.pop("RAY_ADDRESS", None)
+        if address:
+            environment["RAY_ADDRESS"] = address
         with log.open("w") as file:
             process = psutil.Popen(
                 command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

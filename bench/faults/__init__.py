@@ -1,0 +1,1 @@
+"""Benchmarks of what goes wrong: deaths, overload, time, changes and nonsense."""

@@ -1,0 +1,92 @@
+"""What can befall a server; each function returns when it is over."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+import psutil
+
+from bench.faults.site import Site
+
+Fault = Callable[[Site, random.Random], None]
+
+STAGES = ("TextEncoder", "Base", "Bridge", "Distilled", "VAEDecoder")
+_STOPPED_S = 20.0
+_AWAY_S = 10.0  # of a node
+_FULL_S = 10.0
+_SLICE_S = 0.1  # of a slowed process
+_RUNS = 0.25  # share of each slice
+
+
+def _kill(deployment: str) -> Fault:
+    def strike(site: Site, chance: random.Random) -> None:
+        if processes := site.replicas(deployment):
+            chance.choice(processes).kill()
+
+    return strike
+
+
+def _stop(deployment: str) -> Fault:
+    def strike(site: Site, chance: random.Random) -> None:
+        process = chance.choice(site.replicas(deployment))
+        process.suspend()
+        time.sleep(_STOPPED_S)
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
+
+    return strike
+
+
+def _slow(deployment: str) -> Fault:
+    """Let a deployment's replicas run for a share of the time alone."""
+
+    def strike(site: Site, chance: random.Random) -> None:
+        deadline = time.monotonic() + _STOPPED_S
+        while time.monotonic() < deadline:
+            processes = site.replicas(deployment)
+            for name, seconds in ((signal.SIGSTOP, _SLICE_S * (1 - _RUNS)), (signal.SIGCONT, _SLICE_S * _RUNS)):
+                for process in processes:
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(name)
+                time.sleep(seconds)
+
+    return strike
+
+
+def _kill_controller(site: Site, chance: random.Random) -> None:
+    site.controller.kill()
+
+
+def _kill_node(site: Site, chance: random.Random) -> None:
+    """Kill a node with all that runs there, and add another one a while later."""
+    nodes = [node for node in site.cluster.worker_nodes if node.raylet_process_is_alive()]
+    site.cluster.remove_node(chance.choice(nodes), allow_graceful=False)
+    time.sleep(_AWAY_S)
+    site.add_node()
+
+
+def _fill_stores(site: Site, chance: random.Random) -> None:
+    """Fill the object store of every node with what cannot leave it."""
+    subprocess.run(
+        [sys.executable, "-m", "bench.faults.fill", site.cluster.address, str(_FULL_S)],
+        check=True,
+        timeout=120,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+FAULTS: Mapping[str, Fault] = {
+    **{f"kill {deployment}": _kill(deployment) for deployment in (*STAGES, "Ingress")},
+    "kill the controller": _kill_controller,
+    "kill a node": _kill_node,
+    "fill the object stores": _fill_stores,
+    "stop Base": _stop("Base"),
+    "stop Distilled": _stop("Distilled"),
+    "slow Base": _slow("Base"),
+}

@@ -1,0 +1,140 @@
+"""Change a server under steady load by `serve deploy`: more replicas, fewer, and an update that replaces all of them.
+
+The same requests are sent twice, without changes and with them. Ends with an error if a request is not answered with
+the image that it got without changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from bench.faults.answers import Answer, Figures, ask, client_of, different, requests, steadily
+from bench.models import SCENES
+from bench.results import add_output_argument, output_directory, write_json
+from bench.serving.servers import Running, servers, started
+
+_TIMEOUT_S = 110.0
+_CHANGE_S = 240.0  # that a change may take
+_POLL_S = 0.5
+
+Config = dict[str, Any]
+
+
+def _replicas(count: int) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        for deployment in config["applications"][0]["deployments"]:
+            deployment.pop("autoscaling_config", None)
+            deployment["num_replicas"] = count
+
+    return change
+
+
+def _update(config: Config) -> None:
+    """Change what all replicas are made from."""
+    config["applications"][0]["args"]["checkpoint_steps"] = 5
+    config["applications"][0]["args"]["stall_timeout_s"] = 29.0
+
+
+# In this order, each on top of those before it.
+_CHANGES: dict[str, Callable[[Config], None]] = {
+    "two replicas of each": _replicas(2),
+    "an update of all": _update,
+    "one replica of each": _replicas(1),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--rate", type=float, default=1.0, help="requests a second")
+    parser.add_argument("--still", type=float, default=10.0, help="seconds before the first change and after each")
+    parser.add_argument("--changes", nargs="+", choices=_CHANGES, default=list(_CHANGES))
+    add_output_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command."""
+    output = output_directory(arguments)
+    server = servers(SCENES)[0]
+    assert server.config
+    config = copy.deepcopy(server.config)
+    with started(server, SCENES) as running, tempfile.TemporaryDirectory() as directory:
+        config["http_options"]["port"] = httpx.URL(running.url).port
+        changed, changes = asyncio.run(_change(running, config, Path(directory), arguments))
+        unchanged = asyncio.run(steadily(running.url, requests(len(changed), _TIMEOUT_S), arguments.rate))
+    lost = [answer for answer in changed if answer.status != 200]
+    others = different(changed, unchanged)
+    report = {
+        "rate": arguments.rate,
+        "changes": changes,
+        "changed": Figures.of(changed).rounded(),
+        "unchanged": Figures.of(unchanged).rounded(),
+        "lost": [{"number": each.number, "status": each.status, "error": each.error} for each in lost],
+        "different": others,
+    }
+    write_json(output / "rollout.json", report)
+    for key, value in report.items():
+        print(f"{key:10} {value}")
+    if lost or others:
+        sys.exit(f"{len(lost)} requests without an image, {len(others)} with another one")
+
+
+async def _change(
+    running: Running, config: Config, directory: Path, arguments: argparse.Namespace
+) -> tuple[list[Answer], list[dict[str, Any]]]:
+    """Return the answers to requests from before the first change to after the last, and what was changed when."""
+    over = asyncio.Event()
+    load = asyncio.create_task(_until(over, running.url, arguments.rate))
+    changes = []
+    start = time.monotonic()
+    await asyncio.sleep(arguments.still)
+    for name in arguments.changes:
+        _CHANGES[name](config)
+        begin = time.monotonic()
+        print(f"{begin - start:6.1f} s  {name}", flush=True)
+        await asyncio.to_thread(_deploy, running, config, directory)
+        changes.append({"name": name, "at": round(begin - start, 1), "seconds": round(time.monotonic() - begin, 1)})
+        await asyncio.sleep(arguments.still)
+    over.set()
+    return await load, changes
+
+
+async def _until(over: asyncio.Event, url: str, rate: float) -> list[Answer]:
+    """Send requests, `rate` of them a second, until it is over."""
+    asked: list[asyncio.Task[Answer]] = []
+    start = time.monotonic()
+    async with client_of(url) as client:
+        for number, request in enumerate(requests(100_000, _TIMEOUT_S)):
+            await asyncio.sleep(start + number / rate - time.monotonic())
+            if over.is_set():
+                break
+            asked.append(asyncio.create_task(ask(client, number, request)))
+        return list(await asyncio.gather(*asked))
+
+
+def _deploy(running: Running, config: Config, directory: Path) -> None:
+    """Deploy a config on the running server, and wait until it is there."""
+    path = directory / "changed.yaml"
+    path.write_text(yaml.safe_dump(config))
+    serve = str(Path(sys.executable).with_name("serve"))
+    dashboard = ["--address", running.dashboard]
+    subprocess.run([serve, "deploy", str(path), *dashboard], check=True, timeout=60, capture_output=True)
+    deadline = time.monotonic() + _CHANGE_S
+    while time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+        status = subprocess.run([serve, "status", *dashboard], check=True, timeout=60, capture_output=True, text=True)
+        application = yaml.safe_load(status.stdout)["applications"][config["applications"][0]["name"]]
+        if application["status"] == "RUNNING":
+            return
+    raise TimeoutError(f"not done after {_CHANGE_S:g} s: {application}")

@@ -1,0 +1,69 @@
+"""A server on a cluster of several nodes on this machine, and its processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+
+from bench.models import SCENES
+from bench.serving.servers import Running, Server, servers, started, titled
+from cluster.local import running_head
+from deployments.__main__ import ENVIRONMENT
+
+_STORE_BYTES = 128 * 1024 * 1024  # of a node's object store
+_CORES = 16  # that a node claims to have: room for the replicas of one that is lost
+
+
+@dataclass(frozen=True)
+class Site:
+    """A server to disturb.
+
+    Attributes:
+        running: the server.
+        cluster: Ray's `Cluster` that it is on.
+    """
+
+    running: Running
+    cluster: Any
+
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        """List the processes of a deployment's replicas."""
+        return titled(psutil.Process().children(recursive=True), f"ray::ServeReplica:images:{deployment}")
+
+    @property
+    def controller(self) -> psutil.Process:
+        """Serve's controller."""
+        (process,) = titled(psutil.Process().children(recursive=True), "ray::ServeController")
+        return process
+
+    def add_node(self) -> None:
+        """Add a node with room for all replicas."""
+        self.cluster.add_node(num_cpus=_CORES, num_gpus=0, object_store_memory=_STORE_BYTES)
+
+
+def twofold(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a Serve config with two replicas of each deployment."""
+    config = copy.deepcopy(config)
+    for deployment in config["applications"][0]["deployments"]:
+        deployment.pop("autoscaling_config", None)
+        deployment["num_replicas"] = 2
+    return config
+
+
+@contextmanager
+def standing(nodes: int) -> Iterator[Site]:
+    """Serve the small model with two replicas of each stage on a head, which has none of them, and further nodes."""
+    os.environ.update(ENVIRONMENT)  # the nodes' processes have it from here
+    server: Server = servers(SCENES)[0]
+    assert server.config
+    with running_head(num_cpus=0, object_store_memory=_STORE_BYTES, include_dashboard=True) as cluster:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=_CORES, num_gpus=0, object_store_memory=_STORE_BYTES)
+        with started(replace(server, config=twofold(server.config)), SCENES, address=cluster.address) as running:
+            yield Site(running, cluster)
