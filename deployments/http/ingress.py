@@ -26,8 +26,16 @@ from deployments.http.errors import APIError
 from deployments.http.front import Front, received
 from deployments.http.readiness import announce
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
-from deployments.http.responses import images_response, inline, stream_event
-from deployments.http.schemas import Generation, ImagesRequest
+from deployments.http.responses import (
+    ImagesResponse,
+    ModelResponse,
+    ModelsResponse,
+    PlansResponse,
+    images_response,
+    inline,
+    stream_event,
+)
+from deployments.http.schemas import ErrorResponse, Generation, ImagesRequest
 from deployments.jobs import routes
 from deployments.jobs.jobs import Jobs
 from deployments.jobs.progress import Progress
@@ -44,6 +52,7 @@ app = FastAPIOffline(
     redirect_slashes=False,
     title="Images",
     description="Text-to-image generation through base, bridge and distilled stages.",
+    responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
 )
 describe_routes = app.openapi
 
@@ -57,6 +66,9 @@ def describe() -> dict[str, Any]:
         document.setdefault("components", {}).setdefault("schemas", {}).update(schema.pop("$defs"))
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         document["paths"][path]["post"]["requestBody"] = body
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # FastAPI's own; here it is a 400
     return document
 
 
@@ -107,7 +119,7 @@ class Ingress:
             max_timeout_s=settings.request_timeout_s,
             pools=settings.pools_by_stage,
         )
-        self._described = {
+        self._described: ModelResponse = {
             "id": model.name,
             "object": "model",
             "created": int(settings.model.stat().st_mtime),
@@ -134,7 +146,10 @@ class Ingress:
         if self.jobs:
             self.jobs.check_health()
 
-    @app.post("/v1/images/generations")
+    @app.post(
+        "/v1/images/generations",
+        responses={200: {"model": ImagesResponse, "content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    )
     async def generate(self, request: Request) -> Response:
         """Generate `n` images of a prompt."""
         start = received(request.headers)  # so that the time counts which it waited for this replica
@@ -152,19 +167,19 @@ class Ingress:
         return JSONResponse(images_response(job, images, [inline(image) for image in images]))
 
     @app.get("/v1/models")
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> ModelsResponse:
         """List the model that is served, with its sizes."""
         return {"object": "list", "data": [self._described]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(self, name: str) -> dict[str, Any]:
+    async def model(self, name: str) -> ModelResponse:
         """Describe one model of the list."""
         if name not in (self._described["id"], *self._offer.model.aliases):
             raise unknown_model(name, self._offer)
         return self._described
 
     @app.get("/v1/plans")
-    async def plans(self) -> dict[str, Any]:
+    async def plans(self) -> PlansResponse:
         """List the model's plans, which a request may name."""
         data = [
             {"nfe": plan.nfe, "work": plan.work, "sizes": sizes, **plan.model_dump(mode="json")}

@@ -10,7 +10,6 @@ from ray import serve
 
 from deployments.http.body import read_json
 from deployments.http.errors import APIError
-from deployments.http.schemas import ErrorResponse
 from deployments.jobs.jobs import Jobs
 from deployments.jobs.schemas import DeletedJob, JobList, JobObject, JobRequest, JobResult
 from stages.image import ImageFormat
@@ -18,7 +17,7 @@ from stages.image import ImageFormat
 _OFF = "this server keeps no jobs: its serve_config.yaml has no args.jobs"
 _IMAGES: dict[str, Any] = {f"image/{name}": {} for name in get_args(ImageFormat)}
 
-router = APIRouter(prefix="/v1/images", responses={"4XX": {"model": ErrorResponse}})
+router = APIRouter(prefix="/v1/images")
 
 
 def jobs_here() -> Jobs:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from deployments.http.errors import APIError
 from deployments.http.resolve import Job, Offer, resolve
-from deployments.http.responses import images_response
+from deployments.http.responses import ImagesResponse, images_response
 from deployments.http.schemas import ImagesRequest
 from deployments.jobs.files import ImageFiles
 from deployments.jobs.progress import Progress
@@ -122,7 +122,7 @@ class Worker:
         ):  # fmt: skip
             logger.info(f"{job.id}: done, but cancelled, or another worker has it")
 
-    async def _make(self, job: ImageJob, progress: Progress) -> dict[str, Any]:
+    async def _make(self, job: ImageJob, progress: Progress) -> ImagesResponse:
         """Make a job's images and write their files; return its result. Raises APIError."""
         try:
             asked = resolve(ImagesRequest.read(job.request.encode()), self._offer)
