@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -104,7 +104,7 @@ class Worker:
         finally:
             making.cancel()
 
-    async def _end(self, job: ImageJob, making: asyncio.Task[dict[str, Any]], progress: Progress) -> None:
+    async def _end(self, job: ImageJob, making: asyncio.Task[ImagesResponse], progress: Progress) -> None:
         settings = self._settings
         try:
             result = making.result()
