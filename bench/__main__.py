@@ -21,6 +21,7 @@ COMMANDS = {
     "overload": "bench.faults",
     "rollout": "bench.faults",
     "soak": "bench.faults",
+    "fuzz": "bench.faults",
     "latency": "bench.model",
     "prune": "bench.model",
     "ratios": "bench.model",

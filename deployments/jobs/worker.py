@@ -10,13 +10,13 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from deployments.http.errors import APIError
 from deployments.http.resolve import Job, Offer, resolve
-from deployments.http.responses import ImagesResponse, images_response
+from deployments.http.responses import images_response
 from deployments.http.schemas import ImagesRequest
 from deployments.jobs.files import ImageFiles
 from deployments.jobs.progress import Progress
@@ -104,7 +104,7 @@ class Worker:
         finally:
             making.cancel()
 
-    async def _end(self, job: ImageJob, making: asyncio.Task[ImagesResponse], progress: Progress) -> None:
+    async def _end(self, job: ImageJob, making: asyncio.Task[dict[str, Any]], progress: Progress) -> None:
         settings = self._settings
         try:
             result = making.result()
@@ -122,7 +122,7 @@ class Worker:
         ):  # fmt: skip
             logger.info(f"{job.id}: done, but cancelled, or another worker has it")
 
-    async def _make(self, job: ImageJob, progress: Progress) -> ImagesResponse:
+    async def _make(self, job: ImageJob, progress: Progress) -> dict[str, Any]:
         """Make a job's images and write their files; return its result. Raises APIError."""
         try:
             asked = resolve(ImagesRequest.read(job.request.encode()), self._offer)
@@ -139,7 +139,7 @@ class Worker:
                 logger.error(f"{job.id}: its images cannot be written", exc_info=error)
                 raise APIError(503, "images_not_kept", "the images cannot be written") from error
             written.append({"file": name})
-        return images_response(asked, images, written)
+        return dict(images_response(asked, images, written))
 
     async def _sweep(self) -> None:
         """Delete what need not be kept any longer, and end what was lost too often."""
