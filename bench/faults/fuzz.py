@@ -97,7 +97,7 @@ def _api(running: Running, cases: int, seed: int) -> Statuses:
         config.write_text(_SCHEMATHESIS)
         command = [
             str(Path(sysconfig.get_path("scripts")) / "schemathesis"), "--config-file", str(config), "run", document,
-            "--max-examples", str(max(1, cases // operations)), "--seed", str(seed), "--workers", "4",
+            "--max-examples", str(max(1, cases // operations)), "--seed", str(seed),
             "--request-timeout", str(_HANG_S), "--report", "ndjson", "--report-ndjson-path", str(report),
         ]  # fmt: skip
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True)

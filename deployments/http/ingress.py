@@ -27,6 +27,7 @@ from deployments.http.front import Front, received
 from deployments.http.readiness import announce
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
 from deployments.http.responses import (
+    EVENT,
     ImagesResponse,
     ModelResponse,
     ModelsResponse,
@@ -148,7 +149,7 @@ class Ingress:
 
     @app.post(
         "/v1/images/generations",
-        responses={200: {"model": ImagesResponse, "content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        responses={200: {"model": ImagesResponse, "content": {"text/event-stream": {"schema": EVENT}}}},
     )
     async def generate(self, request: Request) -> Response:
         """Generate `n` images of a prompt."""

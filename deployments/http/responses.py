@@ -14,6 +14,16 @@ from deployments.router import DecodedImage
 from stages.image import ImageFormat, megapixels
 from stages.spans import Span
 
+# JSON Schema of each event of a stream.
+EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"enum": ["image_generation.partial_image", "image_generation.completed", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["event", "data"],
+}
+
 
 class Timing(TypedDict):
     """A stage's work on an image; times are in seconds since the epoch."""
