@@ -63,7 +63,7 @@ class Generation(BaseModel):
     quality: Literal["auto", "standard"] = "auto"
     style: Literal["vivid"] = "vivid"  # DALL-E 3's default, which some clients always send
     background: Literal["auto", "opaque"] = "auto"
-    moderation: Literal["auto", "low"] = "auto"  # nothing is moderated
+    moderation: Literal["auto", "low"] = "auto"  # what is checked is the operator's choice
     complexity: None = None
     frame_count: None = None
     frame_duration_ms: None = None
