@@ -15,12 +15,24 @@ class OldTables(Exception):
     """A database whose tables another version of this project made."""
 
 
-def connect(url: str) -> Engine:
-    """Return an engine for a `DatabaseURL`.
+def open_database(url: str, metadata: MetaData) -> Engine:
+    """Return an engine for a `DatabaseURL`, and create the tables that are not there.
 
     Raises:
         OSError: the directory of SQLite's file cannot be made.
+        OldTables: a table is there with other columns.
+        sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
     """
+    engine = _connect(url)
+    try:
+        _create_tables(engine, metadata)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+def _connect(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.drivername == "postgresql":
         return create_engine(
@@ -49,13 +61,7 @@ def connect(url: str) -> Engine:
     return engine
 
 
-def create_tables(engine: Engine, metadata: MetaData) -> None:
-    """Create the tables that are not there.
-
-    Raises:
-        OldTables: one is there with other columns.
-        sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
-    """
+def _create_tables(engine: Engine, metadata: MetaData) -> None:
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":  # in which creating twice at once is an error
             connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))

@@ -24,13 +24,9 @@ def render(layout: Layout, name: str) -> Manifest:
     """Render the service called `name`.
 
     Raises:
-        ConfigError: the config ends TLS in Serve's proxies.
+        ConfigError: the API would be open to whoever reaches the pods, or the config ends TLS in Serve's proxies.
     """
-    if layout.config.serve.http_options.ssl_certfile:
-        raise ConfigError(
-            f"{layout.config.path}: http_options.ssl_certfile: KubeRay asks Serve's proxies over plain HTTP whether "
-            "they are well; let what stands in front of the service, an Ingress or a Gateway, end TLS"
-        )
+    _check_access(layout)
     groups = [_worker_group(group, layout, name) for group in layout.groups]
     cluster: Manifest = {
         "rayVersion": version("ray"),
@@ -58,6 +54,21 @@ def render(layout: Layout, name: str) -> Manifest:
             "rayClusterConfig": cluster,
         },
     }
+
+
+def _check_access(layout: Layout) -> None:
+    config = layout.config
+    access = config.settings.access
+    if access is None or not access.database.startswith("postgresql:"):
+        raise ConfigError(
+            f"{config.where}.args.access: must be there, with a database that begins with postgresql://, since pods "
+            "answer on all their addresses and share their keys"
+        )
+    if config.serve.http_options.ssl_certfile:
+        raise ConfigError(
+            f"{config.path}: http_options.ssl_certfile: KubeRay asks Serve's proxies over plain HTTP whether they are "
+            "well; let what stands in front of the service, an Ingress or a Gateway, end TLS"
+        )
 
 
 def _head_template(layout: Layout, name: str) -> Manifest:

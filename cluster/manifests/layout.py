@@ -61,15 +61,9 @@ class Layout:
         """Lay out the nodes of a config's pools.
 
         Raises:
-            ConfigError: a pool has no image, or none of several pools' nodes could be told from the others', or the API
-                would be open to whoever reaches the cluster.
+            ConfigError: a pool has no image, or none of several pools' nodes could be told from the others'.
         """
-        file, access = config.settings.pools, config.settings.access
-        if access is None or access.database.startswith("sqlite:"):
-            raise ConfigError(
-                f"{config.where}.args.access: must be there with a database that begins with postgresql://, since "
-                "the nodes of a cluster answer on all their addresses and share its keys"
-            )
+        file = config.settings.pools
         groups = []
         for name, pool in config.pools.items():
             if pool.environment.image is None:

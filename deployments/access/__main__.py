@@ -116,19 +116,23 @@ def _revoke(store: AccessStore, arguments: argparse.Namespace) -> int:
 
 
 def _ledger(store: AccessStore, arguments: argparse.Namespace) -> int:
-    rows = store.ledger(arguments.since, time.time() if arguments.until is None else arguments.until)
+    now = time.time()
+    rows = store.ledger(arguments.since, now if arguments.until is None else arguments.until)
     writer = csv.writer(sys.stdout)
     if arguments.totals:
         writer.writerow(_TOTALS)
         writer.writerows(_totals(rows, store.all_keys()))
     else:
         writer.writerow(_LEDGER)
-        writer.writerows(_entry(charge, name) for charge, name in rows)
+        writer.writerows(_entry(charge, name, now) for charge, name in rows)
     return 0
 
 
-def _entry(charge: Charge, name: str) -> tuple[object, ...]:
-    state = "open" if charge.settled_at is None else "served" if charge.images else "void"
+def _entry(charge: Charge, name: str, now: float) -> tuple[object, ...]:
+    if charge.settled_at is None:
+        state = "lost" if 0.0 < charge.making_until < now else "open"
+    else:
+        state = "served" if charge.images else "void"
     served = (charge.images, _megapixels(charge.pixels), f"{charge.evaluations:.12g}")
     told = (_iso(charge.created_at), name, charge.key_id, charge.id, charge.request_id, state, charge.asked_images)
     return (*map(_harmless, told), *served)

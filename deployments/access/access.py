@@ -121,8 +121,8 @@ class Access:
             await self.settle(charge_id, served(size, evaluations), until)
             settled = True
 
+        await self.reserve(charge_id, caller, request_id, images, size, until)
         try:
-            await self.reserve(charge_id, caller, request_id, images, size, until)
             yield settle
         finally:
             if not settled:
@@ -175,8 +175,12 @@ class KeyedAccess(Access):
             asked_pixels=_pixels(size, images),
             making_until=until,
         )
-        with _answering(), _permitting():
-            await self._call(self._store.reserve, charge)
+        try:
+            with _answering(), _permitting():
+                await self._call(self._store.reserve, charge)
+        except asyncio.CancelledError:  # the database may have heard it
+            self.void(charge_id)
+            raise
 
     async def settle(self, charge_id: str, what: Served, until: float) -> None:
         while True:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
 
 from deployments.access.keys import Limits, Presented
-from deployments.database import connect, create_tables
+from deployments.database import open_database
 
 _WINDOW_S = 60.0
 _PAGE = 1000  # rows of the ledger that are read at once
@@ -140,9 +140,8 @@ class AccessStore:
             sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
         """
         self._clock = clock
-        self._engine = connect(url)
+        self._engine = open_database(url, _Table.metadata)
         self._session = sessionmaker(self._engine, expire_on_commit=False)
-        create_tables(self._engine, _Table.metadata)
 
     def close(self) -> None:
         """Close its connections."""

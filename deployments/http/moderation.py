@@ -38,7 +38,9 @@ class Moderation:
         try:
             async with asyncio.timeout(self._settings.timeout_s):
                 loop = asyncio.get_running_loop()
-                result = await loop.run_in_executor(self._threads, check, *args)
+                result = await loop.run_in_executor(
+                    self._threads, lambda: check(*args)
+                )  # loops take no async functions
                 if inspect.isawaitable(result):
                     await result
         except ContentRefused as error:

@@ -49,7 +49,7 @@ class Generation(BaseModel):
     change nothing here take the values that ask for nothing special.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     prompt: Annotated[str, Field(min_length=1, max_length=32_000)]
     model: Text | None = None

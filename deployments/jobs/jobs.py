@@ -117,9 +117,9 @@ class Jobs:
             response_format=request.response_format,
             webhook_url=request.webhook.url if request.webhook else None,
         )
+        await self._access.reserve(job.id, caller, request_id, asked.n, asked.size)
         kept = None
         try:
-            await self._access.reserve(job.id, caller, request_id, asked.n, asked.size)
             await self._moderation.check_prompt(asked.prompt, asked.negative_prompt)
             kept = await self._call(self._store.create, job, self._settings.max_unfinished)
         except KeyReused:

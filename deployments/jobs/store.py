@@ -15,7 +15,7 @@ from sqlalchemy import JSON, ColumnElement, Index, UniqueConstraint, func, or_, 
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
 
-from deployments.database import connect, create_tables
+from deployments.database import open_database
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -125,9 +125,8 @@ class Store:
             sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
         """
         self._clock = clock
-        self._engine = connect(url)
+        self._engine = open_database(url, _Table.metadata)
         self._session = sessionmaker(self._engine, expire_on_commit=False)
-        create_tables(self._engine, _Table.metadata)
 
     def close(self) -> None:
         """Close its connections."""

@@ -256,3 +256,14 @@ def test_errors_do_not_tell_prompts(store: Store) -> None:
         store.create(new_job(id=job.id), 10)
     assert "INSERT" in str(caught.value)
     assert PROMPT not in str(caught.value)
+
+
+def test_keys_take_turns_and_have_idempotency_keys_of_their_own(store: Store) -> None:
+    many = [add(store, key_id="a", created_at=float(at)).id for at in range(4)]
+    few = [add(store, key_id="b", created_at=10.0, idempotency_key="k").id]
+    few.append(add(store, key_id="b", created_at=11.0).id)
+    assert add(store, key_id="a", idempotency_key="k").id not in few
+    claimed = [claim(store) for _ in range(5)]
+    assert [job.id for job in claimed if job] == [many[0], few[0], many[1], few[1], many[2]]
+    assert {job.id for job in store.page("b", 10, None, ascending=True)} == set(few)
+    assert not store.page("", 10, None, ascending=True)
