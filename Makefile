@@ -6,7 +6,7 @@ TORCH_XLA ?= torch==2.9.1 torch-xla==2.9.0
 CLIENTS = tests/clients
 GAUDI = cluster/environments/gaudi
 
-.PHONY: serve test test-slow test-pools lint lock
+.PHONY: serve test test-slow test-pools lint lock audit
 
 serve: $(VENV)/installed
 	$(VENV)/bin/python -m deployments serve_config.yaml
@@ -44,6 +44,13 @@ lock:
 		--output-file $(GAUDI).lock $(GAUDI).in
 	! grep --extended-regexp --no-filename '^(nvidia|triton|torch)[a-z0-9-]*==' requirements.lock $(GAUDI).lock | \
 		grep --invert-match torchao
+
+# Asks PyPI whether what is locked has known vulnerabilities; torch is of each device's own build, and not in the locks.
+LOCKS = requirements.lock $(CLIENTS)/requirements.lock $(GAUDI).lock
+audit:
+	python3 -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet pip-audit==2.10.0
+	$(VENV)-audit/bin/pip-audit --disable-pip --require-hashes --strict $(foreach lock,$(LOCKS),--requirement $(lock))
 
 $(VENV)/installed: pyproject.toml requirements.lock
 	python3 -m venv $(VENV)

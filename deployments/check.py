@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import ipaddress
 import os
 import shlex
 import shutil
 import socket
+import ssl
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -63,12 +65,13 @@ def check(path: Path) -> Config:
         StartError: the first error.
     """
     config = read_config(path)
-    _check_http(config.serve, path)
+    _check_http(config)
     # From here on torch and diffusers are imported, which takes seconds, so the errors above are reported first.
     if not os.environ.get("RAY_ADDRESS"):  # else other machines run the replicas
         check_pythons(config)
         _check_devices(config)
         _check_directories(config)
+        _check_access(config)
         _check_jobs(config)
     from stages.check import check_files
 
@@ -209,11 +212,24 @@ def _check_jobs(config: Config) -> None:
     if webhooks := jobs.webhooks:
         checks["webhooks.secret_file"] = lambda: read_secret(webhooks.secret_file)
     for key, attempt in checks.items():
-        try:
-            attempt()
-        except Exception as error:  # of whatever database or file system it is
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise StartError(f"{config.where}.args.jobs.{key}: {reason}") from error
+        _attempt(attempt, f"{config.where}.args.jobs.{key}")
+
+
+def _check_access(config: Config) -> None:
+    """Check that the database of keys can be used."""
+    if access := config.settings.access:
+        from deployments.access.store import AccessStore
+
+        _attempt(lambda: AccessStore(access.database).close(), f"{config.where}.args.access.database")
+
+
+def _attempt(function: Callable[[], object], where: str) -> None:
+    """Call a function; raises StartError if it raises anything."""
+    try:
+        function()
+    except Exception as error:  # of whatever database or file system it is
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StartError(f"{where}: {reason}") from error
 
 
 def _check_memory(config: Config, model: ModelConfig) -> None:
@@ -279,11 +295,15 @@ def _check_keys(path: Path, content: object, understood: object, *keys: str) -> 
             _check_keys(path, each, known, *keys, str(index))
 
 
-def _check_http(config: ServeDeploySchema, path: Path) -> None:
-    """Check that Serve will listen, and that its port is free; for its dashboard, Ray finds a free port by itself."""
-    if config.proxy_location == ProxyLocation.Disabled:
+def _check_http(config: Config) -> None:
+    """Check that Serve will listen, that its port is free, and that nobody reaches it without a key.
+
+    For its dashboard, Ray finds a free port by itself.
+    """
+    path, serve = config.path, config.serve
+    if serve.proxy_location == ProxyLocation.Disabled:
         raise StartError(f"{path}: proxy_location: must be HeadOnly or EveryNode, or nobody answers")
-    host, port = config.http_options.host, config.http_options.port
+    host, port = serve.http_options.host, serve.http_options.port
     if not 1 <= port <= 65535:
         raise StartError(f"{path}: http_options.port: must be 1 to 65535, not {port}")
     if not host:
@@ -295,6 +315,31 @@ def _check_http(config: ServeDeploySchema, path: Path) -> None:
         except (OSError, TypeError, ValueError) as error:  # not only names that nobody has, also those that are none
             reason = error.strerror if isinstance(error, OSError) else error
             raise StartError(f"{path}: http_options.port: {host}:{port} cannot be had: {reason}") from error
+        address = listener.getsockname()[0]
+    if config.settings.access is None and not ipaddress.ip_address(address).is_loopback:
+        raise StartError(
+            f"{config.where}.args.access: must be there, or http_options.host be 127.0.0.1 in place of {host}: "
+            "others than this machine would reach the API without a key"
+        )
+    _check_certificate(serve, path)
+
+
+def _check_certificate(serve: ServeDeploySchema, path: Path) -> None:
+    """Check that the key and the certificate of HTTPS can be used, if there are any."""
+    options = serve.http_options
+    for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+        file = getattr(options, name)
+        if file and not os.access(file, os.R_OK):
+            raise StartError(f"{path}: http_options.{name}: {file} cannot be read")
+    if options.ssl_certfile:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            # A password that is not there would be asked for at the terminal.
+            context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, options.ssl_keyfile_password or "")
+        except (ssl.SSLError, ValueError) as error:
+            raise StartError(
+                f"{path}: http_options.ssl_certfile: {options.ssl_certfile} and ssl_keyfile do not go together: {error}"
+            ) from error
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class MessageError(ValueError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)  # for these are logged
 
 
 class _Message(_Part):
@@ -190,7 +190,9 @@ class StalledReply(_Message):
 
 FinalReply = PacketReply | ImageReply | RefusalReply | StalledReply  # the last reply to a call
 Reply = StepReply | FinalReply
-_REPLY: TypeAdapter[Reply] = TypeAdapter(Annotated[Reply, Field(discriminator="kind")])
+_REPLY: TypeAdapter[Reply] = TypeAdapter(
+    Annotated[Reply, Field(discriminator="kind")], config=ConfigDict(hide_input_in_errors=True)
+)
 
 # A reply on the wire: its JSON, and a packet, a file or nothing.
 Wire = tuple[str, bytes]
@@ -203,6 +205,8 @@ def read_reply(data: str) -> Reply:
 
 class _Versioned(BaseModel):
     """The one field that a message of any version has."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     version: Version
 

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationInfo, f
 
 from backends import Quantization, get_backend
 from cluster.pools import BackendName, Pool, read_pools
+from deployments.access.settings import AccessSettings
 from deployments.jobs.settings import JobsSettings
+from deployments.moderation import ModerationSettings
 from stages.config import ModelConfig
 from stages.plan import STAGES, Name, StageName
 
@@ -90,6 +92,10 @@ class Settings(BaseModel):
         stall_timeout_s: seconds that a replica's device may be at one step, prompt or batch of images; after that the
             replica takes no more work, and Serve replaces it.
         jobs: where jobs are kept, and how they are worked on; None for no jobs.
+        access: who may use the API; None for everyone, and then it answers on this machine alone.
+        moderation: checks of prompts and images that the operator provides.
+        cors_origins: origins whose pages in browsers may call the API, `*` for any.
+        log_prompts: whether prompts are logged.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -114,6 +120,10 @@ class Settings(BaseModel):
     stall_timeout_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 30.0
     overflow_wait_s: Annotated[float, Field(strict=True, ge=0.0, le=86400.0)] | None = None
     jobs: JobsSettings | None = None
+    access: AccessSettings | None = None
+    moderation: ModerationSettings = ModerationSettings()
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/?#\s]+)$")], ...] = ()
+    log_prompts: StrictBool = False
 
     @field_validator("placement")
     @classmethod

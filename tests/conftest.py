@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from shutil import chown
 
+import psycopg
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
@@ -88,6 +93,42 @@ def gaudi_python() -> str:
     if "GAUDI_PYTHON" not in os.environ:
         pytest.skip("GAUDI_PYTHON names no interpreter; `make test-pools` does")
     return os.environ["GAUDI_PYTHON"]
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL of this session's own, on a socket in its directory; it refuses to be root's."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.skip("there is no PostgreSQL; Debian's package postgresql has it")
+    user = "postgres" if os.getuid() == 0 else None
+
+    def run(program: str, *arguments: str) -> None:
+        subprocess.run(
+            [programs[-1] / program, *arguments], user=user, cwd="/", check=True, timeout=120, stdout=subprocess.DEVNULL
+        )
+
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        if user:
+            chown(directory, user)
+        data = f"{directory}/data"
+        run("initdb", "--auth=trust", "--username=postgres", "--no-sync", "-D", data)
+        options = f"-c listen_addresses='' -c unix_socket_directories={directory} -c fsync=off"
+        run("pg_ctl", "start", "-w", "-D", data, "-l", f"{directory}/log", "-o", options)
+        stack.callback(run, "pg_ctl", "stop", "-m", "immediate", "-D", data)
+        yield f"postgresql://postgres@/{{name}}?host={directory}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/here/database.sqlite3"
+    template: str = request.getfixturevalue("postgres")
+    name = f"test_{os.urandom(4).hex()}"
+    with psycopg.connect(template.format(name="postgres"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return template.format(name=name)
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,7 @@ class Replicas:
 
 class Ready:
     was_ready = True
+    cors_origins = ()
     readiness = Readiness({"Ingress": 2}, None)
 
     def __init__(self, *_: object) -> None:

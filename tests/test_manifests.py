@@ -32,6 +32,8 @@ AWS = {"type": "aws", "region": "eu-west-1"}
 # What KubeRay makes of a container's limits.
 KUBERAY = {"nvidia.com/gpu": "GPU", "amd.com/gpu": "GPU", "google.com/tpu": "TPU"}
 
+ACCESS = {"database": "postgresql:///images"}
+
 PLACEMENT = {
     "TextEncoder": {"stages": ["encode"], "pool": "cpu"},
     "Base": {"stages": ["base"], "pool": "h100"},
@@ -46,7 +48,7 @@ def on_pools(directory: Path, pools: Path, placement: dict[str, Any]) -> Config:
     """The shipped config, placed on other pools."""
     content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     (application,) = content["applications"]
-    application["args"].update(pools=str(pools), placement=placement)
+    application["args"].update(pools=str(pools), placement=placement, access=ACCESS)
     ingress, *_ = application["deployments"]
     application["deployments"] = [ingress, *({"name": name, "num_replicas": 1} for name in placement)]
     path = directory / "serve.yaml"
@@ -60,9 +62,19 @@ def everywhere(tmp_path: Path) -> Layout:
     return Layout.of(on_pools(tmp_path, ROOT / "cluster" / "example-pools.yaml", PLACEMENT))
 
 
+def with_access(directory: Path, access: dict[str, str] | None = ACCESS, **http: str) -> Layout:
+    """The shipped config, with keys in a database."""
+    content = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    content["applications"][0]["args"]["access"] = access
+    content["http_options"].update(http)
+    path = directory / "serve.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return Layout.of(read_config(path))
+
+
 @pytest.fixture
-def shipped() -> Layout:
-    return Layout.of(read_config(ROOT / "serve_config.yaml"))
+def shipped(tmp_path: Path) -> Layout:
+    return with_access(tmp_path)
 
 
 def pods(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -103,6 +115,36 @@ def test_what_is_served_is_a_config_of_serve_and_ours(
     config = read_config(tmp_path / "served.yaml")
     timeout = config.settings.request_timeout_s
     assert all(deployment.graceful_shutdown_timeout_s > timeout for deployment in config.application.deployments)
+
+
+def test_a_service_without_keys_for_all_its_pods_is_refused(tmp_path: Path) -> None:
+    for access in (None, {"database": "sqlite:///access.sqlite3"}):
+        with pytest.raises(ConfigError, match=r"images\.args\.access: must be there, with a database that begins"):
+            kuberay.render(with_access(tmp_path, access), "images")
+    with pytest.raises(ConfigError, match=r"http_options\.ssl_certfile: KubeRay asks"):
+        kuberay.render(with_access(tmp_path, ssl_certfile="c.pem", ssl_keyfile="k.pem"), "images")
+
+
+def test_the_service_exposes_neither_the_dashboard_nor_rays_ports(everywhere: Layout) -> None:
+    manifest = kuberay.render(everywhere, "images")
+    head = manifest["spec"]["rayClusterConfig"]["headGroupSpec"]
+    # Services of KubeRay's own are within the cluster, and there the dashboard asks for a token.
+    assert (head["serviceType"], head["enableIngress"]) == ("ClusterIP", False)
+    assert manifest["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    assert "serveService" not in manifest["spec"]
+    assert head["rayStartParams"] == {}
+    for template in pods(manifest).values():
+        spec = template["spec"]
+        assert not spec.get("hostNetwork")
+        for container in spec["containers"]:
+            (port,) = container["ports"]
+            assert port == {"name": "serve", "containerPort": 8000}
+            assert container["envFrom"] == [{"secretRef": {"name": "images-postgres"}}]
+    text = json.dumps(ray_up.render(everywhere, "images", AWS))
+    assert "--dashboard-host=127.0.0.1" in text
+    assert "--dashboard-host=0.0.0.0" not in text
+    assert "--publish" not in text
+    assert "--network" not in text
 
 
 def offered(group: dict[str, Any]) -> dict[str, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 
 import pytest
 from plans import PLANS
@@ -93,3 +95,19 @@ def test_what_computes_nothing_loads_neither_torch_nor_diffusers() -> None:
             [sys.executable, "-c", program, module], capture_output=True, text=True, check=True, timeout=120
         )
         assert loaded.stdout.split() == [], module
+
+
+def test_errors_do_not_quote_messages_since_they_are_logged() -> None:
+    version = [VERSION.major, VERSION.minor]
+    image = {"prompt": "zanzibar", "request_id": 4}
+    wrong: list[tuple[Callable[[str], object], str]] = [
+        (Call.from_json, json.dumps({"version": version, "route": {"image": image, "plan": "zanzibar"}, "hop": 1})),
+        (Call.from_json, json.dumps({"version": version, "route": image, "hop": image})),
+        (Call.from_json, '"zanzibar'),
+        (Call.from_json, json.dumps({"version": "zanzibar", **image})),
+        (read_reply, json.dumps({"version": version, "kind": "image", "index": "zanzibar"})),
+    ]
+    for read, text in wrong:
+        with pytest.raises(MessageError) as refused:
+            read(text)
+        assert "zanzibar" not in "".join(traceback.format_exception(refused.value))

@@ -118,6 +118,33 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
         refused = refusal(lambda config, app, to=jobs: app["args"].update(jobs=to))
         assert complaint in refused
         assert "root:secret" not in refused
+    for access, complaint in (
+        ({}, "args: access.database: "),
+        ({"database": "mysql://root:secret@host/keys"}, "args: access.database: must be sqlite:/// with a path"),
+        ({"database": f"sqlite:///{tmp_path}/file/keys.sqlite3"}, "args.access.database: "),
+    ):
+        refused = refusal(lambda config, app, to=access: app["args"].update(access=to))
+        assert complaint in refused
+        assert "root:secret" not in refused
+    for host in ("0.0.0.0", "::"):
+        assert f"args.access: must be there, or http_options.host be 127.0.0.1 in place of {host}" in refusal(
+            lambda config, app, to=host: config["http_options"].update(host=to)
+        )
+    for options, complaint in (
+        ({"ssl_keyfile": "nowhere", "ssl_certfile": f"{tmp_path}/file"}, "http_options.ssl_keyfile: nowhere cannot be"),
+        (
+            {"ssl_keyfile": f"{tmp_path}/file", "ssl_certfile": f"{tmp_path}/file"},
+            f"http_options.ssl_certfile: {tmp_path}/file and ssl_keyfile do not go together",
+        ),
+    ):
+        assert complaint in refusal(lambda config, app, to=options: config["http_options"].update(to))
+    for checks, complaint in (
+        ({"prompt": "nowhere:check"}, "args: moderation.prompt: 'nowhere:check' cannot be imported: ModuleNotFoundErr"),
+        ({"image": "math:pi"}, "args: moderation.image: must be the import path of a function, as module:function"),
+        ({"timeout_s": 0}, "args: moderation.timeout_s: "),
+    ):
+        assert complaint in refusal(lambda config, app, to=checks: app["args"].update(moderation=to))
+    assert "args: cors_origins.0: " in refusal(lambda config, app: app["args"].update(cors_origins=["example.com"]))
     for prefix in ("foo", None, "/{x}"):
         assert "route_prefix: must begin with /" in refusal(lambda config, app, to=prefix: app.update(route_prefix=to))
     for key, value, complaint in (

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -154,7 +155,8 @@ def started(server: Server, model: Path, address: str | None = None) -> Iterator
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
+    certificate = ((server.config or {}).get("http_options") or {}).get("ssl_certfile")
+    url = f"{'https' if certificate else 'http'}://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as directory:
         path, log = Path(directory) / "serve.yaml", Path(directory) / "server.log"
         if server.config:
@@ -174,7 +176,7 @@ def started(server: Server, model: Path, address: str | None = None) -> Iterator
         running = Running(url, process, log)
         try:
             deadline = time.monotonic() + _START_TIMEOUT
-            while not _ready(url, server.late):
+            while not _ready(url, server.late, certificate):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{server.name} did not get ready:\n{log.read_text()[-4000:]}")
                 time.sleep(1)
@@ -195,10 +197,10 @@ def _end(running: Running) -> None:
     running.process.wait(timeout=10)
 
 
-def _ready(url: str, late: Collection[str]) -> bool:
+def _ready(url: str, late: Collection[str], certificate: str | None) -> bool:
     """Whether a server is ready, and no deployment but those that come late lacks a replica."""
     try:
-        answer = httpx.get(f"{url}/readyz", timeout=10)
+        answer = httpx.get(f"{url}/readyz", timeout=10, verify=ssl.create_default_context(cafile=certificate))
         replicas = answer.json().get("replicas", {})
         return answer.status_code == 200 and all(count for name, count in replicas.items() if name not in late)
     except httpx.HTTPError:

@@ -11,6 +11,7 @@ from cluster.manifests.layout import HEAD_CPUS, HEAD_MEMORY_GIB, Group, Layout
 from cluster.manifests.vendors import VENDORS
 from cluster.pools import Pool
 from deployments import PROXY_CALLBACK
+from stages.yaml_file import ConfigError
 
 Manifest = dict[str, Any]
 
@@ -20,8 +21,13 @@ _SPARE_S = 60  # beyond the drain, before Kubernetes kills
 
 
 def render(layout: Layout, name: str) -> Manifest:
-    """Render the service called `name`."""
-    groups = [_worker_group(group, layout) for group in layout.groups]
+    """Render the service called `name`.
+
+    Raises:
+        ConfigError: the API would be open to whoever reaches the pods, or the config ends TLS in Serve's proxies.
+    """
+    _check_access(layout)
+    groups = [_worker_group(group, layout, name) for group in layout.groups]
     cluster: Manifest = {
         "rayVersion": version("ray"),
         "enableInTreeAutoscaling": layout.scales,
@@ -31,7 +37,7 @@ def render(layout: Layout, name: str) -> Manifest:
             "serviceType": "ClusterIP",
             "enableIngress": False,
             "rayStartParams": {},
-            "template": _head_template(layout),
+            "template": _head_template(layout, name),
         },
         "workerGroupSpecs": groups,
     }
@@ -50,21 +56,36 @@ def render(layout: Layout, name: str) -> Manifest:
     }
 
 
-def _head_template(layout: Layout) -> Manifest:
+def _check_access(layout: Layout) -> None:
+    config = layout.config
+    access = config.settings.access
+    if access is None or not access.database.startswith("postgresql:"):
+        raise ConfigError(
+            f"{config.where}.args.access: must be there, with a database that begins with postgresql://, since pods "
+            "answer on all their addresses and share their keys"
+        )
+    if config.serve.http_options.ssl_certfile:
+        raise ConfigError(
+            f"{config.path}: http_options.ssl_certfile: KubeRay asks Serve's proxies over plain HTTP whether they are "
+            "well; let what stands in front of the service, an Ingress or a Gateway, end TLS"
+        )
+
+
+def _head_template(layout: Layout, name: str) -> Manifest:
     resources = {"cpu": str(HEAD_CPUS), "memory": f"{HEAD_MEMORY_GIB}Gi"}
-    container = _container("ray-head", layout.head.image, resources, layout)
+    container = _container("ray-head", layout.head.image, resources, layout, name)
     # Not of the application: KubeRay deploys it when the head is ready, and asks the head's proxy by itself.
     container["readinessProbe"] = _probe("/api/healthz", _AGENT_PORT, failures=10)
     container["lifecycle"] = _before_end(f"sleep {layout.drain_s}")
     return {"spec": _pod_spec(container, layout.head.pool, layout)}
 
 
-def _worker_group(group: Group, layout: Layout) -> Manifest:
+def _worker_group(group: Group, layout: Layout, name: str) -> Manifest:
     pool, vendor = group.pool, VENDORS.get(group.pool.backend)
     resources = {"cpu": str(pool.node.cpus), "memory": f"{pool.node.memory_gib:g}Gi"}
     if vendor:
         resources[vendor.plugin] = str(group.resources[vendor.resource])
-    container = _container("ray-worker", group.image, resources, layout)
+    container = _container("ray-worker", group.image, resources, layout, name)
     # Requests go to ready workers; of those, only where replicas run is there a proxy.
     container["readinessProbe"] = _probe("/-/healthz", layout.config.serve.http_options.port, failures=1)
     container["lifecycle"] = _before_end(
@@ -94,11 +115,13 @@ def _worker_group(group: Group, layout: Layout) -> Manifest:
     return manifest
 
 
-def _container(name: str, image: str, resources: dict[str, str], layout: Layout) -> Manifest:
+def _container(name: str, image: str, resources: dict[str, str], layout: Layout, service: str) -> Manifest:
     return {
         "name": name,
         "image": image,
         "env": [{"name": variable, "value": value} for variable, value in PROXY_CALLBACK.items()],
+        # Where the database of keys is, and as whom: PGHOST, PGUSER, PGPASSWORD and what else libpq reads.
+        "envFrom": [{"secretRef": {"name": f"{service}-postgres"}}],
         "ports": [{"name": "serve", "containerPort": layout.config.serve.http_options.port}],
         "resources": {"requests": resources, "limits": dict(resources)},
         "livenessProbe": _probe("/api/healthz", _AGENT_PORT, delay=30, failures=120),

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -45,7 +46,11 @@ def received(headers: Headers) -> float:
 
 
 class Front:
-    """Answers probes at once, sends what a dead replica had to another one, and gives errors the API's format."""
+    """Answers probes at once, sends what a dead replica had to another one, and gives errors the API's format.
+
+    It also answers what browsers ask before they let pages of other origins call the API, and lets them read whatever
+    is answered, errors of every kind among it.
+    """
 
     def __init__(self, app: ASGIApp, *, in_proxy: bool = True) -> None:
         """Start watching the cluster.
@@ -64,7 +69,24 @@ class Front:
         """Implement ASGI."""
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Serve's own paths
             await self._app(scope, receive, send)
-        elif scope["path"] == "/healthz":
+        elif self._watch.cors_origins and not self._is_behind_another(scope):
+            # Keys are in a header that the page sets; nothing that browsers send by themselves lets anyone in.
+            shared = CORSMiddleware(
+                self._answer,
+                allow_origins=self._watch.cors_origins,
+                allow_methods=("GET", "POST", "DELETE"),
+                allow_headers=("*",),
+                expose_headers=("Retry-After", "X-Request-Id"),
+            )
+            await shared(scope, receive, send)
+        else:
+            await self._answer(scope, receive, send)
+
+    def _is_behind_another(self, scope: Scope) -> bool:
+        return not self._in_proxy and any(name == _RECEIVED for name, _ in scope["headers"])
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/healthz":
             await JSONResponse({"status": "ok"})(scope, receive, send)
         elif scope["path"] == "/readyz":
             await self._ready()(scope, receive, send)

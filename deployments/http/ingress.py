@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,14 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from deployments import console, ray_internals
+from deployments.access.access import Access, Caller, KeyedAccess, Settle
+from deployments.access.caller import ForImages, ForModels
 from deployments.admission import Admission, Flow, Late, Turn
 from deployments.balancer import Balancer
 from deployments.http.body import read_json
 from deployments.http.errors import APIError
 from deployments.http.front import Front, received
+from deployments.http.moderation import Moderation
 from deployments.http.readiness import announce
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
 from deployments.http.responses import (
@@ -32,6 +35,7 @@ from deployments.http.responses import (
     ModelResponse,
     ModelsResponse,
     PlansResponse,
+    evaluations,
     images_response,
     inline,
     stream_event,
@@ -111,7 +115,7 @@ class Ingress:
         console.attach()
         self._settings = settings
         model = settings.read_model()
-        announce(serve.get_replica_context().app_name, settings.needed_for(model))
+        announce(serve.get_replica_context().app_name, settings.needed_for(model), settings.cors_origins)
         self._offer = Offer(
             model=model,
             blocks=model.count_blocks(),
@@ -135,7 +139,18 @@ class Ingress:
             ray_internals.follow(handle)
         self._router = Router(replicas, balancer, settings.checkpoint_steps)
         self.max_body_bytes = settings.max_body_bytes
-        self.jobs = Jobs(settings.jobs, self._offer, self._make_job) if settings.jobs else None
+        self.access = KeyedAccess(settings.access) if settings.access else Access()
+        self._moderation = Moderation(settings.moderation)
+        self.jobs = None
+        if settings.jobs:
+            self.jobs = Jobs(
+                settings.jobs,
+                self._offer,
+                self._make_job,
+                self.access,
+                self._moderation,
+                log_prompts=settings.log_prompts,
+            )
 
     async def __del__(self) -> None:
         """Give jobs back; Serve awaits this before it ends a replica."""
@@ -151,7 +166,7 @@ class Ingress:
         "/v1/images/generations",
         responses={200: {"model": ImagesResponse, "content": {"text/event-stream": {"schema": EVENT}}}},
     )
-    async def generate(self, request: Request) -> Response:
+    async def generate(self, request: Request, caller: ForImages) -> Response:
         """Generate `n` images of a prompt."""
         start = received(request.headers)  # so that the time counts which it waited for this replica
         try:
@@ -160,27 +175,34 @@ class Ingress:
         except TimeoutError as error:
             raise APIError.from_failure(error) from error
         job = resolve(ImagesRequest.read(body), self._offer)
-        logger.info(f"{job.n} of {job.size} by plan {job.preset or 'inline'}, seed {job.seed}, user {job.user!r}")
-        job, turns = self._admit(job, request.headers["x-request-id"], start + job.timeout_s)
-        if job.stream:
-            return StreamingResponse(self._stream(job, turns[0]), media_type="text/event-stream")
-        images = await self._make(job, turns)
-        return JSONResponse(images_response(job, images, [inline(image) for image in images]))
+        logger.info(job.summary(with_prompt=self._settings.log_prompts))
+        request_id, deadline = request.headers["x-request-id"], start + job.timeout_s
+        async with AsyncExitStack() as stack:
+            charged = self.access.charged(caller, request_id, job.n, job.size, deadline)
+            settle = await stack.enter_async_context(charged)
+            await self._moderation.check_prompt(job.prompt, job.negative_prompt)
+            job, turns = self._admit(job, request_id, deadline, caller)
+            if job.stream:
+                events = self._stream(job, turns[0], settle, stack.pop_all())
+                return StreamingResponse(events, media_type="text/event-stream")
+            images = await self._make(job, turns)
+            await settle([evaluations(image) for image in images])
+            return JSONResponse(images_response(job, images, [inline(image) for image in images]))
 
     @app.get("/v1/models")
-    async def models(self) -> ModelsResponse:
+    async def models(self, caller: ForModels) -> ModelsResponse:
         """List the model that is served, with its sizes."""
         return {"object": "list", "data": [self._described]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(self, name: str) -> ModelResponse:
+    async def model(self, name: str, caller: ForModels) -> ModelResponse:
         """Describe one model of the list."""
         if name not in (self._described["id"], *self._offer.model.aliases):
             raise unknown_model(name, self._offer)
         return self._described
 
     @app.get("/v1/plans")
-    async def plans(self) -> PlansResponse:
+    async def plans(self, caller: ForModels) -> PlansResponse:
         """List the model's plans, which a request may name."""
         data = [
             {"nfe": plan.nfe, "work": plan.work, "sizes": sizes, **plan.model_dump(mode="json")}
@@ -188,7 +210,7 @@ class Ingress:
         ]
         return {"object": "list", "data": data, "default": self._offer.default_plan}
 
-    def _admit(self, asked: Job, request_id: str, deadline: float) -> tuple[Job, list[Turn]]:
+    def _admit(self, asked: Job, request_id: str, deadline: float, caller: Caller) -> tuple[Job, list[Turn]]:
         """Admit a request's images by its own plan, or a fallback if that is late or the server loaded.
 
         Raises:
@@ -198,7 +220,7 @@ class Ingress:
         try:
             index, turns = self._admission.admit_first(
                 [job.routes(request_id, deadline) for job in jobs],
-                Flow(asked.priority, tenant="", size=asked.size),
+                Flow(asked.priority, tenant=caller.key_id, size=asked.size),
                 within_s=deadline - time.time(),
                 soon_s=self._settings.fallback_wait_s,
             )
@@ -213,14 +235,19 @@ class Ingress:
         try:
             async with turn, aclosing(self._router.generate(turn.route, tell)) as events:
                 async for event in events:
+                    image = event.image if isinstance(event, Partial) else event
+                    await self._moderation.check_image(image.data, job.prompt)
                     yield event
         except Late as late:
             raise self._admission.refuse(late, 1, job.timeout_s) from late
 
-    async def _make_job(self, job: Job, request_id: str, deadline: float, progress: Progress) -> list[DecodedImage]:
+    async def _make_job(
+        self, job: Job, request_id: str, deadline: float, progress: Progress, caller: Caller
+    ) -> list[DecodedImage]:
         """Make a job's images, in order, and note how far they are. Raises APIError."""
-        admitted, turns = self._admit(job, request_id, deadline)
-        return await self._make(admitted, turns, progress)
+        async with self.access.making(caller, request_id, deadline):
+            admitted, turns = self._admit(job, request_id, deadline, caller)
+            return await self._make(admitted, turns, progress)
 
     async def _make(self, job: Job, turns: list[Turn], progress: Progress | None = None) -> list[DecodedImage]:
         try:
@@ -243,14 +270,17 @@ class Ingress:
                     return event
         raise RuntimeError("the router ended without an image")
 
-    async def _stream(self, job: Job, turn: Turn) -> AsyncIterator[str]:
-        """Yield server-sent events; an error after the headers is an event too."""
-        try:
-            async with aclosing(self._events(job, turn)) as events:
-                async for event in events:
-                    order = event.order if isinstance(event, Partial) else None
-                    image = event.image if isinstance(event, Partial) else event
-                    data = stream_event(job, image, order)
-                    yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
-        except Exception as error:
-            yield f"event: error\ndata: {json.dumps(APIError.from_failure(error).body)}\n\n"
+    async def _stream(self, job: Job, turn: Turn, settle: Settle, stack: AsyncExitStack) -> AsyncIterator[str]:
+        """Yield server-sent events; an error after the headers is an event too. The stack is closed at the end."""
+        async with stack:
+            try:
+                async with aclosing(self._events(job, turn)) as events:
+                    async for event in events:
+                        order = event.order if isinstance(event, Partial) else None
+                        image = event.image if isinstance(event, Partial) else event
+                        if order is None:
+                            await settle([evaluations(image)])
+                        data = stream_event(job, image, order)
+                        yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
+            except Exception as error:
+                yield f"event: error\ndata: {json.dumps(APIError.from_failure(error).body)}\n\n"

@@ -29,6 +29,7 @@ _DEADLINE_S = 2.0  # after which a cluster that does not respond makes the serve
 _AT_REST = {"HEALTHY", "UPSCALING", "DOWNSCALING"}  # statuses in which a deployment may be scaled to zero replicas
 _DRAINING = "draining"
 _STAGES = "stages of "  # before an application's name
+_ORIGINS = "origins of "  # likewise
 _UNANSWERED = (TimeoutError, RayError, RayServeException)
 
 
@@ -42,12 +43,14 @@ class Deployments:
         started: names of the replicas' actors when the controller was asked.
         stages: the stages that deployments are needed for, by `application#deployment`; any deployment of a stage will
             do. Those that are not here, such as the ingress, are needed themselves.
+        cors_origins: origins whose pages in browsers may call the applications.
     """
 
     running: Mapping[str, int] = field(default_factory=dict)
     resting: frozenset[str] = frozenset()
     started: frozenset[str] = frozenset()
     stages: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    cors_origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,11 @@ class Watch:
             return Readiness({}, "starting" if not self._seen else "the cluster does not answer")
         return Readiness.of(self._deployments, self._alive)
 
+    @property
+    def cors_origins(self) -> tuple[str, ...]:
+        """Origins whose pages in browsers may call the applications."""
+        return self._deployments.cors_origins
+
     async def _call(self, function: Callable[[], T]) -> T:
         async with asyncio.timeout(_DEADLINE_S):
             return await asyncio.get_running_loop().run_in_executor(self._calls, function)
@@ -173,25 +181,28 @@ class Watch:
 
 
 def _ask_controller(started: frozenset[str]) -> Deployments:
-    running, resting, stages = {}, set(), {}
+    running, resting, stages, origins = {}, set(), {}, set()
     for application, overview in serve.status().applications.items():
         announced = json.loads(ray_internals.get(_STAGES + application) or b"{}")
         stages.update({f"{application}#{deployment}": runs for deployment, runs in announced.items()})
+        origins.update(json.loads(ray_internals.get(_ORIGINS + application) or b"[]"))
         for deployment, status in overview.deployments.items():
             key = f"{application}#{deployment}"
             running[key] = status.replica_states.get("RUNNING", 0)
             if status.status in _AT_REST:
                 resting.add(key)
-    return Deployments(running, frozenset(resting), started, stages)
+    return Deployments(running, frozenset(resting), started, stages, tuple(sorted(origins)))
 
 
-def announce(application: str, stages: Mapping[str, Sequence[str]]) -> None:
-    """Tell all watches what an application's deployments are needed for.
+def announce(application: str, stages: Mapping[str, Sequence[str]], cors_origins: Sequence[str] = ()) -> None:
+    """Tell all watches what an application's deployments are needed for, and which pages may call it.
 
     Args:
         application: name of the application.
         stages: for each deployment that runs stages, those that the model's plans use.
+        cors_origins: origins whose pages in browsers may call it.
     """
+    ray_internals.put(_ORIGINS + application, json.dumps(list(cors_origins)).encode())
     ray_internals.put(_STAGES + application, json.dumps(stages).encode())
 
 

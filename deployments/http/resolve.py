@@ -81,6 +81,12 @@ class Job:
     warnings: list[str]
     fallbacks: tuple[Job, ...] = ()
 
+    def summary(self, *, with_prompt: bool) -> str:
+        """Say in a line of the log what is asked for."""
+        prompts = f", prompt {self.prompt!r}, negative prompt {self.negative_prompt!r}" if with_prompt else ""
+        plan = self.preset or "inline"
+        return f"{self.n} of {self.size} by plan {plan}, seed {self.seed}, user {self.user!r}{prompts}"
+
     def routes(self, request_id: str, deadline: float) -> list[Route]:
         """Return a route for each image.
 

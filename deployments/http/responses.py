@@ -177,9 +177,14 @@ def describe(image: DecodedImage) -> Description:
     """Build the part of an entry of a response's `data` that says how the image was made."""
     return {
         "seed": image.reply.seed,
-        "nfe": sum(span.nfe for span in image.reply.spans),
+        "nfe": evaluations(image),
         "timings": [timing(span) for span in image.reply.spans],
     }
+
+
+def evaluations(image: DecodedImage) -> float:
+    """Return the network evaluations that an image took, in all its stages."""
+    return sum(span.nfe for span in image.reply.spans)
 
 
 def timing(span: Span) -> Timing:

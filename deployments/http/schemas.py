@@ -49,7 +49,7 @@ class Generation(BaseModel):
     change nothing here take the values that ask for nothing special.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     prompt: Annotated[str, Field(min_length=1, max_length=32_000)]
     model: Text | None = None
@@ -63,7 +63,7 @@ class Generation(BaseModel):
     quality: Literal["auto", "standard"] = "auto"
     style: Literal["vivid"] = "vivid"  # DALL-E 3's default, which some clients always send
     background: Literal["auto", "opaque"] = "auto"
-    moderation: Literal["auto", "low"] = "auto"  # nothing is moderated
+    moderation: Literal["auto", "low"] = "auto"  # what is checked is the operator's choice
     complexity: None = None
     frame_count: None = None
     frame_duration_ms: None = None

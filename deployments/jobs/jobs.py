@@ -13,8 +13,10 @@ from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from deployments.access.access import Access, Caller
 from deployments.http import readiness
 from deployments.http.errors import RETRY, APIError
+from deployments.http.moderation import Moderation
 from deployments.http.resolve import Offer, resolve
 from deployments.jobs.files import BadLink, ImageFiles, Links
 from deployments.jobs.schemas import JobRequest, pinned
@@ -35,20 +37,33 @@ _DRAINING_POLL_S = 0.2
 class Jobs:
     """Accepts jobs, tells of them and works on them; there is one in each replica of Ingress."""
 
-    def __init__(self, settings: JobsSettings, offer: Offer, generate: Generate) -> None:
+    def __init__(
+        self,
+        settings: JobsSettings,
+        offer: Offer,
+        generate: Generate,
+        access: Access,
+        moderation: Moderation,
+        *,
+        log_prompts: bool = False,
+    ) -> None:
         """Open the store, and start to work in the running event loop.
 
         Args:
             settings: where jobs are kept, and how they are worked on.
             offer: the limits of requests; the settings have the time that a job may take.
             generate: makes a request's images.
+            access: what jobs are charged to.
+            moderation: what checks prompts.
+            log_prompts: whether prompts are logged.
         """
         self._settings = settings
         self._offer = replace(offer, max_timeout_s=settings.timeout_s)
         self._store = Store(settings.store_url)
         self._files = ImageFiles(settings.images_url)
+        self._access, self._moderation, self._log_prompts = access, moderation, log_prompts
         self._links = Links(self._store.key("links"), settings.links_s)
-        self._worker = Worker(self._store, self._files, settings, self._offer, generate)
+        self._worker = Worker(self._store, self._files, settings, self._offer, generate, access)
         self._tasks = [asyncio.create_task(self._work())]
         if settings.webhooks:
             webhooks = Webhooks(self._store, settings.webhooks, read_secret(settings.webhooks.secret_file))
@@ -82,11 +97,12 @@ class Jobs:
         """Name of the model that is served."""
         return self._offer.model.name
 
-    async def create(self, request: JobRequest, key: str | None) -> ImageJob:
+    async def create(self, request: JobRequest, key: str | None, caller: Caller, request_id: str) -> ImageJob:
         """Accept a job; one with an idempotency key that was accepted before is returned as it is now.
 
         Raises:
-            APIError: a field is invalid, the key came with another body, or as many jobs as may be are not done.
+            APIError: a field is invalid, the key came with another body, as many jobs as may be are not done, or the
+                caller may not have that.
         """
         if request.webhook:
             self._check_webhook(request.webhook.url)
@@ -96,11 +112,15 @@ class Jobs:
             created_at=time.time(),
             request=pinned(request.images, asked).model_dump_json(exclude_defaults=True),
             request_hash=request.digest,
+            key_id=caller.key_id,
             idempotency_key=key,
             response_format=request.response_format,
             webhook_url=request.webhook.url if request.webhook else None,
         )
+        await self._access.reserve(job.id, caller, request_id, asked.n, asked.size)
+        kept = None
         try:
+            await self._moderation.check_prompt(asked.prompt, asked.negative_prompt)
             kept = await self._call(self._store.create, job, self._settings.max_unfinished)
         except KeyReused:
             raise APIError(
@@ -109,11 +129,11 @@ class Jobs:
         except QueueFull:
             message = f"{self._settings.max_unfinished} jobs are not done; try again later"
             raise APIError(429, "too_many_jobs", message, headers=RETRY) from None
+        finally:
+            if kept is not job:
+                self._access.void(job.id)
         if kept is job:
-            logger.info(
-                f"{job.id}: {asked.n} of {asked.size} by plan {asked.preset or 'inline'}, seed {asked.seed}, "
-                f"user {asked.user!r}"
-            )
+            logger.info(f"{job.id}: {asked.summary(with_prompt=self._log_prompts)}")
             self._worker.wake()
         return kept
 
@@ -127,44 +147,56 @@ class Jobs:
         except ValueError as error:
             raise APIError(400, "invalid_value", f"webhook.url {error}", "webhook.url") from error
 
-    async def get(self, job_id: str) -> ImageJob:
-        """Return a job; raises APIError if it is not there."""
-        return _found(await self._call(self._store.get, job_id), job_id)
-
-    async def page(self, limit: int, after: str | None, *, ascending: bool) -> tuple[list[ImageJob], bool]:
-        """Return the next jobs after one in order of time, and whether there are more; raises APIError."""
-        start = None
-        if after is not None and (start := await self._call(self._store.get, after)) is None:
-            raise APIError(400, "invalid_value", "after must be the id of a job", "after")
-        found = await self._call(self._store.page, limit + 1, start, ascending=ascending)
-        return found[:limit], len(found) > limit
-
-    async def cancel(self, job_id: str) -> ImageJob:
-        """Cancel a job; raises APIError if it is not there, or has ended otherwise."""
-        job = _found(await self._call(self._store.cancel, job_id, self._settings.keep_s), job_id)
-        if job.status != "cancelled":
-            raise APIError(409, "job_finished", f"the job is {job.status} and cannot be cancelled")
+    async def get(self, job_id: str, caller: Caller) -> ImageJob:
+        """Return a caller's job; raises APIError if it is not there."""
+        job = await self._call(self._store.get, job_id)
+        if job is None or job.key_id != caller.key_id:
+            raise APIError(404, "job_not_found", f"there is no job {job_id!r}")
         return job
 
-    async def delete(self, job_id: str) -> None:
-        """Delete a job that has ended, and its images; raises APIError if it has not, or is not there."""
-        job = await self.get(job_id)
+    async def page(
+        self, caller: Caller, limit: int, after: str | None, *, ascending: bool
+    ) -> tuple[list[ImageJob], bool]:
+        """Return a caller's next jobs after one in order of time, and whether there are more; raises APIError."""
+        start = None
+        if after is not None:
+            start = await self._call(self._store.get, after)
+            if start is None or start.key_id != caller.key_id:
+                raise APIError(400, "invalid_value", "after must be the id of a job", "after")
+        found = await self._call(self._store.page, caller.key_id, limit + 1, start, ascending=ascending)
+        return found[:limit], len(found) > limit
+
+    async def cancel(self, job_id: str, caller: Caller) -> ImageJob:
+        """Cancel a caller's job; raises APIError if it is not there, or has ended otherwise."""
+        await self.get(job_id, caller)
+        job = await self._call(self._store.cancel, job_id, self._settings.keep_s)
+        if job is None:  # deleted since
+            raise APIError(404, "job_not_found", f"there is no job {job_id!r}")
+        if job.status != "cancelled":
+            raise APIError(409, "job_finished", f"the job is {job.status} and cannot be cancelled")
+        self._access.void(job_id)
+        return job
+
+    async def delete(self, job_id: str, caller: Caller) -> None:
+        """Delete a caller's job that has ended, and its images; raises APIError if it has not, or is not there."""
+        job = await self.get(job_id, caller)
         if not job.finished:
             raise APIError(409, "job_not_finished", f"the job is {job.status}: cancel it first")
         await self._file(self._files.delete_job, job_id)
         await self._call(self._store.delete, job_id)
 
-    async def result(self, job_id: str, link: Callable[[str], str]) -> dict[str, Any]:
-        """Return a completed job's result.
+    async def result(self, job_id: str, caller: Caller, link: Callable[[str], str]) -> dict[str, Any]:
+        """Return the result of a caller's completed job.
 
         Args:
             job_id: the job's id.
+            caller: whom the request is from.
             link: makes an address of this API of a token for a file.
 
         Raises:
             APIError: the job is not there, or not completed.
         """
-        job = await self.get(job_id)
+        job = await self.get(job_id, caller)
         if job.result is None:
             if not job.finished:
                 raise APIError(409, "job_not_completed", f"the job is {job.status}; try again later", headers=RETRY)
@@ -213,12 +245,6 @@ class Jobs:
         except Exception as error:  # of whatever file system it is
             logger.error("the images of jobs cannot be had", exc_info=error)
             raise APIError(503, "images_unavailable", "the images cannot be had", headers=RETRY) from error
-
-
-def _found(job: ImageJob | None, job_id: str) -> ImageJob:
-    if job is None:
-        raise APIError(404, "job_not_found", f"there is no job {job_id!r}")
-    return job
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from ray import serve
 
+from deployments.access.caller import ForJobs
 from deployments.http.body import read_json
 from deployments.http.errors import APIError
 from deployments.jobs.jobs import Jobs
@@ -40,58 +41,63 @@ IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255, patt
 @router.post("/jobs")
 async def create(
     request: Request,
+    caller: ForJobs,
     jobs: Here,
     limit: Annotated[int, Depends(max_body_bytes)],
     idempotency_key: IdempotencyKey = None,
 ) -> JobObject:
     """Accept a job. The same `Idempotency-Key` with the same body is the same job."""
     body = await read_json(request, limit)
-    return JobObject.of(await jobs.create(JobRequest.read(body), idempotency_key), jobs.model)
+    return JobObject.of(
+        await jobs.create(JobRequest.read(body), idempotency_key, caller, request.headers.get("x-request-id", "")),
+        jobs.model,
+    )
 
 
 @router.get("/jobs")
 async def list_jobs(
+    caller: ForJobs,
     jobs: Here,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: str | None = None,
     order: Literal["asc", "desc"] = "desc",
 ) -> JobList:
     """List jobs by the time at which they were accepted, the last ones first."""
-    found, more = await jobs.page(limit, after, ascending=order == "asc")
+    found, more = await jobs.page(caller, limit, after, ascending=order == "asc")
     data = [JobObject.of(job, jobs.model) for job in found]
     ends = (data[0].id, data[-1].id) if data else (None, None)
     return JobList(data=data, first_id=ends[0], last_id=ends[1], has_more=more)
 
 
 @router.get("/jobs/{job_id}")
-async def get(jobs: Here, job_id: str) -> JobObject:
+async def get(caller: ForJobs, jobs: Here, job_id: str) -> JobObject:
     """Tell how far a job is."""
-    return JobObject.of(await jobs.get(job_id), jobs.model)
+    return JobObject.of(await jobs.get(job_id, caller), jobs.model)
 
 
 @router.get("/jobs/{job_id}/result", response_model=JobResult, response_model_exclude_unset=True)
-async def result(request: Request, jobs: Here, job_id: str) -> dict[str, Any]:
+async def result(request: Request, caller: ForJobs, jobs: Here, job_id: str) -> dict[str, Any]:
     """Return a completed job's images, in the shape of `POST /v1/images/generations`."""
     base = (jobs.public_url or str(request.base_url)).rstrip("/")
-    return await jobs.result(job_id, lambda token: f"{base}/v1/images/files/{token}")
+    return await jobs.result(job_id, caller, lambda token: f"{base}/v1/images/files/{token}")
 
 
 @router.post("/jobs/{job_id}/cancel")
-async def cancel(jobs: Here, job_id: str) -> JobObject:
+async def cancel(caller: ForJobs, jobs: Here, job_id: str) -> JobObject:
     """Cancel a job that is not done."""
-    return JobObject.of(await jobs.cancel(job_id), jobs.model)
+    return JobObject.of(await jobs.cancel(job_id, caller), jobs.model)
 
 
 @router.delete("/jobs/{job_id}")
-async def delete(jobs: Here, job_id: str) -> DeletedJob:
+async def delete(caller: ForJobs, jobs: Here, job_id: str) -> DeletedJob:
     """Delete a job that is done, and its images."""
-    await jobs.delete(job_id)
+    await jobs.delete(job_id, caller)
     return DeletedJob(id=job_id)
 
 
 @router.get("/files/{token}", response_class=Response, responses={200: {"content": _IMAGES}})
 async def file(jobs: Here, token: str) -> Response:
-    """Return the image that a result's link is to."""
+    """Return the image that a result's link is to; the link's signature is in place of a key."""
     data, name = await jobs.file(token)
     headers = {"Cache-Control": "private, immutable", "X-Content-Type-Options": "nosniff"}
     return Response(data, media_type=f"image/{PurePosixPath(name).suffix[1:]}", headers=headers)

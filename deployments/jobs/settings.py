@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+
+from deployments.database_url import DatabaseURL
 
 _Seconds = Annotated[float, Field(strict=True, gt=0.0, le=366 * 86400.0)]
-_STORE = re.compile(r"sqlite:///(?!:memory:).+|postgresql://.+")
 
 
 class WebhookSettings(BaseModel):
@@ -51,7 +51,7 @@ class JobsSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     directory: Path | None = None
-    store: str | None = None
+    store: DatabaseURL | None = None
     images: str | None = None
     concurrent: Annotated[int, Field(strict=True, ge=1, le=1024)] = 4
     max_unfinished: Annotated[int, Field(strict=True, ge=1, le=10_000_000)] = 10_000
@@ -62,13 +62,6 @@ class JobsSettings(BaseModel):
     links_s: Annotated[int, Field(strict=True, ge=1, le=7 * 86400)] = 3600
     public_url: Annotated[str, Field(pattern=r"^https?://[^?#]+$")] | None = None
     webhooks: WebhookSettings | None = None
-
-    @field_validator("store")
-    @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        if value is not None and not _STORE.fullmatch(value):  # the message leaves it out, since it may hold a password
-            raise ValueError("must be sqlite:/// with a path, or begin with postgresql://")
-        return value
 
     @model_validator(mode="after")
     def _placed(self) -> JobsSettings:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sqlalchemy import JSON, ColumnElement, Engine, Index, create_engine, event, func, make_url, or_, select, update
+from sqlalchemy import JSON, ColumnElement, Index, UniqueConstraint, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
+
+from deployments.database import open_database
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 _UNFINISHED: tuple[Status, ...] = ("queued", "in_progress")
-_WAIT_S = 10  # for a lock, a connection or a statement
-_SCHEMA_LOCK = 0x6A6F6273  # PostgreSQL's number of the lock that whoever creates tables holds
 
 
 class QueueFull(Exception):
@@ -43,7 +42,8 @@ class ImageJob(_Table, kw_only=True):
         created_at: when it was accepted.
         request: JSON of an `ImagesRequest` whose names, size and seed are resolved.
         request_hash: hash of what was asked for, to which the idempotency key is held.
-        idempotency_key: the client's, unique.
+        key_id: the API key that asked for it; empty where the API is open.
+        idempotency_key: the client's, unique for the API key.
         response_format: whether the result has images or links.
         status: where it stands.
         owner: the worker that has it.
@@ -67,7 +67,8 @@ class ImageJob(_Table, kw_only=True):
     created_at: Mapped[float]
     request: Mapped[str]
     request_hash: Mapped[str]
-    idempotency_key: Mapped[str | None] = mapped_column(unique=True, default=None)
+    key_id: Mapped[str] = mapped_column(default="")
+    idempotency_key: Mapped[str | None] = mapped_column(default=None)
     response_format: Mapped[str] = mapped_column(default="b64_json")
     status: Mapped[Status] = mapped_column(default="queued")
     owner: Mapped[str | None] = mapped_column(default=None)
@@ -86,7 +87,8 @@ class ImageJob(_Table, kw_only=True):
     webhook_delivered_at: Mapped[float | None] = mapped_column(default=None)
 
     __table_args__ = (
-        Index("image_jobs_by_time", "created_at", "id"),
+        UniqueConstraint("key_id", "idempotency_key"),
+        Index("image_jobs_by_time", "key_id", "created_at", "id"),
         Index("image_jobs_by_status", "status", "lease_until"),
         Index("image_jobs_by_webhook", "webhook_due"),
         Index("image_jobs_by_expiry", "expires_at"),
@@ -119,15 +121,12 @@ class Store:
 
         Raises:
             OSError: the directory of SQLite's file cannot be made.
+            OldTables: another version of the project made it.
             sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
         """
         self._clock = clock
-        self._engine = _connect(url)
+        self._engine = open_database(url, _Table.metadata)
         self._session = sessionmaker(self._engine, expire_on_commit=False)
-        with self._engine.begin() as connection:
-            if self._engine.dialect.name == "postgresql":  # in which creating twice at once is an error
-                connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
-            _Table.metadata.create_all(connection)
 
     def close(self) -> None:
         """Close its connections."""
@@ -160,7 +159,9 @@ class Store:
     def _before(self, session: Session, job: ImageJob) -> ImageJob | None:
         if job.idempotency_key is None:
             return None
-        found = session.scalar(select(ImageJob).where(ImageJob.idempotency_key == job.idempotency_key))
+        found = session.scalar(
+            select(ImageJob).where(ImageJob.key_id == job.key_id, ImageJob.idempotency_key == job.idempotency_key)
+        )
         if found and found.request_hash != job.request_hash:
             raise KeyReused
         return found
@@ -170,25 +171,35 @@ class Store:
         with self._session.begin() as session:
             return session.get(ImageJob, job_id)
 
-    def page(self, limit: int, after: ImageJob | None, *, ascending: bool) -> list[ImageJob]:
-        """Return the next jobs after one in order of time."""
-        order = (ImageJob.created_at, ImageJob.id)
-        query = select(ImageJob).order_by(*(column if ascending else column.desc() for column in order)).limit(limit)
+    def page(self, key_id: str, limit: int, after: ImageJob | None, *, ascending: bool) -> list[ImageJob]:
+        """Return the next jobs of an API key after one in order of time."""
+        order = [column if ascending else column.desc() for column in (ImageJob.created_at, ImageJob.id)]
+        query = select(ImageJob).where(ImageJob.key_id == key_id).order_by(*order).limit(limit)
         if after:
             query = query.where(_beyond(after, ascending=ascending))
         with self._session.begin() as session:
             return list(session.scalars(query))
 
     def claim(self, owner: str, lease_s: float, max_attempts: int) -> ImageJob | None:
-        """Take the oldest job that nobody has, for `lease_s`; count an attempt."""
+        """Take a job that nobody has, for `lease_s`, and count an attempt.
+
+        It is the oldest one of the API key that has the fewest at work, so that none waits for all jobs of another.
+        """
         now = self._clock()
+        at_work = (
+            select(ImageJob.key_id, func.count().label("jobs"))
+            .where(ImageJob.status == "in_progress", ImageJob.lease_until > now)
+            .group_by(ImageJob.key_id)
+            .subquery()
+        )
         with self._session.begin() as session:
             job = session.scalar(
                 select(ImageJob)
+                .outerjoin(at_work, at_work.c.key_id == ImageJob.key_id)
                 .where(ImageJob.status.in_(_UNFINISHED), ImageJob.lease_until <= now, ImageJob.attempts < max_attempts)
-                .order_by(ImageJob.created_at, ImageJob.id)
+                .order_by(func.coalesce(at_work.c.jobs, 0), ImageJob.created_at, ImageJob.id)
                 .limit(1)
-                .with_for_update(skip_locked=True)
+                .with_for_update(of=ImageJob, skip_locked=True)
             )
             if job:
                 job.status, job.owner, job.lease_until = "in_progress", owner, now + lease_s
@@ -339,32 +350,3 @@ def _beyond(job: ImageJob, *, ascending: bool) -> ColumnElement[bool]:
     at, job_id = ImageJob.created_at, ImageJob.id
     later = at > job.created_at if ascending else at < job.created_at
     return or_(later, (at == job.created_at) & (job_id > job.id if ascending else job_id < job.id))
-
-
-def _connect(url: str) -> Engine:
-    parsed = make_url(url)
-    if parsed.drivername == "postgresql":
-        return create_engine(
-            parsed.set(drivername="postgresql+psycopg"),
-            hide_parameters=True,  # of errors, since these are logged
-            pool_pre_ping=True,
-            pool_timeout=_WAIT_S,
-            connect_args={"connect_timeout": _WAIT_S, "options": f"-c statement_timeout={_WAIT_S}s"},
-        )
-    if parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed, hide_parameters=True, pool_timeout=_WAIT_S, connect_args={"timeout": _WAIT_S})
-
-    # As SQLAlchemy's page on SQLite has it: a transaction begins as a writer's, not where the driver thinks that it
-    # must, so that nothing changes between what it reads and what it writes.
-    @event.listens_for(engine, "connect")
-    def _set_up(connection: Any, record: Any) -> None:
-        connection.isolation_level = None
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine

@@ -14,9 +14,10 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from deployments.access.access import Access, Caller, served
 from deployments.http.errors import APIError
 from deployments.http.resolve import Job, Offer, resolve
-from deployments.http.responses import images_response
+from deployments.http.responses import evaluations, images_response
 from deployments.http.schemas import ImagesRequest
 from deployments.jobs.files import ImageFiles
 from deployments.jobs.progress import Progress
@@ -36,13 +37,16 @@ _PAUSE_S = 5.0  # before a job that failed for no fault of its own is tried agai
 _RELEASE_S = 5.0
 _WRITE_S = 120.0  # until a file that is not written yet is given up
 _SWEPT = 100  # jobs that one sweep deletes
+_BUSY = {"overloaded", "rate_limit_exceeded"}  # codes of what will be otherwise later, without anybody's fault
 _LOST = "its worker was lost at each attempt; the request may be the reason"
 
 
 class Generate(Protocol):
     """What makes a request's images, and notes how far they are."""
 
-    def __call__(self, job: Job, request_id: str, deadline: float, progress: Progress) -> Awaitable[list[DecodedImage]]:
+    def __call__(
+        self, job: Job, request_id: str, deadline: float, progress: Progress, caller: Caller
+    ) -> Awaitable[list[DecodedImage]]:
         """Return the images in order."""
 
 
@@ -50,10 +54,16 @@ class Worker:
     """Works on as many jobs at once as the settings say; there is one in each replica of Ingress."""
 
     def __init__(
-        self, store: Store, files: ImageFiles, settings: JobsSettings, offer: Offer, generate: Generate
+        self,
+        store: Store,
+        files: ImageFiles,
+        settings: JobsSettings,
+        offer: Offer,
+        generate: Generate,
+        access: Access,
     ) -> None:
         self._store, self._files, self._settings = store, files, settings
-        self._offer, self._generate = offer, generate
+        self._offer, self._generate, self._access = offer, generate, access
         self._owner = secrets.token_hex(8)
         self._accepted = asyncio.Event()
         self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jobs")  # to the store, one after the other
@@ -109,13 +119,14 @@ class Worker:
         try:
             result = making.result()
         except APIError as error:
-            busy = error.code == "overloaded"
+            busy = error.code in _BUSY
             if busy or (error.status > 500 and job.attempts < settings.attempts):  # the server's state is the reason
                 logger.warning(f"{job.id}: attempt {job.attempts}: {error.code}; it is tried again")
                 await self._insist(self._store.release, job.id, self._owner, _PAUSE_S, counted=not busy)
             else:
                 message = error.body["error"]["message"]
-                await self._insist(self._store.fail, job.id, self._owner, error.code, message, settings.keep_s)
+                if await self._insist(self._store.fail, job.id, self._owner, error.code, message, settings.keep_s):
+                    self._access.void(job.id)
             return
         if not await self._insist(
             self._store.complete, job.id, self._owner, result, progress.stages, settings.keep_s
@@ -127,7 +138,8 @@ class Worker:
         try:
             asked = resolve(ImagesRequest.read(job.request.encode()), self._offer)
             progress.begin(asked.plan, asked.n)
-            images = await self._generate(asked, job.id, time.time() + asked.timeout_s, progress)
+            until = time.time() + asked.timeout_s
+            images = await self._generate(asked, job.id, until, progress, Caller(job.key_id))
         except Exception as error:
             raise APIError.from_failure(error) from error
         written = []
@@ -139,6 +151,8 @@ class Worker:
                 logger.error(f"{job.id}: its images cannot be written", exc_info=error)
                 raise APIError(503, "images_not_kept", "the images cannot be written") from error
             written.append({"file": name})
+        # Before the job ends: no result is there that was not charged, and each further attempt charges the same.
+        await self._access.settle(job.id, served(asked.size, [evaluations(image) for image in images]), until)
         return dict(images_response(asked, images, written))
 
     async def _sweep(self) -> None:
@@ -149,6 +163,7 @@ class Worker:
                 self._store.fail_lost, settings.attempts, "attempts_exhausted", _LOST, settings.keep_s
             ):
                 logger.error(f"{job_id}: {_LOST}")
+                self._access.void(job_id)
             for job_id in await self._insist(self._store.expired, _SWEPT):
                 try:
                     await asyncio.to_thread(self._files.delete_job, job_id)

@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
+from deployments.access.access import Caller
 from deployments.http.resolve import Job
 from deployments.jobs.progress import Progress
 from deployments.jobs.store import ImageJob
@@ -45,7 +46,9 @@ class Deployments:
     errors: list[Exception] = field(default_factory=list)
     began: list[str] = field(default_factory=list)
 
-    async def make(self, job: Job, request_id: str, deadline: float, progress: Progress) -> list[DecodedImage]:
+    async def make(
+        self, job: Job, request_id: str, deadline: float, progress: Progress, caller: Caller
+    ) -> list[DecodedImage]:
         self.began.append(request_id)
         if self.errors:
             raise self.errors.pop(0)

@@ -19,13 +19,17 @@ from fastapi import FastAPI
 from openai.types import Video
 from standing import PROMPT, Deployments
 
+from deployments.access.access import Access
+from deployments.access.caller import access_here
 from deployments.http import ingress, readiness
 from deployments.http.errors import APIError
+from deployments.http.moderation import Moderation
 from deployments.http.resolve import Offer
 from deployments.jobs import worker
 from deployments.jobs.jobs import Jobs
 from deployments.jobs.routes import jobs_here, max_body_bytes, router
 from deployments.jobs.settings import JobsSettings
+from deployments.moderation import ModerationSettings
 from deployments.settings import SERVED_STAGES, ServedStage
 from stages.config import ModelConfig
 
@@ -69,11 +73,14 @@ def served(offer: Offer, deployments: Deployments, tmp_path: Path) -> Served:
 
     @asynccontextmanager
     async def serve(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-        jobs = Jobs(JobsSettings(directory=tmp_path, **settings), offer, deployments.make)
+        access, moderation = Access(), Moderation(ModerationSettings())
+        jobs = Jobs(JobsSettings(directory=tmp_path, **settings), offer, deployments.make, access, moderation)
         app = FastAPI()
         app.exception_handlers = ingress.app.exception_handlers
         app.include_router(router)
-        app.dependency_overrides = {jobs_here: lambda: jobs, max_body_bytes: lambda: 2000}
+        app.dependency_overrides = {
+            access_here: lambda: access, jobs_here: lambda: jobs, max_body_bytes: lambda: 2000
+        }  # fmt: skip
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://here/v1/images/", timeout=60) as client:
             yield client

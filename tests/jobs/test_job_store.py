@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
-from shutil import chown
 
-import psycopg
 import pytest
 from sqlalchemy.exc import SQLAlchemyError
 from standing import PROMPT, Clock, new_job
@@ -24,53 +18,18 @@ STAGES = [{"stage": "base", "steps": 2, "done": 1}]
 Open = Callable[[], Store]
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """URL of a PostgreSQL of this session's own, on a socket in its directory; it refuses to be root's."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not programs:
-        pytest.skip("there is no PostgreSQL; Debian's package postgresql has it")
-    user = "postgres" if os.getuid() == 0 else None
-
-    def run(program: str, *arguments: str) -> None:
-        subprocess.run(
-            [programs[-1] / program, *arguments], user=user, cwd="/", check=True, timeout=120, stdout=subprocess.DEVNULL
-        )
-
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        if user:
-            chown(directory, user)
-        data = f"{directory}/data"
-        run("initdb", "--auth=trust", "--username=postgres", "--no-sync", "-D", data)
-        options = f"-c listen_addresses='' -c unix_socket_directories={directory} -c fsync=off"
-        run("pg_ctl", "start", "-w", "-D", data, "-l", f"{directory}/log", "-o", options)
-        stack.callback(run, "pg_ctl", "stop", "-m", "immediate", "-D", data)
-        yield f"postgresql://postgres@/{{name}}?host={directory}"
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/here/jobs.sqlite3"
-    template: str = request.getfixturevalue("postgres")
-    name = f"test_{os.urandom(4).hex()}"
-    with psycopg.connect(template.format(name="postgres"), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    return template.format(name=name)
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
 
 
 @pytest.fixture
-def opened(url: str, clock: Clock) -> Iterator[Open]:
+def opened(database: str, clock: Clock) -> Iterator[Open]:
     """Opens the store as another process would."""
     with ExitStack() as stack:
 
         def open_store() -> Store:
-            store = Store(url, clock)
+            store = Store(database, clock)
             stack.callback(store.close)
             return store
 
@@ -211,7 +170,7 @@ def test_one_key_makes_one_job_of_requests_at_the_same_time(opened: Open) -> Non
     with ThreadPoolExecutor(len(stores)) as threads:
         ids = set(threads.map(lambda store: add(store, idempotency_key="k").id, stores))
     assert len(ids) == 1
-    assert len(stores[0].page(10, None, ascending=True)) == 1
+    assert len(stores[0].page("", 10, None, ascending=True)) == 1
 
 
 def test_there_are_no_more_jobs_than_there_may_be(store: Store) -> None:
@@ -225,9 +184,9 @@ def test_there_are_no_more_jobs_than_there_may_be(store: Store) -> None:
 def test_pages_follow_each_other_in_both_orders(store: Store) -> None:
     ids = [add(store, id=f"job_{number}", created_at=float(number // 2)).id for number in range(5)]
     for ascending, order in ((True, ids), (False, ids[::-1])):
-        first = store.page(2, None, ascending=ascending)
-        second = store.page(2, first[-1], ascending=ascending)
-        third = store.page(2, second[-1], ascending=ascending)
+        first = store.page("", 2, None, ascending=ascending)
+        second = store.page("", 2, first[-1], ascending=ascending)
+        third = store.page("", 2, second[-1], ascending=ascending)
         assert [job.id for job in (*first, *second, *third)] == order
 
 
@@ -297,3 +256,14 @@ def test_errors_do_not_tell_prompts(store: Store) -> None:
         store.create(new_job(id=job.id), 10)
     assert "INSERT" in str(caught.value)
     assert PROMPT not in str(caught.value)
+
+
+def test_keys_take_turns_and_have_idempotency_keys_of_their_own(store: Store) -> None:
+    many = [add(store, key_id="a", created_at=float(at)).id for at in range(4)]
+    few = [add(store, key_id="b", created_at=10.0, idempotency_key="k").id]
+    few.append(add(store, key_id="b", created_at=11.0).id)
+    assert add(store, key_id="a", idempotency_key="k").id not in few
+    claimed = [claim(store) for _ in range(5)]
+    assert [job.id for job in claimed if job] == [many[0], few[0], many[1], few[1], many[2]]
+    assert {job.id for job in store.page("b", 10, None, ascending=True)} == set(few)
+    assert not store.page("", 10, None, ascending=True)

@@ -1,0 +1,1 @@
+"""Access: API keys, their limits, and a ledger of what was served to them."""
