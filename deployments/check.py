@@ -51,6 +51,12 @@ class Config:
     pools: Mapping[str, Pool]
 
     @property
+    def logs_json(self) -> bool:
+        """Whether the application's logs are JSON."""
+        logging = self.application.logging_config or self.serve.logging_config
+        return logging is not None and logging.encoding == "JSON"
+
+    @property
     def where(self) -> str:
         """File and key of the application, for messages."""
         return f"{self.path}: applications.{self.application.name}"
@@ -64,8 +70,10 @@ def check(path: Path) -> Config:
     """
     config = read_config(path)
     _check_http(config.serve, path)
+    _check_tracing()
     # From here on torch and diffusers are imported, which takes seconds, so the errors above are reported first.
     if not os.environ.get("RAY_ADDRESS"):  # else other machines run the replicas
+        _check_metrics_port(config)
         check_pythons(config)
         _check_devices(config)
         _check_directories(config)
@@ -288,13 +296,35 @@ def _check_http(config: ServeDeploySchema, path: Path) -> None:
         raise StartError(f"{path}: http_options.port: must be 1 to 65535, not {port}")
     if not host:
         raise StartError(f"{path}: http_options.host: must be an address or a name")
+    _check_free(host, port, f"{path}: http_options.port")
+
+
+def _check_metrics_port(config: Config) -> None:
+    """Check that the port of metrics is free: without it Ray's agent would end, and the node with it."""
+    port, where = config.settings.metrics_port, f"{config.where}.args.metrics_port"
+    if port == config.serve.http_options.port:
+        raise StartError(f"{where}: must differ from http_options.port, {port}")
+    _check_free("", port, where)
+
+
+def _check_free(host: str, port: int, where: str) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
         except (OSError, TypeError, ValueError) as error:  # not only names that nobody has, also those that are none
             reason = error.strerror if isinstance(error, OSError) else error
-            raise StartError(f"{path}: http_options.port: {host}:{port} cannot be had: {reason}") from error
+            raise StartError(f"{where}: {host}:{port} cannot be had: {reason}") from error
+
+
+def _check_tracing() -> None:
+    """Check that traces can be exported as OpenTelemetry's variables ask for."""
+    from deployments.tracing import load_exporter
+
+    try:
+        load_exporter()
+    except ValueError as error:
+        raise StartError(str(error)) from error
 
 
 @contextmanager

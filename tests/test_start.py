@@ -25,7 +25,7 @@ import torch
 import yaml
 from served import log_lines
 
-from bench.serving.servers import ROOT, Running, servers, started
+from bench.serving.servers import ROOT, Running, free_ports, servers, started
 from deployments.check import StartError, check, read_config
 from deployments.fit import starting_resources
 from deployments.http.readiness import Deployments, Readiness
@@ -36,9 +36,7 @@ SLOW = {"prompt": "a ring", "plan": "base"}  # fifty steps
 
 def shipped() -> dict[str, Any]:
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config["http_options"]["port"] = listener.getsockname()[1]
+    config["http_options"]["port"], config["applications"][0]["args"]["metrics_port"] = free_ports(2)
     config["applications"][0]["args"]["model"] = str(MODEL)
     return config
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,15 @@ class Running:
         return total
 
 
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine on which nobody listens."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
+
+
 @contextmanager
 def started(server: Server, model: Path) -> Iterator[Running]:
     """Run a server within the `with` block.
@@ -124,15 +133,16 @@ def started(server: Server, model: Path) -> Iterator[Running]:
     Raises:
         RuntimeError: the server ended or was not ready in time; the message holds the end of its log.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port, metrics_port = free_ports(2)
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as directory:
         path, log = Path(directory) / "serve.yaml", Path(directory) / "server.log"
         if server.config:
             config = copy.deepcopy(server.config)
             config["http_options"]["port"] = port
+            for application in config["applications"]:
+                if "placement" in application["args"]:  # this engine's
+                    application["args"]["metrics_port"] = metrics_port
             path.write_text(yaml.safe_dump(config))
         command = [part.format(port=port, config=path) for part in server.command]
         # Otherwise Ray might join another cluster: it looks for one in RAY_TMPDIR and in RAY_ADDRESS.

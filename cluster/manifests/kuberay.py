@@ -30,7 +30,7 @@ def render(layout: Layout, name: str) -> Manifest:
             # Within the cluster alone: whoever reaches the dashboard can run code.
             "serviceType": "ClusterIP",
             "enableIngress": False,
-            "rayStartParams": {},
+            "rayStartParams": _start_params(layout),
             "template": _head_template(layout),
         },
         "workerGroupSpecs": groups,
@@ -82,7 +82,7 @@ def _worker_group(group: Group, layout: Layout) -> Manifest:
         "replicas": group.least,
         "minReplicas": group.least,
         "maxReplicas": group.most,
-        "rayStartParams": {},
+        "rayStartParams": _start_params(layout),
         "template": {"spec": spec},
     }
     if pool.labels:
@@ -94,12 +94,19 @@ def _worker_group(group: Group, layout: Layout) -> Manifest:
     return manifest
 
 
+def _start_params(layout: Layout) -> dict[str, str]:
+    return {"metrics-export-port": str(layout.config.settings.metrics_port)}
+
+
 def _container(name: str, image: str, resources: dict[str, str], layout: Layout) -> Manifest:
     return {
         "name": name,
         "image": image,
         "env": [{"name": variable, "value": value} for variable, value in PROXY_CALLBACK.items()],
-        "ports": [{"name": "serve", "containerPort": layout.config.serve.http_options.port}],
+        "ports": [
+            {"name": "serve", "containerPort": layout.config.serve.http_options.port},
+            {"name": "metrics", "containerPort": layout.config.settings.metrics_port},
+        ],
         "resources": {"requests": resources, "limits": dict(resources)},
         "livenessProbe": _probe("/api/healthz", _AGENT_PORT, delay=30, failures=120),
     }

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.http.errors import REPLICA_DIED, RETRY, error_body
+from deployments.http.exchange import Exchange
 from deployments.http.readiness import Watch
 
 _RECEIVED = b"x-front-received"  # header that says when the proxy had the request, in seconds since the epoch
@@ -63,16 +64,26 @@ class Front:
             await JSONResponse({"status": "ok"})(scope, receive, send)
         elif scope["path"] == "/readyz":
             await self._ready()(scope, receive, send)
-        elif refusal := self._refusal():
-            await refusal(scope, receive, send)
+        elif not self._refuses:
+            await self._answer(scope, receive, send)
         else:
-            self._in_flight += 1
-            if self._refuses:
-                scope = {**scope, "headers": _marked(scope["headers"])}
+            exchange = Exchange(scope, receive, send)
             try:
-                await self._forward(scope, receive, send)
+                await self._answer(scope, exchange.receive, exchange.send)
             finally:
-                self._in_flight -= 1
+                exchange.count()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if refusal := self._refusal():
+            await refusal(scope, receive, send)
+            return
+        self._in_flight += 1
+        if self._refuses:
+            scope = {**scope, "headers": _marked(scope["headers"])}
+        try:
+            await self._forward(scope, receive, send)
+        finally:
+            self._in_flight -= 1
 
     def _ready(self) -> JSONResponse:
         readiness = self._watch.readiness

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from deployments import tracing
 from deployments.http import readiness
 from deployments.http.errors import RETRY, APIError
 from deployments.http.resolve import Offer, resolve
@@ -99,6 +100,7 @@ class Jobs:
             idempotency_key=key,
             response_format=request.response_format,
             webhook_url=request.webhook.url if request.webhook else None,
+            traceparent=tracing.header(),
         )
         try:
             kept = await self._call(self._store.create, job, self._settings.max_unfinished)
