@@ -314,7 +314,7 @@ def _check_free(host: str, port: int, where: str) -> None:
             listener.bind((host, port))
         except (OSError, TypeError, ValueError) as error:  # not only names that nobody has, also those that are none
             reason = error.strerror if isinstance(error, OSError) else error
-            raise StartError(f"{where}: {host}:{port} cannot be had: {reason}") from error
+            raise StartError(f"{where}: {host or '*'}:{port} cannot be had: {reason}") from error
 
 
 def _check_tracing() -> None:

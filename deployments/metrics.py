@@ -26,7 +26,7 @@ TAGS = {
     "plan": "a plan of the model's config, or `inline` for a request's own",
     "priority": "`interactive` or `batch`",
     "reason": "of refused images `overloaded` or `too_short`; of lost hops `died`, `stalled` or `hung`; "
-    "of requests the code of the error, see `REASONS`, empty without one",
+    "of requests the code of the error, `other` for one of another application, empty without one",
     "size": "a size of the model's config, or `other`",
     "stage": "`encode`, `base`, `bridge`, `distilled` or `decode`",
     "target": "a deployment",

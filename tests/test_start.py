@@ -193,6 +193,25 @@ def test_taken_port_is_refused(tmp_path: Path) -> None:
             check(written(tmp_path, config))
 
 
+def test_metrics_need_a_port_of_their_own(tmp_path: Path) -> None:
+    config = shipped()
+    args = config["applications"][0]["args"]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", args["metrics_port"]))
+        listener.listen()
+        with pytest.raises(StartError, match=r"args\.metrics_port: \S+ cannot be had: Address already in use"):
+            check(written(tmp_path, config))
+    args["metrics_port"] = config["http_options"]["port"]
+    with pytest.raises(StartError, match=r"args\.metrics_port: must differ from http_options\.port, \d+"):
+        check(written(tmp_path, config))
+
+
+def test_traces_that_cannot_be_exported_stop_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
+    with pytest.raises(StartError, match=r"^OTEL_TRACES_EXPORTER: no package here has the exporter zipkin"):
+        check(written(tmp_path, shipped()))
+
+
 def test_missing_and_damaged_files_are_refused_by_name(tmp_path: Path, model: Path) -> None:
     """Of what `stages.check` looks at, two kinds; its own tests have the others."""
     config = shipped()

@@ -53,7 +53,7 @@ class Observed:
     def logs(self) -> list[Path]:
         """Files of Serve's logs, those that were rotated among them."""
         directory = Path(self.running.process.environ()["RAY_TMPDIR"])
-        return [path for path in directory.glob("*/session_latest/logs/serve/*.log*") if path.is_file()]
+        return list(directory.glob("*/session_latest/logs/serve/*.log*"))
 
     def metrics_url(self) -> str:
         """Address of the metrics, as the server tells it when it is ready."""
@@ -97,7 +97,7 @@ def test_a_request_is_one_trace_of_its_hops_and_stages(observed: Observed) -> No
         "images",
     )
     assert request.attributes["http.response.status_code"] == 200
-    assert len(end_of(request, spans, "wait")) == 2
+    assert len(end_of(request, spans, "wait")) == 2, [(span.name, span.parent, span.id) for span in spans]
     images = end_of(request, spans, "image")
     assert [image.attributes["image.plan"] for image in images] == ["hybrid"] * 2
     assert {image.attributes["image.index"] for image in images} == {0, 1}
@@ -147,7 +147,7 @@ def test_logs_are_json_with_the_ids_of_requests_and_traces_and_rotated(observed:
 
     def told() -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
-        for path in observed.logs():
+        for path in (path for path in observed.logs() if path.name.startswith("replica")):
             for line in map(json.loads, path.read_text().splitlines()):
                 if (line.get("request_id"), line.get("trace_id")) == (request_id, trace):
                     found.setdefault(line["deployment"], set()).add(line["message"])
@@ -186,8 +186,8 @@ def scraping(observed: Observed, directory: Path) -> Path:
 
 def load(observed: Observed) -> None:
     """Requests of all kinds of outcomes."""
-    with ThreadPoolExecutor(16) as pool:
-        answers = [pool.submit(observed.post, plan=plan, n=10, size="128x128") for plan in ("hybrid", "cached") * 6]
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(observed.post, plan=plan, n=4) for plan in ("hybrid", "cached") * 2]
         assert {answer.result().status_code for answer in answers} == {200}
     assert observed.post(size="1x1").status_code == 400
     assert observed.post(plan="base", timeout_s=0.01).status_code == 504
@@ -200,10 +200,6 @@ def load(observed: Observed) -> None:
 
 
 def test_prometheus_finds_what_the_dashboard_and_the_alerts_ask_for(observed: Observed, tmp_path: Path) -> None:
-    args = (
-        yaml.safe_load((tmp_path / "prometheus.yaml").read_text()) if (tmp_path / "prometheus.yaml").exists() else None
-    )
-    assert args is None
     with prometheus(scraping(observed, tmp_path), tmp_path) as client:
         for _ in range(2):
             load(observed)
@@ -219,7 +215,6 @@ def test_prometheus_finds_what_the_dashboard_and_the_alerts_ask_for(observed: Ob
             eventually(answered)
         except AssertionError:
             pytest.fail(f"nothing is told by {sorted(silent)}")
-        (rules,) = client.get("/api/v1/rules").json()["data"]["groups"]
         eventually(
             lambda: all(
                 rule["health"] != "unknown" for rule in client.get("/api/v1/rules").json()["data"]["groups"][0]["rules"]
