@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_pythons(config)
     except StartError as error:
         raise ConfigError(str(error)) from error
-    with started(config.pools.values()) as address:
+    with started(config.pools.values(), config.settings.metrics_port) as address:
         command = [sys.executable, "-m", "deployments", str(arguments.config)]
         server = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": address}, start_new_session=True)
         for name in (signal.SIGTERM, signal.SIGINT):
@@ -55,10 +55,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def started(pools: Iterable[Pool]) -> Iterator[str]:
-    """Run a head with a core, and for each pool a node with room for as many replicas as it must have; its address."""
-    with running_head(num_cpus=1, object_store_memory=_STORE_BYTES, include_dashboard=True) as cluster:
-        for pool in pools:
+def started(pools: Iterable[Pool], metrics_port: int) -> Iterator[str]:
+    """Run a head with a core, and for each pool a node with room for as many replicas as it must have; its address.
+
+    Args:
+        pools: the pools.
+        metrics_port: port of the head's metrics; the others have those that follow.
+    """
+    head = {"num_cpus": 1, "object_store_memory": _STORE_BYTES, "include_dashboard": True}
+    with running_head(**head, metrics_export_port=metrics_port) as cluster:
+        for number, pool in enumerate(pools, 1):
             replicas = max(1, pool.replicas.min)
             rooms = {name: math.ceil(replicas * amount) for name, amount in pool.needed_resources.items()}
             cluster.add_node(
@@ -66,6 +72,7 @@ def started(pools: Iterable[Pool]) -> Iterator[str]:
                 num_gpus=rooms.pop("GPU", 0),
                 resources=rooms,
                 labels=dict(pool.labels),
+                metrics_export_port=metrics_port + number,
                 object_store_memory=_STORE_BYTES,
             )
         yield cluster.address

@@ -6,14 +6,14 @@ import asyncio
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
-from ray.serve.metrics import Counter, Gauge, Histogram
-
+from deployments import metrics, tracing
 from deployments.balancer import Balancer
 from deployments.fairness import FairQueue
 from deployments.http.errors import APIError
@@ -22,7 +22,6 @@ from deployments.messages import Route
 Priority = Literal["interactive", "batch"]
 
 _WEIGHTS: dict[Priority, float] = {"interactive": 8.0, "batch": 1.0}  # neither starves the other
-_SECONDS = [0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 60, 120]
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,9 @@ class Turn:
 
     async def __aenter__(self) -> None:
         try:
-            async with asyncio.timeout(self.left_s):
-                await self.has_come.wait()
+            with tracing.span("wait", {"priority": self.flow.priority, "size": self.flow.size}):
+                async with asyncio.timeout(self.left_s):
+                    await self.has_come.wait()
             if self.late:
                 raise self.late
         except BaseException:
@@ -119,14 +119,7 @@ class Admission:
         self._inside: set[Turn] = set()
         self._next_return = -math.inf  # when the last one that was refused may come back
         self._queue: FairQueue[Turn] = FairQueue()
-        self._queued = Gauge("waiting_images", description="Images that wait for their turn.")
-        self._waits = Histogram(
-            "wait_seconds",
-            description="Seconds that images waited for their turn.",
-            boundaries=_SECONDS,
-            tag_keys=("priority", "size"),
-        )
-        self._refused = Counter("refused_images", description="Images refused at the door.", tag_keys=("reason",))
+        self._levels = metrics.LevelGauge(metrics.WAITING)
 
     def admit(self, routes: Sequence[Route], flow: Flow, within_s: float) -> list[Turn]:
         """Give images of one plan their turns, all of them or none.
@@ -195,7 +188,7 @@ class Admission:
             self._queue.discard(turn)
         self._let_in()
 
-    def refuse(self, late: Late, images: int, timeout_s: float) -> APIError:
+    def refuse(self, late: Late, images: int, size: str, timeout_s: float) -> APIError:
         """Return the answer to a request whose images are late.
 
         It may come back once there is room, and after those that were told so before it: else all would come at once,
@@ -204,13 +197,14 @@ class Admission:
         Args:
             late: why.
             images: number of the request's images.
+            size: their size.
             timeout_s: seconds that the request may take.
         """
         if late.alone > timeout_s:
-            self._refused.inc(images, tags={"reason": "too_short"})
+            metrics.REFUSED.add(images, reason="too_short", size=size)
             message = f"an image takes about {late.alone:.2g} s, more than the {timeout_s:g} s that the request has"
             return APIError(504, "deadline_exceeded", message)
-        self._refused.inc(images, tags={"reason": "overloaded"})
+        metrics.REFUSED.add(images, reason="overloaded", size=size)
         now = time.monotonic()
         self._next_return = max(now + late.wait, self._next_return + late.takes)
         return APIError(
@@ -222,7 +216,11 @@ class Admission:
 
     def waited(self, flow: Flow, seconds: float) -> None:
         """Take note of how long an image waited."""
-        self._waits.observe(seconds, tags={"priority": flow.priority, "size": flow.size})
+        metrics.WAIT_SECONDS.observe(seconds, priority=flow.priority, size=flow.size)
+
+    def tell(self) -> None:
+        """Tell the metrics how many images wait; Ray forgets what it was not told for some time."""
+        self._levels.set(Counter((turn.flow.priority, turn.flow.size) for turn in self._queue))
 
     @property
     def _free(self) -> int:
@@ -238,4 +236,3 @@ class Admission:
             else:
                 self._inside.add(turn)
             turn.has_come.set()
-        self._queued.set(len(self._queue))

@@ -9,6 +9,8 @@ from deployments.messages import Start
 from deployments.replica import StageReplica
 from deployments.settings import Settings
 
+_HEALTH_CHECK_PERIOD_S = 2.0  # metrics are told as often
+
 
 def build(settings: Settings) -> Application:
     """Build the ingress and the deployments of `settings.placement`.
@@ -25,7 +27,7 @@ def build(settings: Settings) -> Application:
             max_constructor_retry_count=1,  # a constructor that raises would raise again
             ray_actor_options=pools[placement.pool].actor_options,
             # Serve replaces a replica that died after one period, and one that stalls after three.
-            health_check_period_s=2.0,
+            health_check_period_s=_HEALTH_CHECK_PERIOD_S,
             health_check_timeout_s=10.0,
         ).bind(Start(model=model, placement=placement, stall_timeout_s=settings.stall_timeout_s).to_json())
         for name, placement in settings.placement.items()
@@ -33,7 +35,7 @@ def build(settings: Settings) -> Application:
     return serve.deployment(
         Ingress,
         max_constructor_retry_count=1,
-        health_check_period_s=2.0,
+        health_check_period_s=_HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=settings.request_timeout_s,  # one that is replaced answers what it has
     ).bind(settings, replicas)

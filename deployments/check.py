@@ -53,6 +53,12 @@ class Config:
     pools: Mapping[str, Pool]
 
     @property
+    def logs_json(self) -> bool:
+        """Whether the application's logs are JSON."""
+        logging = self.application.logging_config or self.serve.logging_config
+        return logging is not None and logging.encoding == "JSON"
+
+    @property
     def where(self) -> str:
         """File and key of the application, for messages."""
         return f"{self.path}: applications.{self.application.name}"
@@ -66,8 +72,10 @@ def check(path: Path) -> Config:
     """
     config = read_config(path)
     _check_http(config)
+    _check_tracing()
     # From here on torch and diffusers are imported, which takes seconds, so the errors above are reported first.
     if not os.environ.get("RAY_ADDRESS"):  # else other machines run the replicas
+        _check_metrics_port(config)
         check_pythons(config)
         _check_devices(config)
         _check_directories(config)
@@ -308,14 +316,7 @@ def _check_http(config: Config) -> None:
         raise StartError(f"{path}: http_options.port: must be 1 to 65535, not {port}")
     if not host:
         raise StartError(f"{path}: http_options.host: must be an address or a name")
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except (OSError, TypeError, ValueError) as error:  # not only names that nobody has, also those that are none
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise StartError(f"{path}: http_options.port: {host}:{port} cannot be had: {reason}") from error
-        address = listener.getsockname()[0]
+    address = _check_free(host, port, f"{path}: http_options.port")
     if config.settings.access is None and not ipaddress.ip_address(address).is_loopback:
         raise StartError(
             f"{config.where}.args.access: must be there, or http_options.host be 127.0.0.1 in place of {host}: "
@@ -340,6 +341,37 @@ def _check_certificate(serve: ServeDeploySchema, path: Path) -> None:
             raise StartError(
                 f"{path}: http_options.ssl_certfile: {options.ssl_certfile} and ssl_keyfile do not go together: {error}"
             ) from error
+
+
+def _check_metrics_port(config: Config) -> None:
+    """Check that the port of metrics is free: without it Ray's agent would end, and the node with it."""
+    port, where = config.settings.metrics_port, f"{config.where}.args.metrics_port"
+    if port == config.serve.http_options.port:
+        raise StartError(f"{where}: must differ from http_options.port, {port}")
+    _check_free("", port, where)
+
+
+def _check_free(host: str, port: int, where: str) -> str:
+    """Check that a port is free; return the address of its host."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except (OSError, TypeError, ValueError) as error:  # not only names that nobody has, also those that are none
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise StartError(f"{where}: {host or '*'}:{port} cannot be had: {reason}") from error
+        address: str = listener.getsockname()[0]
+        return address
+
+
+def _check_tracing() -> None:
+    """Check that traces can be exported as OpenTelemetry's variables ask for."""
+    from deployments.tracing import load_exporter
+
+    try:
+        load_exporter()
+    except ValueError as error:
+        raise StartError(str(error)) from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import re
@@ -49,22 +50,27 @@ class Server:
                         f"{os.environ['RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH']} in the environment of its nodes"
                     )
                 for name in sorted(self._late):
-                    print(f"without {name}: no node of its pool is here yet", flush=True)
+                    self._say(f"without {name}: no node of its pool is here yet")
                 host = self._address() + self._prefix()
-                print(
-                    f"ready: API at {host}/v1, its description at {host}/docs; dashboard at http://{dashboard}"
-                    f"{', token by `ray get-auth-token`' if os.environ.get('RAY_AUTH_MODE') != 'disabled' else ''}",
-                    flush=True,
+                token = ", token by `ray get-auth-token`" if os.environ.get("RAY_AUTH_MODE") != "disabled" else ""
+                self._say(
+                    f"ready: API at {host}/v1, its description at {host}/docs; dashboard at http://{dashboard}{token}; "
+                    f"metrics at {', '.join(_metrics())}"
                 )
             while not self._stops:
                 time.sleep(_POLL_S)
             if not readiness.drain(self._grace(), cut_short=lambda: self._stops > 1):
-                print("stopped before all requests were answered", flush=True)
+                self._say("stopped before all requests were answered")
         finally:
             if ray.is_initialized():
                 if os.environ.get("RAY_ADDRESS"):  # otherwise the cluster ends with this process
                     serve.shutdown()
                 ray.shutdown()
+
+    def _say(self, message: str) -> None:
+        """Print a line, which is JSON if Serve's logs are."""
+        line = json.dumps({"message": message}) if self._config.logs_json else message
+        print(line, flush=True)
 
     def _listen(self) -> None:
         """Handle signals; called again after Ray's start, which sets a handler of its own."""
@@ -81,7 +87,8 @@ class Server:
         address = os.environ.get("RAY_ADDRESS", "local")  # by name, or Ray would join whatever cluster runs here
         try:
             check_address(address)
-            context = ray.init(address, namespace="serve", logging_level=logging.ERROR)
+            own = {} if os.environ.get("RAY_ADDRESS") else {"_metrics_export_port": self._config.settings.metrics_port}
+            context = ray.init(address, namespace="serve", logging_level=logging.ERROR, **own)
         except (ConnectionError, RuntimeError, ValueError) as error:
             hint = "; if it asks for a token, set RAY_AUTH_MODE=token" if os.environ.get("RAY_ADDRESS") else ""
             raise StartError(f"Ray: {error}{hint}") from error
@@ -147,7 +154,7 @@ class Server:
                 healthy = {key for key, status in application.deployments.items() if status.status == "HEALTHY"}
                 if new := healthy - running:
                     running |= new
-                    print(f"{name}: {', '.join(sorted(new))} of {len(application.deployments)} deployments", flush=True)
+                    self._say(f"{name}: {', '.join(sorted(new))} of {len(application.deployments)} deployments")
                 failed = [status for status in application.deployments.values() if status.status == "DEPLOY_FAILED"]
                 if failed or application.status == "DEPLOY_FAILED":
                     message = failed[0].message if failed else application.message
@@ -177,6 +184,15 @@ class Server:
             if deployment.name == "Ingress" and isinstance(deployment.graceful_shutdown_timeout_s, int | float)
         }
         return max(graces.values())
+
+
+def _metrics() -> list[str]:
+    """List the addresses of the nodes' metrics."""
+    return [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def _starts(status: DeploymentStatusOverview) -> bool:

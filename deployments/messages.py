@@ -19,7 +19,7 @@ from stages.wire import OtherVersion, Version, to_plain
 
 T = TypeVar("T")
 
-VERSION = Version(3, 1)
+VERSION = Version(3, 2)
 
 
 class MessageError(ValueError):
@@ -120,10 +120,17 @@ class Hop(_Part):
 
 
 class Call(_Message):
-    """A request to a replica; the image's packet, if it has one yet, is sent beside it."""
+    """A request to a replica; the image's packet, if it has one yet, is sent beside it.
+
+    Attributes:
+        route: the work to do for the image.
+        hop: the part of it that the replica does.
+        traceparent: the caller's span, as W3C's Trace Context writes it, if it has one.
+    """
 
     route: Route
     hop: Hop
+    traceparent: str | None = None
 
 
 class StepReply(_Message):

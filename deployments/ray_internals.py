@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
 import ray
+from ray._common.formatters import JSONFormatter
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from ray.serve.handle import DeploymentHandle
 
@@ -51,3 +54,9 @@ def list_proxies() -> list[str]:
 def deployment_of(replica: str) -> str:
     """Return `application#deployment` of a replica's actor."""
     return replica.removeprefix(_REPLICA).rpartition("#")[0]
+
+
+def logs_json() -> bool:
+    """Whether Serve writes this replica's log as JSON, see `logging_config` in its schema."""
+    handlers = logging.getLogger("ray.serve").handlers
+    return any(isinstance(getattr(each, "target", each).formatter, JSONFormatter) for each in handlers)

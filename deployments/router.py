@@ -7,25 +7,25 @@ import itertools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from opentelemetry.trace import Span as TraceSpan
 from ray.serve.handle import DeploymentHandle
-from ray.serve.metrics import Counter, Histogram
 
-from deployments import console, ray_internals
+from deployments import console, metrics, ray_internals, tracing
 from deployments.attempts import Lost, attempt
 from deployments.balancer import Balancer
 from deployments.hops import next_hop
 from deployments.http.errors import REPLICA_LOST, RETRY, APIError
 from deployments.messages import Call, Hop, ImageReply, PacketReply, RefusalReply, Route, StepReply
+from stages.spans import Span
 
 logger = logging.getLogger("ray.serve")
 
 _PAUSE_S = 1.0  # before a deployment that takes no work is asked again
 _PROBE_TIMEOUT_S = 5.0
-_SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ class Partial:
     image: DecodedImage
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """An attempt at a hop: what it was to do, when it began, and its span."""
+
+    stages: frozenset[str]
+    start: float
+    span: TraceSpan
+
+
 @dataclass
 class _Held:
     """What the router holds of an image.
@@ -54,6 +63,7 @@ class _Held:
         shown: step of the last preview.
         suspect: whether a replica died or stalled with the image, which has come no further since.
         tell: called with the number of steps that are done.
+        attempts: the attempts at its hops so far.
     """
 
     packet: bytes = b""
@@ -61,6 +71,7 @@ class _Held:
     shown: int = 0
     suspect: bool = False
     tell: Callable[[int], object] | None = None
+    attempts: list[_Attempt] = field(default_factory=list)
 
     def keep(self, done: int, packet: bytes) -> None:
         """Go on from here from now on."""
@@ -95,15 +106,6 @@ class Router:
         self._checkpoint_steps = checkpoint_steps
         self._suspects: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._probes: dict[str, asyncio.Task[None]] = {}
-        self._images = Counter("images", description="Images by plan and outcome.", tag_keys=("plan", "outcome"))
-        self._seconds = Histogram(
-            "stage_seconds", description="Work on an image by stage.", boundaries=_SECONDS, tag_keys=("stage",)
-        )
-        self._resumed = Counter(
-            "resumed_hops",
-            description="Hops that were lost and tried again, by deployment and reason.",
-            tag_keys=("lost_in", "reason"),  # Serve keeps "deployment" for that of the router
-        )
 
     async def generate(
         self, route: Route, tell: Callable[[int], object] | None = None
@@ -120,6 +122,7 @@ class Router:
             APIError: see `APIError.from_failure`.
         """
         partials: asyncio.Queue[Partial | None] = asyncio.Queue()
+        begun = time.time()
         task = asyncio.create_task(self._run_hops(route, partials.put_nowait, tell))
         task.add_done_callback(lambda _: partials.put_nowait(None))
         outcome = "failed"
@@ -140,17 +143,26 @@ class Router:
             raise failure from error
         finally:
             task.cancel()
-            self._images.inc(tags={"plan": route.preset or "inline", "outcome": outcome})
-        self._record(route, image.reply)
+            metrics.IMAGES.add(plan=route.preset or "inline", size=route.image.size, outcome=outcome)
+        self._record(route, image.reply, begun)
         yield image
 
-    def _record(self, route: Route, image: ImageReply) -> None:
-        for span in image.spans:
-            self._seconds.observe(span.end - span.start, tags={"stage": span.stage})
+    def _record(self, route: Route, image: ImageReply, begun: float) -> None:
+        plan, size = route.preset or "inline", route.image.size
+        metrics.MEGAPIXELS.add(route.megapixels, plan=plan, size=size)
+        worked: dict[str, float] = defaultdict(float)
+        waited: dict[str, float] = defaultdict(float)
+        for before, span in zip((begun, *(span.end for span in image.spans)), image.spans, strict=False):
+            worked[span.stage] += span.end - span.start
+            waited[span.stage] += max(0.0, span.start - before)  # clocks of nodes differ
+        for stage, seconds in worked.items():
+            metrics.STAGE_SECONDS.observe(seconds, stage=stage, size=size)
+            metrics.STAGE_WAIT_SECONDS.observe(waited[stage], stage=stage, size=size)
         console.images.info(
             f"image {image.index} of {route.image.request_id}: {route.image.size}, plan {route.preset or 'inline'}, "
             f"seed {image.seed}, {sum(span.nfe for span in image.spans):g} evaluations, "
-            f"{image.spans[-1].end - image.spans[0].start:.2f} s"
+            f"{image.spans[-1].end - image.spans[0].start:.2f} s",
+            extra={"request_id": route.image.request_id},
         )
 
     async def _run_hops(
@@ -171,12 +183,23 @@ class Router:
                 image = await self._take(route, _Held(preview, done=steps))
                 show(Partial(next(orders), image))
 
-        async with asyncio.timeout(route.deadline - time.time()), asyncio.TaskGroup() as decoding:
+        held = _Held(tell=tell)
+        attributes = {
+            "image.request_id": route.image.request_id,
+            "image.index": route.image.image_index,
+            "image.seed": route.image.seed,
+            "image.size": route.image.size,
+            "image.plan": route.preset or "inline",
+        }
+        with tracing.span("image", attributes):
+            async with asyncio.timeout(route.deadline - time.time()), asyncio.TaskGroup() as decoding:
 
-            def decode_beside(preview: bytes) -> None:
-                decoding.create_task(decode(preview))
+                def decode_beside(preview: bytes) -> None:
+                    decoding.create_task(decode(preview))
 
-            return await self._take(route, _Held(tell=tell), decode_beside)
+                image = await self._take(route, held, decode_beside)
+        _trace_stages(held.attempts, image.reply.spans)
+        return image
 
     async def _take(self, route: Route, held: _Held, show: Callable[[bytes], object] = _ignore) -> DecodedImage:
         """Take an image through what is left of its plan, hop by hop; a hop that is lost is tried again.
@@ -206,8 +229,12 @@ class Router:
                     checkpoint_steps=self._checkpoint_steps,
                     tells=held.tell is not None,
                 )
+                attributes = {"hop.deployment": hop.deployment, "hop.after_step": held.done or 0, "hop.work": hop.work}
                 try:
-                    reply, data = await self._call(route, hop, held, show)
+                    with tracing.span(f"hop {hop.deployment}", attributes) as span:
+                        stages = frozenset(stage for stage, name in deployments.items() if name == hop.deployment)
+                        held.attempts.append(_Attempt(stages, time.time(), span))
+                        reply, data = await self._call(route, hop, held, show)
                 except Lost as lost:
                     await self._resume(route, held, lost)
                     continue
@@ -227,6 +254,7 @@ class Router:
                 alone.callback(self._suspects[hop.deployment].release)
 
             def on_step(reply: StepReply, data: bytes) -> None:
+                metrics.HANDOVER_BYTES.add(len(data), target=hop.deployment, direction="received")
                 if reply.kind == "preview":
                     held.shown = reply.step
                     show(data)
@@ -243,7 +271,10 @@ class Router:
                 # that is avoided was chosen because no other works.
                 if not self._balancer.avoids(hop.deployment) and ray_internals.lacks_replicas(replicas):
                     raise Lost(hop.deployment, "refused")
-                reply, data = await attempt(replicas, Call(route=route, hop=hop), held.packet, limit_s, on_step)
+                metrics.HANDOVER_BYTES.add(len(held.packet), target=hop.deployment, direction="sent")
+                call = Call(route=route, hop=hop, traceparent=tracing.header())
+                reply, data = await attempt(replicas, call, held.packet, limit_s, on_step)
+                metrics.HANDOVER_BYTES.add(len(data), target=hop.deployment, direction="received")
         if isinstance(reply, RefusalReply):
             raise APIError.from_refusal(reply, hop.deployment)
         return reply, data
@@ -261,7 +292,7 @@ class Router:
                 raise APIError(503, "replica_lost", REPLICA_LOST, headers=RETRY) from lost
             held.suspect = True
         logger.warning(f"{image}: {lost.deployment} {lost.reason}; it goes on after step {held.done or 0}")
-        self._resumed.inc(tags={"lost_in": lost.deployment, "reason": lost.reason})
+        metrics.RESUMED.add(lost_in=lost.deployment, reason=lost.reason)
 
     def _probe(self, deployment: str) -> None:
         """Let a deployment that is avoided come back once it answers; a task does so in the background."""
@@ -277,3 +308,12 @@ class Router:
                     await self._replicas[deployment].check_health.remote()
                     self._balancer.readmit(deployment)
         logger.info(f"{deployment} is no longer avoided")
+
+
+def _trace_stages(attempts: Sequence[_Attempt], spans: Sequence[Span]) -> None:
+    """Record the stages' work as children of the attempts that did it; clocks of nodes may differ a little."""
+    for span in spans:
+        able = [attempt for attempt in attempts if span.stage in attempt.stages]
+        begun = [attempt for attempt in able if attempt.start <= span.start]
+        parent = (begun[-1:] or able[:1] or attempts[:1])[0].span
+        tracing.record(span.stage, span.start, span.end, parent, {"stage.evaluations": span.nfe})

@@ -82,6 +82,7 @@ class Settings(BaseModel):
         max_waiting_images: most images that wait before them, likewise.
         fallback_wait_s: seconds until an image would be done, past which requests that name fallback plans get these.
         max_body_bytes: largest body of a request, in bytes.
+        metrics_port: port at which a node of a cluster that is started for this config has its metrics.
         request_timeout_s: longest time that a request may take, in seconds, queues included.
         checkpoint_steps: steps after which a stage hands the image's packet back to the router, so that another replica
             can go on from there; None for never, and then it goes on from the stage's start.
@@ -113,6 +114,7 @@ class Settings(BaseModel):
     max_waiting_images: Annotated[int, Field(strict=True, ge=0, le=65536)] = 1024
     fallback_wait_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 10.0
     max_body_bytes: Annotated[int, Field(strict=True, ge=1, le=2**30)] = 1024 * 1024
+    metrics_port: Annotated[int, Field(strict=True, ge=1, le=65535)] = 9464
     request_timeout_s: Annotated[float, Field(strict=True, gt=0.0, le=86400.0)] = 120.0
     checkpoint_steps: Annotated[int, Field(strict=True, ge=1, le=1000)] | None = 10
     hang_factor: Annotated[float, Field(strict=True, ge=2.0, le=1000.0)] = 10.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
@@ -17,7 +18,7 @@ from ray import serve
 from backends import Backend
 from deployments.messages import Call, ImageReply, ImageRequest, StepReply
 from deployments.settings import Placement
-from stages.batching import StepBatcher
+from stages.batching import StepBatcher, StepReport
 from stages.config import ModelConfig
 from stages.decode import Decoder, to_file
 from stages.encode import Encoder
@@ -64,14 +65,30 @@ class EncodeWorker:
 
 
 class DenoiseWorker:
-    """The transformer, for one stage or several; one thread batches all packets that are here."""
+    """The transformer, for one stage or several; one thread batches all packets that are here.
 
-    def __init__(self, model: ModelConfig, backend: Backend, placement: Placement) -> None:
+    Attributes:
+        adapters: names of the adapters that are loaded.
+    """
+
+    def __init__(
+        self, model: ModelConfig, backend: Backend, placement: Placement, report: Callable[[StepReport], object]
+    ) -> None:
+        """Load the transformer.
+
+        Args:
+            model: the model's config.
+            backend: backend of the device.
+            placement: the stages to run, and how.
+            report: called on the device's thread after each step.
+        """
         denoiser = Denoiser.load(model, backend, placement.fuse)
         if placement.compile:
             denoiser.compile()
         denoiser.warm_up(model.sizes, placement.max_batch_tokens, logger.info)
-        self._batcher = StepBatcher(denoiser, placement.max_batch_tokens)
+        self.adapters = denoiser.adapters
+        self._sizes = {model.grid(size): size for size in model.sizes}
+        self._batcher = StepBatcher(denoiser, placement.max_batch_tokens, report)
         self._device = Thread(target=self._batcher.run, name="denoise", daemon=True)
         self._device.start()
 
@@ -79,6 +96,13 @@ class DenoiseWorker:
     def pulse(self) -> Pulse:
         """How long the step at hand has taken."""
         return self._batcher.pulse
+
+    def census(self) -> dict[tuple[str, str], int]:
+        """Count the images that are here, by stage and size; by `other` for one that is none of the model's."""
+        counts: Counter[tuple[str, str]] = Counter()
+        for (stage, grid), count in self._batcher.census().items():
+            counts[stage, self._sizes.get(grid, "other")] += count
+        return counts
 
     def check_health(self) -> None:
         """Raise RuntimeError if the thread that uses the device has died."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -15,7 +17,24 @@ from stages.pulse import Pulse
 from stages.stage import Denoiser, StageRun
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """A step that a device has done.
+
+    Attributes:
+        seconds: how long it took.
+        shares: for each image, its stage, the network evaluations of the step, and those that its cache spared.
+    """
+
+    seconds: float
+    shares: tuple[tuple[str, float, float], ...]
+
+
 def _ignore(step: int, packet: LatentPacket) -> None:
+    pass
+
+
+def _ignore_report(report: StepReport) -> None:
     pass
 
 
@@ -54,16 +73,20 @@ class StepBatcher:
         pulse: how long the step at hand has taken, of `run`.
     """
 
-    def __init__(self, denoiser: Denoiser, max_tokens: int) -> None:
+    def __init__(
+        self, denoiser: Denoiser, max_tokens: int, report: Callable[[StepReport], object] = _ignore_report
+    ) -> None:
         """Batch for one device.
 
         Args:
             denoiser: the device's.
             max_tokens: most image tokens in a forward pass, where guided packets count twice; a single packet may
                 exceed it.
+            report: called on the device's thread after each step; the next one waits for it.
         """
         self._denoiser = denoiser
         self._max_tokens = max_tokens
+        self._report = report
         self._entries: list[_Entry] = []
         self._numbers = itertools.count()
         self._changed = Condition()
@@ -141,21 +164,45 @@ class StepBatcher:
             self._closed = True
             self._changed.notify()
 
+    def census(self) -> Counter[tuple[str, tuple[int, int]]]:
+        """Count the packets that are here by stage and by the grid that their image has in full; for any thread."""
+        counts: Counter[tuple[str, tuple[int, int]]] = Counter()
+        for entry in self._entries:
+            packet = entry.packet
+            stage = entry.plan.stages[packet.position]
+            rows, columns = packet.grid
+            counts[stage.name, (round(rows / stage.scale), round(columns / stage.scale))] += 1
+        return counts
+
     def step(self) -> list[LatentPacket]:
         """Run one step of the most urgent batch; return its packets as they arrived, none if nothing waits."""
         batch = self._choose()
         packets = [entry.packet for entry in batch]
         runs = [entry.run for entry in batch if entry.run]
         if runs:
+            before = [run.state.nfe for run in runs]
+            started = time.monotonic()
             try:
                 self._denoiser.step(runs)
             except Exception as error:
                 self._leave(batch, error)
             else:
+                self._report(self._report_of(time.monotonic() - started, runs, before))
                 for entry in batch:
                     if entry.run:
                         self._advance(entry, entry.run)
         return packets
+
+    def _report_of(self, seconds: float, runs: Sequence[StageRun], before: Sequence[float]) -> StepReport:
+        """Report a step of runs, of which each had so many evaluations before."""
+        shares = []
+        for run, evaluated in zip(runs, before, strict=True):
+            done, spared = run.state.nfe - evaluated, 0.0
+            if run.state.cache:
+                whole = 1 - len(run.state.skip_blocks) / self._denoiser.blocks
+                spared = (2 if run.state.guided else 1) * whole - done
+            shares.append((run.stage.name, done, spared))
+        return StepReport(seconds, tuple(shares))
 
     def _advance(self, entry: _Entry, run: StageRun) -> None:
         """Count a step and hand out what is due after it; at a stage's end, the entry goes on to the next or leaves."""

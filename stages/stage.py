@@ -174,6 +174,11 @@ class Denoiser:
             )
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return tuple(self._network.adapters)
+
+    @property
     def blocks(self) -> int:
         """Number of the transformer's blocks."""
         return self._network.blocks

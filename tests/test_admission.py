@@ -232,12 +232,12 @@ async def test_images_that_would_be_late_are_refused_at_once_with_the_time_to_co
     with pytest.raises(Late) as late:
         door.admit(count=1, within_s=100.0)
     assert late.value.wait == pytest.approx(late.value.seconds - 100.0)
-    refusals = [door.admission.refuse(late.value, 1, 100.0) for _ in range(3)]
+    refusals = [door.admission.refuse(late.value, 1, "1000x1000", 100.0) for _ in range(3)]
     assert {refusal.status for refusal in refusals} == {503}
     told = [int((refusal.headers or {})["Retry-After"]) for refusal in refusals]
     assert told == [math.ceil(late.value.wait + number * late.value.takes) for number in range(3)]  # each in its turn
     assert late.value.takes > 1
-    hopeless = door.admission.refuse(late.value, 1, 1.0)
+    hopeless = door.admission.refuse(late.value, 1, "1000x1000", 1.0)
     assert (hopeless.status, hopeless.body["error"]["code"]) == (504, "deadline_exceeded")
     work = asyncio.gather(*(door.make(turn) for turn in waiting))
     await asyncio.sleep(late.value.wait + 30)

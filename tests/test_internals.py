@@ -6,15 +6,17 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
+import ray
 import torch
 from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
 from diffusers.models.transformers import transformer_z_image
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope, QwenImageTransformerBlock
 from peft import LoraConfig
+from ray._private import ray_constants
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.experimental import internal_kv
 from ray.scripts.scripts import cli
-from ray.serve._private import autoscaling_state, common, constants, router
+from ray.serve._private import autoscaling_state, common, constants, logging_utils, router
 from ray.serve._private.replica import UserCallableWrapper
 from ray.serve._private.request_router import RequestRouter
 from ray.serve.config import AutoscalingPolicy
@@ -124,6 +126,21 @@ def test_serves_policies_and_stats_of_replicas() -> None:
         AutoscalingPolicy(policy_function="deployments.autoscaling:ExpectedWait", policy_kwargs={"target_wait_s": 1.0})
     )
     assert hasattr(StageReplica, "record_autoscaling_stats")
+
+
+def test_serves_logs_and_rays_console() -> None:
+    """`deployments.ray_internals.logs_json`, and the environment of `deployments.__main__`."""
+    configure = inspect.getsource(logging_utils.configure_component_logger)
+    assert "json_formatter = JSONFormatter()" in configure
+    assert "file_handler.setFormatter(json_formatter)" in configure
+    assert "target=file_handler" in configure
+    assert hasattr(ray_constants, "RAY_DISABLE_WORKER_LOG_PREFIX")
+
+
+def test_rays_port_of_metrics() -> None:
+    """`deployments.launch`, and manifests."""
+    assert '"_metrics_export_port"' in inspect.getsource(ray.init)
+    assert "metrics_export_port" in {option.name for option in cli.commands["start"].params}
 
 
 def test_rays_commands_for_nodes() -> None:

@@ -123,7 +123,9 @@ def images(answers: list[Future[httpx.Response]]) -> list[np.ndarray]:
 def wait_until_counted(server: Faulty, deployment: str, reason: str) -> None:
     """Wait until the metrics tell of hops that were lost there for this reason."""
     tags = {f'lost_in="{deployment}"', f'reason="{reason}"'}
-    wait_for(lambda: any(all(tag in line for tag in tags) for line in server.running.metrics("ray_resumed_hops")))
+    wait_for(
+        lambda: any(all(tag in line for tag in tags) for line in server.running.metrics("ray_images_resumed_hops"))
+    )
 
 
 def assert_same(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:

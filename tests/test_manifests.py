@@ -221,7 +221,9 @@ def test_pods_outlive_the_longest_request_and_the_dashboard_stays_inside(everywh
     assert (head["serviceType"], head["enableIngress"]) == ("ClusterIP", False)
     assert spec["rayClusterConfig"]["authOptions"] == {"mode": "token"}
     ports = [port for template in pods(manifest).values() for port in template["spec"]["containers"][0]["ports"]]
-    assert {port["containerPort"] for port in ports} == {8000}
+    assert {port["name"]: port["containerPort"] for port in ports} == {"serve": 8000, "metrics": 9464}
+    groups = [spec["rayClusterConfig"]["headGroupSpec"], *spec["rayClusterConfig"]["workerGroupSpecs"]]
+    assert [group["rayStartParams"] for group in groups] == [{"metrics-export-port": "9464"}] * len(groups)
 
 
 def test_the_head_runs_on_processors(everywhere: Layout, tmp_path: Path) -> None:

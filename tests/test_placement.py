@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import yaml
 from served import pixels
 
 from backends import get_backend
-from bench.serving.servers import servers, started
+from bench.serving.servers import free_ports, servers, started
 from cluster.nodes import LiveNode, find_lack
 from cluster.pools import Pool, read_pools
 from deployments.app import build
@@ -48,9 +47,7 @@ def written(directory: Path, pools: dict[str, Any], change: Change = lambda appl
 def on_free_port(config: Path) -> Path:
     """The config, changed."""
     content = yaml.safe_load(config.read_text())
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        content["http_options"]["port"] = listener.getsockname()[1]
+    content["http_options"]["port"], content["applications"][0]["args"]["metrics_port"] = free_ports(2)
     config.write_text(yaml.safe_dump(content))
     return config
 

@@ -306,7 +306,7 @@ def test_metrics_have_a_closed_set_of_plans_and_outcomes(server: Running, url: s
     deadline = time.monotonic() + 120
     counted: set[tuple[str, str]] = set()
     while not {("inline", "done"), ("base", "refused")} <= counted and time.monotonic() < deadline:
-        lines = server.metrics("ray_images")
+        lines = server.metrics("ray_images_total{")
         counted = {(tag("plan", line), tag("outcome", line)) for line in lines}
         time.sleep(1)
     assert {("inline", "done"), ("base", "refused")} <= counted

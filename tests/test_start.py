@@ -24,7 +24,7 @@ import torch
 import yaml
 from served import log_lines
 
-from bench.serving.servers import ROOT, Running, servers, started, titled
+from bench.serving.servers import ROOT, Running, free_ports, servers, started, titled
 from deployments.check import StartError, check, read_config
 from deployments.fit import starting_resources
 from deployments.http.readiness import Deployments, Readiness
@@ -35,9 +35,7 @@ SLOW = {"prompt": "a ring", "plan": "base"}  # fifty steps
 
 def shipped() -> dict[str, Any]:
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config["http_options"]["port"] = listener.getsockname()[1]
+    config["http_options"]["port"], config["applications"][0]["args"]["metrics_port"] = free_ports(2)
     config["applications"][0]["args"]["model"] = str(MODEL)
     return config
 
@@ -219,6 +217,25 @@ def test_taken_port_is_refused(tmp_path: Path) -> None:
         listener.listen()
         with pytest.raises(StartError, match=r"http_options\.port: 127\.0\.0\.1:\d+ cannot be had"):
             check(written(tmp_path, config))
+
+
+def test_metrics_need_a_port_of_their_own(tmp_path: Path) -> None:
+    config = shipped()
+    args = config["applications"][0]["args"]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", args["metrics_port"]))
+        listener.listen()
+        with pytest.raises(StartError, match=r"args\.metrics_port: \S+ cannot be had: Address already in use"):
+            check(written(tmp_path, config))
+    args["metrics_port"] = config["http_options"]["port"]
+    with pytest.raises(StartError, match=r"args\.metrics_port: must differ from http_options\.port, \d+"):
+        check(written(tmp_path, config))
+
+
+def test_traces_that_cannot_be_exported_stop_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
+    with pytest.raises(StartError, match=r"^OTEL_TRACES_EXPORTER: no package here has the exporter zipkin"):
+        check(written(tmp_path, shipped()))
 
 
 def test_missing_and_damaged_files_are_refused_by_name(tmp_path: Path, model: Path) -> None:

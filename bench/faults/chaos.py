@@ -80,7 +80,8 @@ async def _compare(site: Site, arguments: argparse.Namespace) -> tuple[list[Answ
     """Return the answers without faults and with them, the faults, and the seconds until all replicas are back."""
     sent = requests(arguments.requests, _TIMEOUT_S)
     undisturbed = await steadily(site.running.url, sent, arguments.rate)
-    load = asyncio.create_task(steadily(site.running.url, sent, arguments.rate))
+    # In a thread of its own: the start of a node takes seconds, and must be where signals are handled.
+    load = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(steadily(site.running.url, sent, arguments.rate))))
     struck = await _strike(site, arguments, over_s=arguments.requests / arguments.rate)
     disturbed = await load
     start = time.monotonic()
@@ -97,7 +98,7 @@ async def _strike(site: Site, arguments: argparse.Namespace, over_s: float) -> l
         await asyncio.sleep((number + 0.5) * over_s / len(names))
         begin = time.monotonic()
         print(f"{begin - start:6.1f} s  {name}", flush=True)
-        await asyncio.to_thread(FAULTS[name], site, random.Random(f"{arguments.seed} {number}"))
+        await FAULTS[name](site, random.Random(f"{arguments.seed} {number}"))
         return Struck(name, begin - start, time.monotonic() - begin)
 
     return list(await asyncio.gather(*(one(number, name) for number, name in enumerate(names))))

@@ -1,31 +1,33 @@
-"""What can befall a server; each function returns when it is over."""
+"""What can befall a server; each coroutine returns when it is over, and runs where signals are handled."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
 import psutil
 
 from bench.faults.site import Site
 
-Fault = Callable[[Site, random.Random], None]
+Fault = Callable[[Site, random.Random], Awaitable[None]]
 
 STAGES = ("TextEncoder", "Base", "Bridge", "Distilled", "VAEDecoder")
 _STOPPED_S = 20.0
 _AWAY_S = 10.0  # of a node
 _FULL_S = 10.0
+_START_S = 110.0  # that a process of its own may need on busy cores
 _SLICE_S = 0.1  # of a slowed process
 _RUNS = 0.25  # share of each slice
 
 
 def _kill(deployment: str) -> Fault:
-    def strike(site: Site, chance: random.Random) -> None:
+    async def strike(site: Site, chance: random.Random) -> None:
         if processes := site.replicas(deployment):
             chance.choice(processes).kill()
 
@@ -33,10 +35,10 @@ def _kill(deployment: str) -> Fault:
 
 
 def _stop(deployment: str) -> Fault:
-    def strike(site: Site, chance: random.Random) -> None:
+    async def strike(site: Site, chance: random.Random) -> None:
         process = chance.choice(site.replicas(deployment))
         process.suspend()
-        time.sleep(_STOPPED_S)
+        await asyncio.sleep(_STOPPED_S)
         with suppress(psutil.NoSuchProcess):
             process.resume()
 
@@ -46,38 +48,36 @@ def _stop(deployment: str) -> Fault:
 def _slow(deployment: str) -> Fault:
     """Let a deployment's replicas run for a share of the time alone."""
 
-    def strike(site: Site, chance: random.Random) -> None:
-        deadline = time.monotonic() + _STOPPED_S
+    async def strike(site: Site, chance: random.Random) -> None:
+        processes, deadline = site.replicas(deployment), time.monotonic() + _STOPPED_S
         while time.monotonic() < deadline:
-            processes = site.replicas(deployment)
             for name, seconds in ((signal.SIGSTOP, _SLICE_S * (1 - _RUNS)), (signal.SIGCONT, _SLICE_S * _RUNS)):
                 for process in processes:
                     with suppress(psutil.NoSuchProcess):
                         process.send_signal(name)
-                time.sleep(seconds)
+                await asyncio.sleep(seconds)
 
     return strike
 
 
-def _kill_controller(site: Site, chance: random.Random) -> None:
+async def _kill_controller(site: Site, chance: random.Random) -> None:
     site.controller.kill()
 
 
-def _kill_node(site: Site, chance: random.Random) -> None:
+async def _kill_node(site: Site, chance: random.Random) -> None:
     """Kill a node with all that runs there, and add another one a while later."""
     site.cluster.remove_node(chance.choice(list(site.cluster.worker_nodes)), allow_graceful=False)
-    time.sleep(_AWAY_S)
+    await asyncio.sleep(_AWAY_S)
     site.add_node()
 
 
-def _fill_stores(site: Site, chance: random.Random) -> None:
+async def _fill_stores(site: Site, chance: random.Random) -> None:
     """Fill the object store of every node with what cannot leave it."""
-    subprocess.run(
-        [sys.executable, "-m", "bench.faults.fill", site.cluster.address, str(_FULL_S)],
-        check=True,
-        timeout=120,
-        stdout=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "bench.faults.fill", site.cluster.address, str(_FULL_S)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL)
+    async with asyncio.timeout(_FULL_S + _START_S):
+        if status := await process.wait():
+            raise RuntimeError(f"{' '.join(command)} ended with {status}")
 
 
 FAULTS: Mapping[str, Fault] = {

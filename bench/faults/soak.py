@@ -33,7 +33,12 @@ _GONE_AFTER_S = 0.1
 _SETTLE_S = 60.0  # metrics are some seconds old
 _EXPECTED = {"image", "stream", "gone", "error"}
 # Of our own and Serve's: requests and images under way and in queues.
-_GAUGES = ("ray_waiting_images", "ray_serve_replica_processing_queries", "ray_serve_deployment_queued_queries")
+_GAUGES = (
+    "ray_images_waiting",
+    "ray_images_in_stage",
+    "ray_serve_replica_processing_queries",
+    "ray_serve_deployment_queued_queries",
+)
 _BARS = {"mib_per_hour": 64.0, "files_per_hour": 20.0}  # of a process, from the first third of the time on
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,15 @@ def titled(processes: Iterable[psutil.Process], title: str) -> list[psutil.Proce
     return found
 
 
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine on which nobody listens."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
+
+
 @contextmanager
 def started(server: Server, model: Path, address: str | None = None) -> Iterator[Running]:
     """Run a server within the `with` block.
@@ -152,9 +161,7 @@ def started(server: Server, model: Path, address: str | None = None) -> Iterator
     Raises:
         RuntimeError: the server ended or was not ready in time; the message holds the end of its log.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port, metrics_port = free_ports(2)
     certificate = ((server.config or {}).get("http_options") or {}).get("ssl_certfile")
     url = f"{'https' if certificate else 'http'}://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as directory:
@@ -162,6 +169,9 @@ def started(server: Server, model: Path, address: str | None = None) -> Iterator
         if server.config:
             config = copy.deepcopy(server.config)
             config["http_options"]["port"] = port
+            for application in config["applications"]:
+                if "placement" in application["args"]:  # this engine's
+                    application["args"]["metrics_port"] = metrics_port
             path.write_text(yaml.safe_dump(config))
         command = [part.format(port=port, config=path) for part in server.command]
         # Otherwise Ray might join another cluster: it looks for one in RAY_TMPDIR and in RAY_ADDRESS.

@@ -36,7 +36,7 @@ def render(layout: Layout, name: str) -> Manifest:
             # Within the cluster alone: whoever reaches the dashboard can run code.
             "serviceType": "ClusterIP",
             "enableIngress": False,
-            "rayStartParams": {},
+            "rayStartParams": _start_params(layout),
             "template": _head_template(layout, name),
         },
         "workerGroupSpecs": groups,
@@ -103,7 +103,7 @@ def _worker_group(group: Group, layout: Layout, name: str) -> Manifest:
         "replicas": group.least,
         "minReplicas": group.least,
         "maxReplicas": group.most,
-        "rayStartParams": {},
+        "rayStartParams": _start_params(layout),
         "template": {"spec": spec},
     }
     if pool.labels:
@@ -115,6 +115,10 @@ def _worker_group(group: Group, layout: Layout, name: str) -> Manifest:
     return manifest
 
 
+def _start_params(layout: Layout) -> dict[str, str]:
+    return {"metrics-export-port": str(layout.config.settings.metrics_port)}
+
+
 def _container(name: str, image: str, resources: dict[str, str], layout: Layout, service: str) -> Manifest:
     return {
         "name": name,
@@ -122,7 +126,10 @@ def _container(name: str, image: str, resources: dict[str, str], layout: Layout,
         "env": [{"name": variable, "value": value} for variable, value in PROXY_CALLBACK.items()],
         # Where the database of keys is, and as whom: PGHOST, PGUSER, PGPASSWORD and what else libpq reads.
         "envFrom": [{"secretRef": {"name": f"{service}-postgres"}}],
-        "ports": [{"name": "serve", "containerPort": layout.config.serve.http_options.port}],
+        "ports": [
+            {"name": "serve", "containerPort": layout.config.serve.http_options.port},
+            {"name": "metrics", "containerPort": layout.config.settings.metrics_port},
+        ],
         "resources": {"requests": resources, "limits": dict(resources)},
         "livenessProbe": _probe("/api/healthz", _AGENT_PORT, delay=30, failures=120),
     }

@@ -32,6 +32,7 @@ def render(layout: Layout, name: str, provider: Mapping[str, str]) -> dict[str, 
                 f"{layout.config.settings.pools}: {group.name}.node.config: must be what the provider calls such a "
                 "machine, as {InstanceType: m7i.2xlarge} for aws"
             )
+    metrics = f"--metrics-export-port={layout.config.settings.metrics_port}"
     return {
         "cluster_name": name,
         "max_workers": sum(group.most for group in layout.groups),
@@ -59,9 +60,9 @@ def render(layout: Layout, name: str, provider: Mapping[str, str]) -> dict[str, 
         "head_start_ray_commands": [
             "ray stop",
             f"{_FILES}; ray start --head --port={_PORT} --autoscaling-config=~/ray_bootstrap_config.yaml "
-            "--dashboard-host=127.0.0.1",
+            f"--dashboard-host=127.0.0.1 {metrics}",
         ],
-        "worker_start_ray_commands": ["ray stop", f"{_FILES}; ray start --address=$RAY_HEAD_IP:{_PORT}"],
+        "worker_start_ray_commands": ["ray stop", f"{_FILES}; ray start --address=$RAY_HEAD_IP:{_PORT} {metrics}"],
     }
 
 

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.http.errors import REPLICA_DIED, RETRY, error_body
+from deployments.http.exchange import Exchange
 from deployments.http.readiness import Watch
 from deployments.http.replay import Replay
 
@@ -72,7 +73,7 @@ class Front:
         elif self._watch.cors_origins and not self._is_behind_another(scope):
             # Keys are in a header that the page sets; nothing that browsers send by themselves lets anyone in.
             shared = CORSMiddleware(
-                self._answer,
+                self._serve,
                 allow_origins=self._watch.cors_origins,
                 allow_methods=("GET", "POST", "DELETE"),
                 allow_headers=("*",),
@@ -80,26 +81,30 @@ class Front:
             )
             await shared(scope, receive, send)
         else:
-            await self._answer(scope, receive, send)
+            await self._serve(scope, receive, send)
 
     def _is_behind_another(self, scope: Scope) -> bool:
         return not self._in_proxy and any(name == _RECEIVED for name, _ in scope["headers"])
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/healthz":
             await JSONResponse({"status": "ok"})(scope, receive, send)
         elif scope["path"] == "/readyz":
             await self._ready()(scope, receive, send)
-        elif refusal := self._refusal():
-            await refusal(scope, receive, send)
+        elif not self._in_proxy:
+            await self._forward(scope, receive, send)
         else:
+            exchange = Exchange(scope, receive, send)
             self._in_flight += 1
-            if self._in_proxy:
-                scope = {**scope, "headers": _marked(scope["headers"])}
             try:
-                await self._forward(scope, receive, send)
+                await self._admit({**scope, "headers": _marked(scope["headers"])}, exchange.receive, exchange.send)
             finally:
                 self._in_flight -= 1
+                exchange.count()
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward a request, unless nothing can be served now."""
+        await (self._refusal() or self._forward)(scope, receive, send)
 
     def _ready(self) -> JSONResponse:
         readiness = self._watch.readiness
@@ -111,7 +116,7 @@ class Front:
         """Return the refusal of a request that could not be served; a request may wait for a stage that restarts."""
         readiness = self._watch.readiness
         was_ready = self._watch.was_ready or readiness.reason is None  # the watch may not have looked since
-        if not self._in_proxy or (was_ready and readiness.replicas.get("Ingress")):
+        if was_ready and readiness.replicas.get("Ingress"):
             return None
         return _error(503, "not_ready", readiness.reason or "starting")
 

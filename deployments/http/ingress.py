@@ -14,11 +14,12 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi_offline import FastAPIOffline
+from opentelemetry import trace
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from deployments import console, ray_internals
+from deployments import console, ray_internals, tracing
 from deployments.access.access import Access, Caller, KeyedAccess, Settle
 from deployments.access.caller import ForImages, ForModels
 from deployments.admission import Admission, Flow, Late, Turn
@@ -41,6 +42,7 @@ from deployments.http.responses import (
     stream_event,
 )
 from deployments.http.schemas import ErrorResponse, Generation, ImagesRequest
+from deployments.http.traced import Traced
 from deployments.jobs import routes
 from deployments.jobs.jobs import Jobs
 from deployments.jobs.progress import Progress
@@ -58,6 +60,8 @@ app = FastAPIOffline(
     title="Images",
     description="Text-to-image generation through base, bridge and distilled stages.",
     responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+    # `Traced` makes spans that begin in Serve's proxy and take a client's trace along without an exporter, too.
+    telemetry={"tracing": False, "metrics": False, "logs": False},
 )
 describe_routes = app.openapi
 
@@ -80,6 +84,7 @@ def describe() -> dict[str, Any]:
 app.include_router(routes.router)
 app.openapi = describe  # type: ignore[method-assign]
 app.add_middleware(Front, in_proxy=False)  # if Serve's proxy has no front, probes arrive here
+app.add_middleware(Traced)
 
 
 @app.exception_handler(APIError)
@@ -113,6 +118,7 @@ class Ingress:
 
     def __init__(self, settings: Settings, replicas: dict[str, DeploymentHandle]) -> None:
         console.attach()
+        tracing.begin()
         self._settings = settings
         model = settings.read_model()
         announce(serve.get_replica_context().app_name, settings.needed_for(model), settings.cors_origins)
@@ -153,12 +159,17 @@ class Ingress:
             )
 
     async def __del__(self) -> None:
-        """Give jobs back; Serve awaits this before it ends a replica."""
+        """Give jobs back and export what is left of traces; Serve awaits this before it ends a replica."""
         if self.jobs:
             await self.jobs.stop()
+        await asyncio.to_thread(tracing.end)
 
     def check_health(self) -> None:
-        """Raise if jobs are no longer worked on; Serve calls this, and replaces a replica that raises several times."""
+        """Raise if jobs are no longer worked on; Serve calls this, and replaces a replica that raises several times.
+
+        Metrics are told here, too, as in replicas of stages.
+        """
+        self._admission.tell()
         if self.jobs:
             self.jobs.check_health()
 
@@ -225,7 +236,7 @@ class Ingress:
                 soon_s=self._settings.fallback_wait_s,
             )
         except Late as late:
-            raise self._admission.refuse(late, asked.n, asked.timeout_s) from late
+            raise self._admission.refuse(late, asked.n, asked.size, asked.timeout_s) from late
         return jobs[index], turns
 
     async def _events(
@@ -239,7 +250,7 @@ class Ingress:
                     await self._moderation.check_image(image.data, job.prompt)
                     yield event
         except Late as late:
-            raise self._admission.refuse(late, 1, job.timeout_s) from late
+            raise self._admission.refuse(late, 1, job.size, job.timeout_s) from late
 
     async def _make_job(
         self, job: Job, request_id: str, deadline: float, progress: Progress, caller: Caller
@@ -283,4 +294,5 @@ class Ingress:
                         data = stream_event(job, image, order)
                         yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
             except Exception as error:
+                tracing.fail(trace.get_current_span(), error)
                 yield f"event: error\ndata: {json.dumps(APIError.from_failure(error).body)}\n\n"

@@ -18,7 +18,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from deployments import ray_internals
+from deployments import metrics, ray_internals
 
 T = TypeVar("T")
 
@@ -166,6 +166,7 @@ class Watch:
                     says = str(self._in_flight()).encode() if draining else b"here"
                     await self._call(partial(ray_internals.put, self._name, says))
                     told = True
+            metrics.READY.set(float(self.readiness.reason is None))
             await asyncio.sleep(_LOOK_PERIOD_S)
 
     async def _follow_status(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from deployments import tracing
 from deployments.access.access import Access, Caller
 from deployments.http import readiness
 from deployments.http.errors import RETRY, APIError
@@ -116,6 +117,7 @@ class Jobs:
             idempotency_key=key,
             response_format=request.response_format,
             webhook_url=request.webhook.url if request.webhook else None,
+            traceparent=tracing.header(),
         )
         await self._access.reserve(job.id, caller, request_id, asked.n, asked.size)
         kept = None

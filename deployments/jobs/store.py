@@ -59,6 +59,7 @@ class ImageJob(_Table, kw_only=True):
         webhook_due: when to do so, or None if there is nothing to tell, or no more.
         webhook_attempts: how often it was tried.
         webhook_delivered_at: when it was heard.
+        traceparent: span of the request that asked for it, as W3C's Trace Context writes it.
     """
 
     __tablename__ = "image_jobs"
@@ -85,6 +86,7 @@ class ImageJob(_Table, kw_only=True):
     webhook_due: Mapped[float | None] = mapped_column(default=None)
     webhook_attempts: Mapped[int] = mapped_column(default=0)
     webhook_delivered_at: Mapped[float | None] = mapped_column(default=None)
+    traceparent: Mapped[str | None] = mapped_column(default=None)
 
     __table_args__ = (
         UniqueConstraint("key_id", "idempotency_key"),

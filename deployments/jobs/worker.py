@@ -12,8 +12,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
 
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind
 from sqlalchemy.exc import SQLAlchemyError
 
+from deployments import tracing
 from deployments.access.access import Access, Caller, served
 from deployments.http.errors import APIError
 from deployments.http.resolve import Job, Offer, resolve
@@ -98,27 +101,30 @@ class Worker:
                     await self._accepted.wait()
 
     async def _work(self, job: ImageJob) -> None:
-        """Have a job's images made, and end it, unless it is taken away."""
-        logger.info(f"{job.id}: attempt {job.attempts}")
-        progress = Progress()
-        making = asyncio.create_task(self._make(job, progress))
-        try:
-            while not (await asyncio.wait({making}, timeout=_BEAT_S))[0]:
-                lease_s = self._settings.lease_s
-                if not await self._insist(
-                    self._store.renew, job.id, self._owner, lease_s, progress.percentage, progress.stages
-                ):
-                    logger.info(f"{job.id}: cancelled, or another worker has it")
-                    return
-            await self._end(job, making, progress)
-        finally:
-            making.cancel()
+        """Have a job's images made, and end it, unless it is taken away; in the trace of the request for it."""
+        attributes = {"job.id": job.id, "job.attempt": job.attempts}
+        with tracing.within(job.traceparent), tracing.span("job", attributes, kind=SpanKind.CONSUMER):
+            logger.info(f"{job.id}: attempt {job.attempts}")
+            progress = Progress()
+            making = asyncio.create_task(self._make(job, progress))
+            try:
+                while not (await asyncio.wait({making}, timeout=_BEAT_S))[0]:
+                    lease_s = self._settings.lease_s
+                    if not await self._insist(
+                        self._store.renew, job.id, self._owner, lease_s, progress.percentage, progress.stages
+                    ):
+                        logger.info(f"{job.id}: cancelled, or another worker has it")
+                        return
+                await self._end(job, making, progress)
+            finally:
+                making.cancel()
 
     async def _end(self, job: ImageJob, making: asyncio.Task[dict[str, Any]], progress: Progress) -> None:
         settings = self._settings
         try:
             result = making.result()
         except APIError as error:
+            tracing.fail(trace.get_current_span(), error)
             busy = error.code in _BUSY
             if busy or (error.status > 500 and job.attempts < settings.attempts):  # the server's state is the reason
                 logger.warning(f"{job.id}: attempt {job.attempts}: {error.code}; it is tried again")
