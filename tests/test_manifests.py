@@ -140,11 +140,6 @@ def test_the_service_exposes_neither_the_dashboard_nor_rays_ports(everywhere: La
             (port,) = container["ports"]
             assert port == {"name": "serve", "containerPort": 8000}
             assert container["envFrom"] == [{"secretRef": {"name": "images-postgres"}}]
-    text = json.dumps(ray_up.render(everywhere, "images", AWS))
-    assert "--dashboard-host=127.0.0.1" in text
-    assert "--dashboard-host=0.0.0.0" not in text
-    assert "--publish" not in text
-    assert "--network" not in text
 
 
 def offered(group: dict[str, Any]) -> dict[str, float]:
@@ -328,6 +323,7 @@ def test_the_cluster_file_is_one_that_ray_takes(tmp_path: Path, everywhere: Layo
     assert types["cpu"]["docker"]["worker_run_options"] == []
     assert cluster["docker"]["image"] == "a"
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][1]
+    assert not any(option.startswith(("-p", "--publish", "--network")) for option in cluster["docker"]["run_options"])
 
 
 def test_every_pool_has_a_container_file(everywhere: Layout) -> None:
@@ -365,7 +361,8 @@ def test_command_prints_manifests_and_names_what_is_wrong(tmp_path: Path) -> Non
         command = [sys.executable, "-m", "cluster", "render", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
-    printed = run("kuberay", "--name", "pictures")
+    with_access(tmp_path)
+    printed = run("kuberay", str(tmp_path / "serve.yaml"), "--name", "pictures")
     assert printed.returncode == 0, printed.stderr
     manifest = yaml.safe_load(printed.stdout)
     assert manifest["metadata"] == {"name": "pictures"}
@@ -379,6 +376,7 @@ def test_command_prints_manifests_and_names_what_is_wrong(tmp_path: Path) -> Non
     for arguments, complaint in (
         (("ray-up",), "--provider: must name the cloud provider"),
         (("ray-up", "--provider", "type=aws"), "cluster/pools.yaml: cpu.node.config: must be"),
+        (("kuberay",), "serve_config.yaml: applications.images.args.access: must be there"),
         (("kuberay", "nothing.yaml"), "nothing.yaml: No such file or directory"),
     ):
         refused = run(*arguments)

@@ -25,7 +25,7 @@ import pytest
 import yaml
 from openai import OpenAI
 
-from bench.serving.servers import ROOT, Running, Server, started
+from bench.serving.servers import ROOT, Running, Server, colocated, started
 from deployments.access.store import AccessStore, Charge
 
 WORD = "zanzibar"  # in every prompt, and in no log
@@ -115,10 +115,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     model = ROOT / "configs" / "scenes.yaml"
-    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    config = colocated(yaml.safe_load((ROOT / "serve_config.yaml").read_text()))  # which starts soonest
     config["http_options"].update(ssl_keyfile=str(secret), ssl_certfile=str(certificate))
     (application,) = config["applications"]
-    application["deployments"][0]["num_replicas"] = 2
+    (ingress,) = (each for each in application["deployments"] if each["name"] == "Ingress")
+    ingress["num_replicas"] = 2
     application["args"].update(
         model=str(model),
         access={"database": database},
@@ -127,7 +128,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         moderation={
             "prompt": "tests.access.hooks:check_prompt",
             "image": "tests.access.hooks:check_image",
-            "timeout_s": 5.0,
+            "timeout_s": 2.0,
         },
     )
     path = directory / "serve.yaml"
@@ -365,10 +366,9 @@ def test_the_ledger_adds_up_to_what_was_served(site: Site) -> None:
         assert int(row["images"]) == served["images"] > 0
         assert float(row["megapixels"]) == served["pixels"] / 1e6
         assert float(row["evaluations"]) == served["evaluations"] > 0
-    rows = site.ledger()
+    rows = site.ledger("--since", "2026-01-01", "--until", "2999-01-01T00:00")
     assert sum(int(row["images"]) for row in rows) == sum(served["images"] for served in site.served.values())
     assert {row["state"] for row in rows} == {"served", "void"}
-    assert not site.ledger("--until", "2020-01-01")
 
 
 def test_no_log_has_a_prompt(site: Site) -> None:

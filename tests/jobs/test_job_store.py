@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 from standing import PROMPT, Clock, new_job
 
+from deployments.database import OldTables
 from deployments.jobs.store import ImageJob, KeyReused, QueueFull, Store
 
 LEASE_S, KEEP_S, ATTEMPTS = 30.0, 100.0, 3
@@ -262,8 +265,20 @@ def test_keys_take_turns_and_have_idempotency_keys_of_their_own(store: Store) ->
     many = [add(store, key_id="a", created_at=float(at)).id for at in range(4)]
     few = [add(store, key_id="b", created_at=10.0, idempotency_key="k").id]
     few.append(add(store, key_id="b", created_at=11.0).id)
-    assert add(store, key_id="a", idempotency_key="k").id not in few
+    assert add(store, key_id="a", created_at=20.0, idempotency_key="k").id not in few
     claimed = [claim(store) for _ in range(5)]
     assert [job.id for job in claimed if job] == [many[0], few[0], many[1], few[1], many[2]]
     assert {job.id for job in store.page("b", 10, None, ascending=True)} == set(few)
     assert not store.page("", 10, None, ascending=True)
+
+
+def test_a_store_from_before_keys_is_refused(database: str) -> None:
+    parsed = make_url(database)
+    engine = create_engine(parsed if "sqlite" in database else parsed.set(drivername="postgresql+psycopg"))
+    if parsed.database and "sqlite" in database:
+        Path(parsed.database).parent.mkdir()
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE image_jobs (id VARCHAR PRIMARY KEY, created_at FLOAT)"))
+    engine.dispose()
+    with pytest.raises(OldTables, match=r"the table image_jobs has no column .*: another version of the server made it"):
+        Store(database)
