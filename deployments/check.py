@@ -296,7 +296,7 @@ def _check_http(config: ServeDeploySchema, path: Path) -> None:
         raise StartError(f"{path}: http_options.port: must be 1 to 65535, not {port}")
     if not host:
         raise StartError(f"{path}: http_options.host: must be an address or a name")
-    _check_free(host, port, f"{path}: http_options.port")
+    check_free(host, port, f"{path}: http_options.port")
 
 
 def _check_metrics_port(config: Config) -> None:
@@ -304,10 +304,11 @@ def _check_metrics_port(config: Config) -> None:
     port, where = config.settings.metrics_port, f"{config.where}.args.metrics_port"
     if port == config.serve.http_options.port:
         raise StartError(f"{where}: must differ from http_options.port, {port}")
-    _check_free("", port, where)
+    check_free("", port, where)
 
 
-def _check_free(host: str, port: int, where: str) -> None:
+def check_free(host: str, port: int, where: str) -> None:
+    """Raise StartError, which says where the port is from, if it is taken; an empty host is any address."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

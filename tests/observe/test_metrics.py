@@ -56,7 +56,7 @@ def codes() -> set[str]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
                 code = node.args[1]
                 if node.func.id in ("APIError", "cls", "_error", "error_body") and isinstance(code, ast.Constant):
-                    found.add(code.value)
+                    found.add(str(code.value))
     return found
 
 
