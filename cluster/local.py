@@ -20,7 +20,7 @@ from typing import Any
 
 from cluster.pools import Pool
 from deployments.__main__ import ENVIRONMENT
-from deployments.check import StartError, check_pythons, read_config
+from deployments.check import StartError, check_free, check_pythons, read_config
 from stages.yaml_file import ConfigError
 
 _STORE_BYTES = 128 * 1024 * 1024  # of a node's object store; packets go from replica to replica without it
@@ -41,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         config = read_config(arguments.config)
         check_pythons(config)
+        for number in range(len(config.pools) + 1):
+            check_free("", config.settings.metrics_port + number, f"{config.where}.args.metrics_port")
     except StartError as error:
         raise ConfigError(str(error)) from error
     with started(config.pools.values(), config.settings.metrics_port) as address:

@@ -147,6 +147,7 @@ class Admission:
                 alone = self._balancer.seconds_alone(work)
                 raise Late(seconds, max(seconds - within_s, crowd * pace), len(routes) * pace, alone)
             undo.pop_all()
+        self._levels.expect(flow.priority, flow.size)
         turns = [Turn(self, route, flow, work, promise) for route, work, promise in promised]
         for turn in turns:
             self._queue.push(turn, flow, sum(turn.work.values()), _WEIGHTS[flow.priority])

@@ -316,7 +316,7 @@ def _check_http(config: Config) -> None:
         raise StartError(f"{path}: http_options.port: must be 1 to 65535, not {port}")
     if not host:
         raise StartError(f"{path}: http_options.host: must be an address or a name")
-    address = _check_free(host, port, f"{path}: http_options.port")
+    address = check_free(host, port, f"{path}: http_options.port")
     if config.settings.access is None and not ipaddress.ip_address(address).is_loopback:
         raise StartError(
             f"{config.where}.args.access: must be there, or http_options.host be 127.0.0.1 in place of {host}: "
@@ -348,11 +348,11 @@ def _check_metrics_port(config: Config) -> None:
     port, where = config.settings.metrics_port, f"{config.where}.args.metrics_port"
     if port == config.serve.http_options.port:
         raise StartError(f"{where}: must differ from http_options.port, {port}")
-    _check_free("", port, where)
+    check_free("", port, where)
 
 
-def _check_free(host: str, port: int, where: str) -> str:
-    """Check that a port is free; return the address of its host."""
+def check_free(host: str, port: int, where: str) -> str:
+    """Return the address of a host, or of any if it is empty; raise StartError if the port, from `where`, is taken."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -22,17 +22,16 @@ def attach() -> None:
     tracing.stamp_logs()
     if os.environ.get("RAY_SERVE_LOG_TO_STDERR") != "0":
         return
-    name = serve.get_replica_context().deployment
-    formatter = JSONLines(name) if ray_internals.logs_json() else logging.Formatter(_text(name))
+    context = serve.get_replica_context()
+    if ray_internals.logs_json():
+        formatter: logging.Formatter = JSONLines(f"{context.app_name}_{context.deployment}")
+    else:
+        formatter = logging.Formatter(f"%(asctime)s %(levelname)s {context.deployment}: %(message)s")
     for logger, level in ((logging.getLogger("ray.serve"), logging.WARNING), (images, logging.INFO)):
         handler = logging.StreamHandler(sys.__stderr__)
         handler.setLevel(level)
         handler.setFormatter(formatter)
         logger.addHandler(handler)
-
-
-def _text(name: str) -> str:
-    return f"%(asctime)s %(levelname)s {name}: %(message)s"
 
 
 class JSONLines(logging.Formatter):
@@ -42,7 +41,7 @@ class JSONLines(logging.Formatter):
         """Format records of a deployment.
 
         Args:
-            name: name of the deployment.
+            name: name of the deployment, as Serve's logs have it.
         """
         super().__init__()
         self._name = name

@@ -125,6 +125,10 @@ class LevelGauge:
         self._gauge = gauge
         self._known: set[tuple[str, str]] = set()
 
+    def expect(self, first: str, second: str) -> None:
+        """Set these tags to 0 from now on while they have no level."""
+        self._known.add((first, second))
+
     def set(self, levels: Mapping[tuple[str, str], float]) -> None:
         """Set the levels, by the values of the gauge's two tags."""
         self._known |= levels.keys()

@@ -132,13 +132,14 @@ def test_the_service_exposes_neither_the_dashboard_nor_rays_ports(everywhere: La
     assert (head["serviceType"], head["enableIngress"]) == ("ClusterIP", False)
     assert manifest["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
     assert "serveService" not in manifest["spec"]
-    assert head["rayStartParams"] == {}
+    assert head["rayStartParams"] == {"metrics-export-port": "9464"}
     for template in pods(manifest).values():
         spec = template["spec"]
         assert not spec.get("hostNetwork")
         for container in spec["containers"]:
-            (port,) = container["ports"]
-            assert port == {"name": "serve", "containerPort": 8000}
+            assert container["ports"] == [
+                {"name": "serve", "containerPort": 8000}, {"name": "metrics", "containerPort": 9464}
+            ]  # fmt: skip
             assert container["envFrom"] == [{"secretRef": {"name": "images-postgres"}}]
 
 
