@@ -285,7 +285,5 @@ def test_a_store_from_before_keys_is_refused(database: str) -> None:
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE image_jobs (id VARCHAR PRIMARY KEY, created_at FLOAT)"))
     engine.dispose()
-    with pytest.raises(
-        OldTables, match=r"image_jobs has no column .*: another version of the server made it"
-    ):
+    with pytest.raises(OldTables, match=r"image_jobs has no column .*: another version of the server made it"):
         Store(database)
