@@ -49,8 +49,10 @@ lock:
 LOCKS = requirements.lock $(CLIENTS)/requirements.lock $(GAUDI).lock
 audit:
 	python3 -m venv $(VENV)-audit
-	$(VENV)-audit/bin/pip install --quiet pip-audit==2.10.0
-	$(VENV)-audit/bin/pip-audit --disable-pip --require-hashes --strict $(foreach lock,$(LOCKS),--requirement $(lock))
+	$(VENV)-audit/bin/pip install --quiet pip-audit==2.10.1
+	for lock in $(LOCKS); do \
+		$(VENV)-audit/bin/pip-audit --disable-pip --require-hashes --strict --requirement $$lock || exit 1; \
+	done
 
 $(VENV)/installed: pyproject.toml requirements.lock
 	python3 -m venv $(VENV)

@@ -34,13 +34,14 @@ TAGS = {
 
 # Codes of errors; any other one is counted as `other`.
 REASONS = frozenset({
-    "body_too_large", "client_disconnected", "content_policy_violation", "deadline_exceeded", "http_error",
-    "idempotency_key_reused", "image_not_found", "images_not_kept", "images_unavailable", "insufficient_scope",
-    "internal_error", "invalid_api_key", "invalid_json", "invalid_link", "invalid_value", "job_cancelled", "job_failed",
-    "job_finished", "job_not_completed", "job_not_finished", "job_not_found", "jobs_not_configured", "jobs_unavailable",
-    "method_not_allowed", "missing_required_parameter", "model_not_found", "not_finite", "not_found", "not_ready",
-    "other_version", "overloaded", "prompt_too_long", "rate_limit_exceeded", "replica_died", "replica_lost",
-    "too_many_jobs", "unknown_parameter", "unsupported_content_type",
+    "above_limit", "access_unavailable", "body_too_large", "client_disconnected", "content_policy_violation",
+    "deadline_exceeded", "http_error", "idempotency_key_reused", "image_not_found", "images_not_kept",
+    "images_unavailable", "insufficient_scope", "internal_error", "invalid_api_key", "invalid_json", "invalid_link",
+    "invalid_value", "job_cancelled", "job_failed", "job_finished", "job_not_completed", "job_not_finished",
+    "job_not_found", "jobs_not_configured", "jobs_unavailable", "method_not_allowed", "missing_required_parameter",
+    "model_not_found", "moderation_unavailable", "not_finite", "not_found", "not_ready", "other_version", "overloaded",
+    "prompt_too_long", "rate_limit_exceeded", "replica_died", "replica_lost", "too_many_jobs", "unknown_parameter",
+    "unsupported_content_type",
 })  # fmt: skip
 
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)

@@ -125,16 +125,16 @@ class Front:
 
         Not a third time: the request may be the reason.
         """
-        replay = Replay(receive)
+        replay, again = Replay(receive), dict(scope)  # which Serve changes on its way
         answer = _Answer(scope, receive, send)
         await self._attempt(scope, replay, answer)
-        if answer.begun is None and self._in_proxy and _is_repeatable(scope) and replay.rewind():
-            await self._attempt(scope, replay, answer)
+        if answer.begun is None and self._in_proxy and _is_repeatable(again) and replay.rewind():
+            await self._attempt(again, replay, answer)
         await answer.end()
 
     async def _attempt(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         try:
-            await self._app(dict(scope), receive, answer)
+            await self._app(scope, receive, answer)
         except UnicodeDecodeError:  # of Serve's, which reads some
             if answer.begun:
                 raise

@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -120,20 +121,23 @@ class Jobs:
             traceparent=tracing.header(),
         )
         await self._access.reserve(job.id, caller, request_id, asked.n, asked.size)
-        kept = None
-        try:
+        with ExitStack() as refusing:
+            refusing.callback(self._access.void, job.id)
             await self._moderation.check_prompt(asked.prompt, asked.negative_prompt)
-            kept = await self._call(self._store.create, job, self._settings.max_unfinished)
-        except KeyReused:
-            raise APIError(
-                409, "idempotency_key_reused", "Idempotency-Key must be new: it came with another body before"
-            ) from None
-        except QueueFull:
-            message = f"{self._settings.max_unfinished} jobs are not done; try again later"
-            raise APIError(429, "too_many_jobs", message, headers=RETRY) from None
-        finally:
-            if kept is not job:
-                self._access.void(job.id)
+            try:
+                kept = await self._call(self._store.create, job, self._settings.max_unfinished)
+            except KeyReused:
+                raise APIError(
+                    409, "idempotency_key_reused", "Idempotency-Key must be new: it came with another body before"
+                ) from None
+            except QueueFull:
+                message = f"{self._settings.max_unfinished} jobs are not done; try again later"
+                raise APIError(429, "too_many_jobs", message, headers=RETRY) from None
+            except BaseException:  # the client has gone away, or the store: the job may be there, and is charged then
+                refusing.pop_all()
+                raise
+            if kept is job:
+                refusing.pop_all()
         if kept is job:
             logger.info(f"{job.id}: {asked.summary(with_prompt=self._log_prompts)}")
             self._worker.wake()

@@ -231,6 +231,13 @@ class Store:
                 job.attempts -= not counted
             return job is not None
 
+    def pause(self, key_id: str, pause_s: float) -> None:
+        """Let nobody take an API key's jobs that wait, for `pause_s`."""
+        until = self._clock() + pause_s
+        waiting = (ImageJob.key_id == key_id) & (ImageJob.status == "queued") & (ImageJob.lease_until < until)
+        with self._session.begin() as session:
+            session.execute(update(ImageJob).where(waiting).values(lease_until=until))
+
     def release_all(self, owner: str) -> None:
         """Give back all jobs of an owner, as if it had not begun with them."""
         with self._session.begin() as session:

@@ -40,7 +40,7 @@ _PAUSE_S = 5.0  # before a job that failed for no fault of its own is tried agai
 _RELEASE_S = 5.0
 _WRITE_S = 120.0  # until a file that is not written yet is given up
 _SWEPT = 100  # jobs that one sweep deletes
-_BUSY = {"overloaded", "rate_limit_exceeded"}  # codes of what will be otherwise later, without anybody's fault
+_FULL_S = 1.0  # until jobs of a key are tried again that has as many images in the making as it may
 _LOST = "its worker was lost at each attempt; the request may be the reason"
 
 
@@ -125,10 +125,14 @@ class Worker:
             result = making.result()
         except APIError as error:
             tracing.fail(trace.get_current_span(), error)
-            busy = error.code in _BUSY
+            full = error.code == "rate_limit_exceeded"  # the key has as many images in the making as it may
+            busy = full or error.code == "overloaded"
             if busy or (error.status > 500 and job.attempts < settings.attempts):  # the server's state is the reason
                 logger.warning(f"{job.id}: attempt {job.attempts}: {error.code}; it is tried again")
-                await self._insist(self._store.release, job.id, self._owner, _PAUSE_S, counted=not busy)
+                pause_s = _FULL_S if full else _PAUSE_S
+                await self._insist(self._store.release, job.id, self._owner, pause_s, counted=not busy)
+                if full:  # the same would be found for each of its jobs
+                    await self._insist(self._store.pause, job.key_id, pause_s)
             else:
                 message = error.body["error"]["message"]
                 if await self._insist(self._store.fail, job.id, self._owner, error.code, message, settings.keep_s):

@@ -24,7 +24,8 @@ from deployments.access.caller import access_here
 from deployments.http import ingress, readiness
 from deployments.http.errors import APIError
 from deployments.http.moderation import Moderation
-from deployments.http.resolve import Offer
+from deployments.http.resolve import Offer, resolve
+from deployments.http.schemas import ImagesRequest
 from deployments.jobs import worker
 from deployments.jobs.jobs import Jobs
 from deployments.jobs.routes import jobs_here, max_body_bytes, router
@@ -338,3 +339,9 @@ def test_a_server_without_jobs_says_so_and_all_routes_are_described(monkeypatch:
     for path in ("", "/{job_id}", "/{job_id}/result", "/{job_id}/cancel"):
         assert f"/v1/images/jobs{path}" in document["paths"]
     assert urlsplit("/v1/images/files/{token}").path in document["paths"]
+
+
+async def test_prompts_are_logged_if_that_is_asked_for(offer: Offer) -> None:
+    asked = resolve(ImagesRequest(prompt=PROMPT), offer)
+    assert PROMPT in asked.summary(with_prompt=True)
+    assert PROMPT not in asked.summary(with_prompt=False)

@@ -261,13 +261,18 @@ def test_errors_do_not_tell_prompts(store: Store) -> None:
     assert PROMPT not in str(caught.value)
 
 
-def test_keys_take_turns_and_have_idempotency_keys_of_their_own(store: Store) -> None:
+def test_keys_take_turns_and_have_idempotency_keys_of_their_own(store: Store, clock: Clock) -> None:
     many = [add(store, key_id="a", created_at=float(at)).id for at in range(4)]
     few = [add(store, key_id="b", created_at=10.0, idempotency_key="k").id]
     few.append(add(store, key_id="b", created_at=11.0).id)
-    assert add(store, key_id="a", created_at=20.0, idempotency_key="k").id not in few
+    others = add(store, key_id="a", created_at=20.0, idempotency_key="k").id
+    assert others not in few
     claimed = [claim(store) for _ in range(5)]
     assert [job.id for job in claimed if job] == [many[0], few[0], many[1], few[1], many[2]]
+    store.pause("a", 5.0)
+    assert claim(store) is None
+    clock.now += 5.0
+    assert [job.id for job in (claim(store), claim(store)) if job and job.key_id == "a"] == [many[3], others]
     assert {job.id for job in store.page("b", 10, None, ascending=True)} == set(few)
     assert not store.page("", 10, None, ascending=True)
 
@@ -280,7 +285,5 @@ def test_a_store_from_before_keys_is_refused(database: str) -> None:
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE image_jobs (id VARCHAR PRIMARY KEY, created_at FLOAT)"))
     engine.dispose()
-    with pytest.raises(
-        OldTables, match=r"the table image_jobs has no column .*: another version of the server made it"
-    ):
+    with pytest.raises(OldTables, match=r"image_jobs has no column .*: another version of the server made it"):
         Store(database)
