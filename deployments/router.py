@@ -185,7 +185,7 @@ class Router:
 
         held = _Held(tell=tell)
         attributes = {
-            "image.request_id": route.image.request_id,
+            "request.id": route.image.request_id,
             "image.index": route.image.image_index,
             "image.seed": route.image.seed,
             "image.size": route.image.size,

@@ -22,11 +22,8 @@ class Traced:
             await self._app(scope, receive, send)
             return
         headers, method = Headers(scope=scope), scope["method"]
-        attributes = {
-            "http.request.method": method,
-            "url.path": scope["path"],
-            "http.request.header.x-request-id": headers.get("x-request-id", ""),
-        }
+        # Without the path, which may hold the token of a link to a file.
+        attributes = {"http.request.method": method, "request.id": headers.get("x-request-id", "")}
         with tracing.span(
             method,
             attributes,
