@@ -149,16 +149,16 @@ def _fields(**usual: some.SearchStrategy[Any]) -> some.SearchStrategy[dict[str, 
 
 
 _CACHES = _fields(
-    kind=some.sampled_from(["first_block", "taylorseer", "teacache", "magcache"]), threshold=_NUMBERS,
-    interval=some.integers(0, 60), warmup=some.integers(0, 10), order=some.integers(-1, 5),
+    kind=some.sampled_from(["first_block", "taylorseer", "teacache", "magcache"]), threshold=some.floats(0.01, 10),
+    interval=some.integers(2, 50), warmup=some.integers(1, 10), order=some.integers(0, 4),
     ratios=some.lists(_NUMBERS, max_size=4), coefficients=some.lists(_NUMBERS, max_size=9),
-    most_skipped=some.integers(0, 101),
+    most_skipped=some.integers(1, 100),
 )  # fmt: skip
 _STAGES = _fields(
-    name=some.sampled_from(STAGES), sigma_start=_NUMBERS, sigma_end=_NUMBERS, steps=some.integers(0, 6),
-    guidance_scale=some.floats(0, 25), shift=some.one_of(some.just("dynamic"), some.floats(0, 200)),
-    adapter=some.sampled_from(["distilled", "bridge", "finish", "none"]), adapter_scale=some.floats(-1, 3),
-    cache=_CACHES, skip_blocks=some.lists(some.integers(-1, 8), max_size=4), scale=some.sampled_from([1, 0.5, 0.25]),
+    name=some.sampled_from(STAGES), sigma_start=_NUMBERS, sigma_end=_NUMBERS, steps=some.integers(1, 6),
+    guidance_scale=some.floats(1, 20), shift=some.one_of(some.just("dynamic"), some.floats(0.1, 100)),
+    adapter=some.sampled_from(["distilled", "bridge", "finish"]), adapter_scale=some.floats(0, 2),
+    cache=_CACHES, skip_blocks=some.lists(some.integers(0, 5), max_size=4), scale=some.sampled_from([1, 0.5]),
 )  # fmt: skip
 
 
