@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
 import psutil
@@ -26,17 +26,24 @@ _SLICE_S = 0.1  # of a slowed process
 _RUNS = 0.25  # share of each slice
 
 
+async def _one_of(list_processes: Callable[[], Sequence[psutil.Process]], chance: random.Random) -> psutil.Process:
+    """Choose a process, as soon as there is one: an earlier fault may have ended them all. Raises TimeoutError."""
+    async with asyncio.timeout(_START_S):
+        while not (processes := list_processes()):
+            await asyncio.sleep(0.5)
+        return chance.choice(processes)
+
+
 def _kill(deployment: str) -> Fault:
     async def strike(site: Site, chance: random.Random) -> None:
-        if processes := site.replicas(deployment):
-            chance.choice(processes).kill()
+        (await _one_of(lambda: site.replicas(deployment), chance)).kill()
 
     return strike
 
 
 def _stop(deployment: str) -> Fault:
     async def strike(site: Site, chance: random.Random) -> None:
-        process = chance.choice(site.replicas(deployment))
+        process = await _one_of(lambda: site.replicas(deployment), chance)
         process.suspend()
         await asyncio.sleep(_STOPPED_S)
         with suppress(psutil.NoSuchProcess):
@@ -61,7 +68,7 @@ def _slow(deployment: str) -> Fault:
 
 
 async def _kill_controller(site: Site, chance: random.Random) -> None:
-    site.controller.kill()
+    (await _one_of(site.controllers, chance)).kill()
 
 
 async def _kill_node(site: Site, chance: random.Random) -> None:

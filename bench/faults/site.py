@@ -36,11 +36,9 @@ class Site:
         """List the processes of a deployment's replicas."""
         return titled(psutil.Process().children(recursive=True), f"ray::ServeReplica:images:{deployment}")
 
-    @property
-    def controller(self) -> psutil.Process:
-        """Serve's controller."""
-        (process,) = titled(psutil.Process().children(recursive=True), "ray::ServeController")
-        return process
+    def controllers(self) -> list[psutil.Process]:
+        """List the process of Serve's controller, if it is there."""
+        return titled(psutil.Process().children(recursive=True), "ray::ServeController")
 
     def add_node(self) -> None:
         """Add a node with room for all replicas."""
