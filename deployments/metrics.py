@@ -149,6 +149,9 @@ REQUEST_SECONDS = Histogram(
     "Seconds from a request to the end of its answer.",
     ("endpoint", "outcome"),
 )
+RESENT = Counter(
+    "images_resent_requests_total", "Requests that were sent again, because the replica of Ingress that had them died."
+)
 
 # In the replicas of Ingress.
 WAITING = Gauge("images_waiting", "Images that wait for their turn.", ("priority", "size"))
@@ -189,7 +192,7 @@ BUSY_SECONDS = Counter("images_busy_seconds_total", "Seconds that a component wa
 LOADED_ADAPTERS = Gauge("images_loaded_adapters", "1 for each adapter that a replica has loaded.", ("adapter",))
 
 ALL: Sequence[Metric] = (
-    READY, REQUESTS, REQUEST_SECONDS, WAITING, WAIT_SECONDS, REFUSED, IMAGES, MEGAPIXELS, STAGE_SECONDS,
+    READY, REQUESTS, REQUEST_SECONDS, RESENT, WAITING, WAIT_SECONDS, REFUSED, IMAGES, MEGAPIXELS, STAGE_SECONDS,
     STAGE_WAIT_SECONDS, HANDOVER_BYTES, RESUMED, IN_STAGE, STEP_SECONDS, BATCH_SIZE, EVALUATIONS, CACHED_EVALUATIONS,
     BUSY_SECONDS, LOADED_ADAPTERS,
 )  # fmt: skip

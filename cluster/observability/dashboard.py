@@ -83,7 +83,14 @@ ROWS: dict[str, Sequence[Panel]] = {
             "Bps",
             {"{{direction}} {{target}}": _rate(metrics.HANDOVER_BYTES, "direction, target")},
         ),
-        Panel("Hops resumed", "ops", {"{{lost_in}} {{reason}}": _rate(metrics.RESUMED, "lost_in, reason")}),
+        Panel(
+            "Hops resumed, and requests sent again",
+            "ops",
+            {
+                "{{lost_in}} {{reason}}": _rate(metrics.RESUMED, "lost_in, reason"),
+                "sent again": f"sum(rate({metrics.RESENT.exported}[$__rate_interval]))",
+            },
+        ),
     ),
     "Stages": (
         Panel(

@@ -20,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments import metrics
 from deployments.http.errors import REPLICA_DIED, RETRY, error_body
 from deployments.http.exchange import Exchange
 from deployments.http.readiness import Watch
@@ -129,6 +130,7 @@ class Front:
         answer = _Answer(scope, receive, send)
         await self._attempt(scope, replay, answer)
         if answer.begun is None and self._in_proxy and _is_repeatable(again) and replay.rewind():
+            metrics.RESENT.add()
             await self._attempt(again, replay, answer)
         await answer.end()
 
