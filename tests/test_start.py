@@ -481,6 +481,7 @@ def test_sigterm_drains(narrow: Running) -> None:
     end(narrow, signal.SIGTERM, group=False)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_drains() -> None:
     """A terminal sends it to the whole group."""
