@@ -20,6 +20,7 @@ def attach() -> None:
     Lines are JSON if Serve's logs are. In all of them, what belongs to a trace has its id.
     """
     tracing.stamp_logs()
+    ray_internals.mend_print()
     if os.environ.get("RAY_SERVE_LOG_TO_STDERR") != "0":
         return
     context = serve.get_replica_context()

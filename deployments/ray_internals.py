@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
+import sys
+from typing import Any
 
 import ray
 from ray._common.formatters import JSONFormatter
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.serve._private import logging_utils
 from ray.serve.handle import DeploymentHandle
 
 _NAMESPACE = b"images"
@@ -60,3 +64,19 @@ def logs_json() -> bool:
     """Whether Serve writes this replica's log as JSON, see `logging_config` in its schema."""
     handlers = logging.getLogger("ray.serve").handlers
     return any(isinstance(getattr(each, "target", each).formatter, JSONFormatter) for each in handlers)
+
+
+def mend_print() -> None:
+    """Let Serve's `print`, where it has replaced Python's, hand its arguments on to files one by one.
+
+    Tracebacks in logs are printed, and Serve's would print a tuple in place of each line.
+    """
+    if builtins.print is logging_utils.redirected_print:
+        builtins.print = _print  # type: ignore[assignment]
+
+
+def _print(*objects: Any, sep: str = " ", end: str = "\n", file: Any = None, flush: bool = False) -> None:
+    if file in (sys.stdout, sys.stderr, None):
+        logging_utils.redirected_print(*objects, sep=sep, end=end)
+    else:
+        logging_utils.buildin_print(*objects, sep=sep, end=end, file=file, flush=flush)

@@ -96,12 +96,47 @@ async def test_what_a_dead_replica_had_is_sent_to_another_one(death: Behaviour) 
     (first, body), (second, again) = replicas.requests
     assert body == again == b'{"prompt":"a star"}'
     assert first[b"x-request-id"] == second[b"x-request-id"]
+    assert first[b"x-front-charge"] == second[b"x-front-charge"]
     assert first[b"x-front-received"] == second[b"x-front-received"]  # the time that it may take is not longer
 
 
 async def iter_bytes(*parts: bytes) -> AsyncIterator[bytes]:
     for part in parts:
         yield part
+
+
+async def test_nothing_is_sent_again_for_a_client_that_has_left() -> None:
+    """Serve's proxy then ends without an answer, too."""
+    calls = 0
+
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal calls
+        calls += 1
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    messages: list[Message] = [
+        {"type": "http.request", "body": b"{}", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": GENERATIONS, "headers": []}
+    await Front(proxy)(scope, receive, send)
+    assert (calls, sent) == (1, [])
+
+
+@pytest.mark.parametrize("path", ["/", "/other/v2", "/v2/images/generations"])
+async def test_what_is_not_of_the_api_is_sent_once(path: str) -> None:
+    replicas = Replicas("dies", "answers")
+    await send(Front(replicas), path, "GET")
+    assert len(replicas.requests) == 1
 
 
 async def test_a_stream_is_sent_again_before_its_first_event_alone() -> None:

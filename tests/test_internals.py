@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 from collections.abc import Callable
 
+import pytest
 import ray
 import torch
 from diffusers import QwenImageTransformer2DModel, ZImageTransformer2DModel
@@ -135,6 +137,17 @@ def test_serves_logs_and_rays_console() -> None:
     assert "file_handler.setFormatter(json_formatter)" in configure
     assert "target=file_handler" in configure
     assert hasattr(ray_constants, "RAY_DISABLE_WORKER_LOG_PREFIX")
+
+
+def test_serves_print_and_the_tracebacks_of_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        raise ValueError("the reason")
+    except ValueError as error:
+        info = (ValueError, error, error.__traceback__)
+    monkeypatch.setattr("builtins.print", logging_utils.redirected_print)
+    assert "('ValueError: the reason\\n',)" in logging.Formatter().formatException(info)  # else `mend_print` may go
+    ray_internals.mend_print()
+    assert logging.Formatter().formatException(info).endswith("\nValueError: the reason")
 
 
 def test_rays_port_of_metrics() -> None:

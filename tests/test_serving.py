@@ -32,7 +32,7 @@ DEPLOYMENTS = {"Ingress", "TextEncoder", "Base", "Bridge", "Distilled", "VAEDeco
 def test_serve_run_starts_six_healthy_deployments(url: str) -> None:
     assert httpx.get(f"{url}/readyz", timeout=10).json() == {
         "status": "ready",
-        "replicas": dict.fromkeys(DEPLOYMENTS, 1),
+        "replicas": {**dict.fromkeys(DEPLOYMENTS, 1), "Ingress": 2},
         "stages": {
             "encode": {"TextEncoder": 1},
             "base": {"Base": 1},

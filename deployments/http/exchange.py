@@ -16,13 +16,18 @@ _LONGEST_ERROR = 16384  # bytes
 _REFUSALS = {"not_ready", "overloaded", "rate_limit_exceeded", "too_many_jobs"}  # of what might be served later
 
 
+def endpoint_of(path: str) -> str:
+    """Return the endpoint of the API that a path is of, or `other`."""
+    found = _ENDPOINT.search(path)
+    return found[1] if found else "other"
+
+
 class Exchange:
     """Passes the messages of ASGI on, and looks at them."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
-        endpoint = _ENDPOINT.search(scope["path"])
-        self._endpoint = endpoint[1] if endpoint else "other"
+        self._endpoint = endpoint_of(scope["path"])
         self._started = time.monotonic()
         self._status = 0
         self._error = b""  # a JSON error, or what has come of one

@@ -9,7 +9,9 @@ timeout) are plain text or empty, and do not reach the application's handlers. S
 from __future__ import annotations
 
 import json
+import logging
 import re
+import secrets
 import time
 import uuid
 from collections.abc import Iterable
@@ -22,11 +24,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import metrics
 from deployments.http.errors import REPLICA_DIED, RETRY, error_body
-from deployments.http.exchange import Exchange
+from deployments.http.exchange import Exchange, endpoint_of
 from deployments.http.readiness import Watch
 from deployments.http.replay import Replay
 
+logger = logging.getLogger("ray.serve")
+
 _RECEIVED = b"x-front-received"  # header that says when the proxy had the request, in seconds since the epoch
+_CHARGE = b"x-front-charge"  # header that names the request in the ledger of access
 _REQUEST_ID = b"x-request-id"  # of clients, which Serve makes the request's name where there is one
 _NAME = re.compile(rb"[\w.:-]{1,64}")
 _IDEMPOTENCY_KEY = b"idempotency-key"
@@ -131,8 +136,10 @@ class Front:
         await self._attempt(scope, replay, answer)
         if answer.begun is None and self._in_proxy and _is_repeatable(again) and replay.rewind():
             metrics.RESENT.add()
+            logger.warning(f"{dict(again['headers'])[_REQUEST_ID].decode()}: sent again, for its replica died")
             await self._attempt(again, replay, answer)
-        await answer.end()
+        if not replay.has_left:
+            await answer.end()
 
     async def _attempt(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         try:
@@ -187,20 +194,25 @@ class _Answer:
 
 
 def _is_repeatable(scope: Scope) -> bool:
-    """Whether a request that may have been worked on can be sent again: it reads, makes images, or has a key."""
-    return (
-        scope["method"] == "GET"
-        or scope["path"].endswith("/v1/images/generations")
-        or any(name.lower() == _IDEMPOTENCY_KEY for name, _ in scope["headers"])
-    )
+    """Whether a request of the API may be worked on twice: it reads, makes images or has a key."""
+    endpoint = endpoint_of(scope["path"])
+    has_key = any(name.lower() == _IDEMPOTENCY_KEY for name, _ in scope["headers"])
+    return endpoint != "other" and (scope["method"] == "GET" or endpoint == "generations" or has_key)
 
 
 def _marked(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return headers with the time and a request id, the client's if it is a plain name: Serve writes it into logs."""
+    """Return headers with the time, a request id, the client's if it is a plain name, and an id for the ledger.
+
+    Serve writes the request's id into logs. An attempt that is made after another one is charged for in its place.
+    """
     names = [value for name, value in headers if name.lower() == _REQUEST_ID and _NAME.fullmatch(value)]
-    kept = [(name, value) for name, value in headers if name.lower() not in (_RECEIVED, _REQUEST_ID)]
-    name = names[0] if names else str(uuid.uuid4()).encode()
-    return [*kept, (_REQUEST_ID, name), (_RECEIVED, repr(time.time()).encode())]
+    kept = [(name, value) for name, value in headers if name.lower() not in (_RECEIVED, _REQUEST_ID, _CHARGE)]
+    return [
+        *kept,
+        (_REQUEST_ID, names[0] if names else str(uuid.uuid4()).encode()),
+        (_RECEIVED, repr(time.time()).encode()),
+        (_CHARGE, f"imgreq_{secrets.token_hex(16)}".encode()),
+    ]
 
 
 def _is_lost(start: Message) -> bool:

@@ -27,6 +27,8 @@ _STATUS_PERIOD_S = 5.0  # while nothing happens
 _STATUS_PERIOD_UNREADY_S = 0.5
 _DEADLINE_S = 2.0  # after which a cluster that does not respond makes the server unready
 _AT_REST = {"HEALTHY", "UPSCALING", "DOWNSCALING"}  # statuses in which a deployment may be scaled to zero replicas
+# States in which a replica works; a controller that begins anew has yet to hear of one that it recovers.
+_AT_WORK = ("RUNNING", "RECOVERING", "PENDING_MIGRATION")
 _DRAINING = "draining"
 _STAGES = "stages of "  # before an application's name
 _ORIGINS = "origins of "  # likewise
@@ -189,7 +191,7 @@ def _ask_controller(started: frozenset[str]) -> Deployments:
         origins.update(json.loads(ray_internals.get(_ORIGINS + application) or b"[]"))
         for deployment, status in overview.deployments.items():
             key = f"{application}#{deployment}"
-            running[key] = status.replica_states.get("RUNNING", 0)
+            running[key] = sum(status.replica_states.get(state, 0) for state in _AT_WORK)
             if status.status in _AT_REST:
                 resting.add(key)
     return Deployments(running, frozenset(resting), started, stages, tuple(sorted(origins)))

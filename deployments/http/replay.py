@@ -8,9 +8,14 @@ _MOST_BYTES = 8 * 1024 * 1024
 
 
 class Replay:
-    """An ASGI `receive` that keeps the body, as long as it is short, so that it can be read again."""
+    """An ASGI `receive` that keeps the body, as long as it is short, so that it can be read again.
+
+    Attributes:
+        has_left: whether the client has gone away, as far as it was asked for.
+    """
 
     def __init__(self, receive: Receive) -> None:
+        self.has_left = False
         self._receive = receive
         self._kept: list[Message] = []
         self._bytes = 0
@@ -26,12 +31,13 @@ class Replay:
         if self._bytes > _MOST_BYTES:
             self._kept.clear()
             self._next = 0
-        elif message["type"] == "http.request":  # a disconnection is told anew
+        elif message["type"] == "http.request":
             self._kept.append(message)
             self._next += 1
+        self.has_left |= message["type"] == "http.disconnect"
         return message
 
     def rewind(self) -> bool:
-        """Begin anew, or return False if the body is too long for that."""
+        """Begin anew, or return False if the body is too long for that, or nobody waits for the answer."""
         self._next = 0
-        return self._bytes <= _MOST_BYTES
+        return self._bytes <= _MOST_BYTES and not self.has_left
