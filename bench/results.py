@@ -22,6 +22,13 @@ def output_directory(arguments: argparse.Namespace) -> Path:
     return output
 
 
+def positive(text: str) -> float:
+    """Return the number of an argument that must be above 0; raises ValueError, of which argparse makes an error."""
+    if not (value := float(text)) > 0:
+        raise ValueError
+    return value
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write indented JSON."""
     path.write_text(json.dumps(content, indent=1) + "\n")

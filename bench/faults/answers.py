@@ -33,6 +33,7 @@ class Answer:
         sent, end: when it was due and when it was answered, in seconds of the monotonic clock.
         status: HTTP status, or 0 if the connection broke or nothing came in time.
         error: code of the API's error, or what happened to the connection; None for an image.
+        message: the error's message.
         image: the image's file; empty for an error.
         retry_after_s: seconds after which it may be sent again, if the answer says so.
     """
@@ -42,6 +43,7 @@ class Answer:
     end: float
     status: int
     error: str | None = None
+    message: str = ""
     image: bytes = b""
     retry_after_s: float | None = None
 
@@ -121,13 +123,14 @@ async def ask(client: httpx.AsyncClient, number: int, request: dict[str, Any], s
     try:
         async with asyncio.timeout(request["timeout_s"] + _SPARE_S):
             answer = await client.post("/v1/images/generations", json=request)
-    except (httpx.HTTPError, TimeoutError) as error:
-        return Answer(number, sent, time.monotonic(), 0, type(error).__name__)
+    except (httpx.HTTPError, TimeoutError) as failure:
+        return Answer(number, sent, time.monotonic(), 0, type(failure).__name__, str(failure))
     end = time.monotonic()
     if answer.status_code != 200:
         wait = answer.headers.get("retry-after")
-        code = answer.json()["error"]["code"]
-        return Answer(number, sent, end, answer.status_code, code, retry_after_s=float(wait) if wait else None)
+        error = answer.json()["error"]
+        after = float(wait) if wait else None
+        return Answer(number, sent, end, answer.status_code, error["code"], error["message"], retry_after_s=after)
     return Answer(number, sent, end, 200, image=base64.b64decode(answer.json()["data"][0]["b64_json"]))
 
 
@@ -142,6 +145,15 @@ async def steadily(url: str, sent: Sequence[dict[str, Any]], rate: float) -> lis
             return await ask(client, number, request, due)
 
         return list(await asyncio.gather(*(one(number, request) for number, request in enumerate(sent))))
+
+
+def lost(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Describe the answers without an image."""
+    return [
+        {"number": answer.number, "status": answer.status, "error": answer.error, "message": answer.message}
+        for answer in answers
+        if answer.status != 200
+    ]
 
 
 def different(answers: Sequence[Answer], expected: Sequence[Answer]) -> list[int]:

@@ -18,10 +18,10 @@ from typing import Any
 
 import httpx
 
-from bench.faults.answers import Answer, Figures, different, requests, steadily
+from bench.faults.answers import Answer, Figures, different, lost, requests, steadily
 from bench.faults.faults import FAULTS
 from bench.faults.site import Site, standing
-from bench.results import add_output_argument, output_directory, write_json
+from bench.results import add_output_argument, output_directory, positive, write_json
 
 _NODES = 2
 _TIMEOUT_S = 110.0
@@ -46,7 +46,7 @@ class Struck:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--requests", type=int, default=300)
-    parser.add_argument("--rate", type=float, default=1.0, help="requests a second")
+    parser.add_argument("--rate", type=positive, default=1.0, help="requests a second")
     parser.add_argument("--faults", type=int, default=24, help="how many, at equal distances")
     parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=list(FAULTS), help="which ones, in turns")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the kinds, and of what is hit")
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = output_directory(arguments)
     with standing(_NODES) as site:
         undisturbed, disturbed, struck, recovery = asyncio.run(_compare(site, arguments))
-    lost = [answer for answer in disturbed if answer.status != 200]
+    missing = lost(disturbed)
     others = different(disturbed, undisturbed)
     report = {
         "requests": arguments.requests,
@@ -66,14 +66,14 @@ def run(arguments: argparse.Namespace) -> None:
         "faults": [{"name": each.name, "at": round(each.at, 1), "seconds": round(each.seconds, 1)} for each in struck],
         "undisturbed": Figures.of(undisturbed).rounded(),
         "disturbed": Figures.of(disturbed).rounded(),
-        "lost": [{"number": each.number, "status": each.status, "error": each.error} for each in lost],
+        "lost": missing,
         "different": others,
         "recovery_s": round(recovery, 1),
     }
     write_json(output / "chaos.json", report)
     _print(report)
-    if lost or others:
-        sys.exit(f"{len(lost)} requests without an image, {len(others)} with another one")
+    if missing or others:
+        sys.exit(f"{len(missing)} requests without an image, {len(others)} with another one")
 
 
 async def _compare(site: Site, arguments: argparse.Namespace) -> tuple[list[Answer], list[Answer], list[Struck], float]:

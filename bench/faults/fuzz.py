@@ -101,7 +101,7 @@ def _api(running: Running, cases: int, seed: int) -> Statuses:
             "--max-examples", str(max(1, cases // operations)), "--seed", str(seed),
             "--request-timeout", str(_HANG_S), "--report", "ndjson", "--report-ndjson-path", str(report),
         ]  # fmt: skip
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=cases * _HANG_S)
         if done.returncode:
             sys.exit(done.stdout[-20_000:] + done.stderr)
         statuses: Statuses = {}

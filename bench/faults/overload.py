@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -19,21 +20,22 @@ import numpy as np
 
 from bench.faults.answers import Answer, ask, client_of, counts, requests, steadily
 from bench.models import SCENES
-from bench.results import add_output_argument, output_directory, write_json
+from bench.results import add_output_argument, output_directory, positive, write_json
 from bench.serving.servers import Running, servers, started
 
 _CLIENTS = 24  # that saturate the server
 _WARM_UP_S = 10.0
 _PROBE_PERIOD_S = 0.5
+_RECOVERY_S = 120.0
 _BARS = {"goodput": 0.9, "refused_p50_s": 0.1, "probe_p50_s": 0.1}  # the first as a share of what it can do
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--seconds", type=float, default=120.0, help="of too much load")
-    parser.add_argument("--saturation-seconds", type=float, default=40.0, help="to find out what the server can do")
-    parser.add_argument("--times", type=float, default=5.0, help="how many times as much as that")
-    parser.add_argument("--timeout", type=float, default=20.0, help="seconds that a request may take")
+    parser.add_argument("--seconds", type=positive, default=120.0, help="of too much load")
+    parser.add_argument("--saturation-seconds", type=positive, default=40.0, help="to find out what the server can do")
+    parser.add_argument("--times", type=positive, default=5.0, help="how many times as much as that")
+    parser.add_argument("--timeout", type=positive, default=20.0, help="seconds that a request may take")
     add_output_argument(parser)
 
 
@@ -67,9 +69,7 @@ async def _load(running: Running, arguments: argparse.Namespace) -> dict[str, An
     load = asyncio.create_task(steadily(running.url, sent, rate))
     probes, peak = await _watch(running, load)
     answers = await load
-    over = time.monotonic()
-    while await _latency(running) > 2 * idle:
-        pass
+    recovery = await _recover(running, 2 * idle)
     images = [answer.latency for answer in answers if answer.status == 200]
     refused = [answer for answer in answers if answer.status == 503]
     late = [answer for answer in answers if answer.status not in (200, 503)]
@@ -91,7 +91,7 @@ async def _load(running: Running, arguments: argparse.Namespace) -> dict[str, An
         "memory_before": memory,
         "memory_peak": peak,
         "memory_after": running.resident_memory(),
-        "recovery_s": round(time.monotonic() - over, 1),
+        "recovery_s": round(recovery, 1),
     }
 
 
@@ -126,10 +126,20 @@ async def _saturate(running: Running, seconds: float) -> float:
 
 
 async def _latency(running: Running) -> float:
-    """Seconds that one image takes."""
+    """Seconds that one image takes; infinite if there is none."""
     async with client_of(running.url) as client:
         (request,) = requests(1, 110.0)
-        return (await ask(client, 0, request)).latency
+        answer = await ask(client, 0, request)
+        return answer.latency if answer.status == 200 else math.inf
+
+
+async def _recover(running: Running, latency: float) -> float:
+    """Seconds until an image takes no longer than that; raises TimeoutError."""
+    start = time.monotonic()
+    async with asyncio.timeout(_RECOVERY_S):
+        while await _latency(running) > latency:
+            await asyncio.sleep(0.2)
+    return time.monotonic() - start
 
 
 async def _watch(running: Running, load: asyncio.Task[list[Answer]]) -> tuple[list[float], int]:

@@ -20,9 +20,9 @@ from typing import Any
 import httpx
 import yaml
 
-from bench.faults.answers import Answer, Figures, ask, client_of, different, requests, steadily
+from bench.faults.answers import Answer, Figures, ask, client_of, different, lost, requests, steadily
 from bench.models import SCENES
-from bench.results import add_output_argument, output_directory, write_json
+from bench.results import add_output_argument, output_directory, positive, write_json
 from bench.serving.servers import Running, servers, started
 
 _TIMEOUT_S = 110.0
@@ -57,8 +57,8 @@ _CHANGES: dict[str, Callable[[Config], None]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--rate", type=float, default=1.0, help="requests a second")
-    parser.add_argument("--still", type=float, default=10.0, help="seconds before the first change and after each")
+    parser.add_argument("--rate", type=positive, default=1.0, help="requests a second")
+    parser.add_argument("--still", type=positive, default=10.0, help="seconds before the first change and after each")
     parser.add_argument("--changes", nargs="+", choices=_CHANGES, default=list(_CHANGES))
     add_output_argument(parser)
 
@@ -73,21 +73,21 @@ def run(arguments: argparse.Namespace) -> None:
         config["http_options"]["port"] = httpx.URL(running.url).port
         changed, changes = asyncio.run(_change(running, config, Path(directory), arguments))
         unchanged = asyncio.run(steadily(running.url, requests(len(changed), _TIMEOUT_S), arguments.rate))
-    lost = [answer for answer in changed if answer.status != 200]
+    missing = lost(changed)
     others = different(changed, unchanged)
     report = {
         "rate": arguments.rate,
         "changes": changes,
         "changed": Figures.of(changed).rounded(),
         "unchanged": Figures.of(unchanged).rounded(),
-        "lost": [{"number": each.number, "status": each.status, "error": each.error} for each in lost],
+        "lost": missing,
         "different": others,
     }
     write_json(output / "rollout.json", report)
     for key, value in report.items():
         print(f"{key:10} {value}")
-    if lost or others:
-        sys.exit(f"{len(lost)} requests without an image, {len(others)} with another one")
+    if missing or others:
+        sys.exit(f"{len(missing)} requests without an image, {len(others)} with another one")
 
 
 async def _change(

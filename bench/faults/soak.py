@@ -22,7 +22,7 @@ import psutil
 
 from bench.faults.answers import ask, client_of, requests
 from bench.models import SCENES
-from bench.results import add_output_argument, output_directory, write_json
+from bench.results import add_output_argument, output_directory, positive, write_json
 from bench.serving.servers import Running, servers, started
 
 _PATH = "/v1/images/generations"
@@ -53,7 +53,7 @@ class Sample:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--minutes", type=positive, default=30.0)
     add_output_argument(parser)
 
 
@@ -124,10 +124,12 @@ async def _stream(client: httpx.AsyncClient, request: dict[str, Any]) -> str:
 
 async def _leave(client: httpx.AsyncClient, request: dict[str, Any]) -> str:
     """Go away while the image is made."""
-    with suppress(TimeoutError):
+    try:
         async with asyncio.timeout(_GONE_AFTER_S):
-            await client.post(_PATH, json={**request, "plan": "base"})
-    return "gone"
+            answer = await client.post(_PATH, json={**request, "plan": "base"})
+    except TimeoutError:
+        return "gone"
+    return f"{answer.status_code} too early"
 
 
 async def _err(client: httpx.AsyncClient, request: dict[str, Any]) -> str:
@@ -161,13 +163,12 @@ def _slopes(samples: Sequence[Sample]) -> dict[str, float]:
 def _left(running: Running) -> dict[str, float]:
     """Return gauges of what requests leave behind that are not zero, once they had the time to become so."""
     deadline = time.monotonic() + _SETTLE_S
-    while left := {
-        line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
-        for gauge in _GAUGES
-        for line in running.metrics(gauge)
-        if float(line.rpartition(" ")[2])
-    }:
-        if time.monotonic() > deadline:
-            break
+    while True:
+        lines = {gauge: running.metrics(gauge) for gauge in _GAUGES}
+        if missing := [gauge for gauge, found in lines.items() if not found]:
+            raise RuntimeError(f"the server does not tell {', '.join(missing)}")
+        values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for found in lines.values() for line in found}
+        left = {name: value for name, value in values.items() if value}
+        if not left or time.monotonic() > deadline:
+            return left
         time.sleep(1)
-    return left
