@@ -29,15 +29,15 @@ def bench(name: str, output: Path, *arguments: object) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_no_request_is_lost_to_faults(tmp_path: Path) -> None:
-    content = bench("chaos", tmp_path, "--requests", 30, "--rate", 0.5, "--faults", 5, "--kinds", *KINDS)
+    content = bench("chaos", tmp_path, "--requests", 24, "--rate", 0.5, "--faults", 5, "--kinds", *KINDS)
     assert sorted(each["name"] for each in content["faults"]) == sorted(KINDS)
-    assert content["disturbed"]["answers"] == content["undisturbed"]["answers"] == {"200": 30}
+    assert content["disturbed"]["answers"] == content["undisturbed"]["answers"] == {"200": 24}
 
 
 @pytest.mark.slow
 def test_too_much_load_is_refused_and_the_rest_is_in_time(tmp_path: Path) -> None:
     """Bars of time are for quiet cores; here everything must be answered, and what is admitted in time."""
-    command = [sys.executable, "-m", "bench", "overload", "--seconds", "15", "--saturation-seconds", "10"]
+    command = [sys.executable, "-m", "bench", "overload", "--seconds", "12", "--saturation-seconds", "8"]
     subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, timeout=900)
     content = json.loads((tmp_path / "overload.json").read_text())
     assert content["late"] == 0
@@ -63,11 +63,11 @@ def test_no_request_is_lost_to_an_update(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_nonsense_is_answered(tmp_path: Path) -> None:
-    content = bench("fuzz", tmp_path, "--cases", 600)
-    assert sum(content["plans"]["answers"].values()) >= 100
+    content = bench("fuzz", tmp_path, "--cases", 400)
+    assert sum(content["plans"]["answers"].values()) >= 60
     assert {"200", "400"} <= content["plans"]["answers"].keys() & content["jobs"]["answers"].keys()
     assert {"200", "400", "404"} <= content["api"]["answers"].keys()
-    assert content["packets"]["answers"]["PacketError"] > 50
+    assert content["packets"]["answers"]["PacketError"] > 40
 
 
 def test_a_gap_is_a_time_in_which_requests_wait_for_an_image() -> None:
