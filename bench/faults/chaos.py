@@ -12,6 +12,7 @@ import asyncio
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -63,7 +64,15 @@ def run(arguments: argparse.Namespace) -> None:
     report = {
         "requests": arguments.requests,
         "rate": arguments.rate,
-        "faults": [{"name": each.name, "at": round(each.at, 1), "seconds": round(each.seconds, 1)} for each in struck],
+        "faults": [
+            {
+                "name": each.name,
+                "at": round(each.at, 1),
+                "seconds": round(each.seconds, 1),
+                "longest": round(_longest(each, disturbed), 2),
+            }
+            for each in struck
+        ],
         "undisturbed": Figures.of(undisturbed).rounded(),
         "disturbed": Figures.of(disturbed).rounded(),
         "lost": missing,
@@ -87,6 +96,12 @@ async def _compare(site: Site, arguments: argparse.Namespace) -> tuple[list[Answ
     start = time.monotonic()
     await asyncio.to_thread(_wait_until_whole, site)
     return undisturbed, disturbed, struck, time.monotonic() - start
+
+
+def _longest(fault: Struck, answers: Sequence[Answer]) -> float:
+    """Longest latency in seconds of the requests that were under way when a fault began."""
+    begin = min(answer.sent for answer in answers)
+    return max((each.latency for each in answers if each.sent - begin <= fault.at < each.end - begin), default=0.0)
 
 
 async def _strike(site: Site, arguments: argparse.Namespace, over_s: float) -> list[Struck]:
@@ -122,4 +137,6 @@ def _print(report: dict[str, Any]) -> None:
             f"{name:12} {figures['answers']}, p50 {figures['p50']:.2f} s, p99 {figures['p99']:.2f} s, "
             f"longest {figures['longest']:.2f} s, longest gap {figures['gap']:.2f} s"
         )
+    for fault in report["faults"]:
+        print(f"{fault['at']:6.1f} s  {fault['name']:24} longest of those under way {fault['longest']:.2f} s")
     print(f"{len(report['faults'])} faults; all replicas back {report['recovery_s']:.1f} s after the last answer")
