@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
+import os
 import subprocess
 import sys
 import tempfile
@@ -127,14 +128,22 @@ def _deploy(running: Running, config: Config, directory: Path) -> None:
     """Deploy a config on the running server, and wait until it is there."""
     path = directory / "changed.yaml"
     path.write_text(yaml.safe_dump(config))
-    serve = str(Path(sys.executable).with_name("serve"))
-    dashboard = ["--address", running.dashboard]
-    subprocess.run([serve, "deploy", str(path), *dashboard], check=True, timeout=60, capture_output=True)
+    _serve("deploy", str(path), "--address", running.dashboard)
     deadline = time.monotonic() + _CHANGE_S
     while time.monotonic() < deadline:
         time.sleep(_POLL_S)
-        status = subprocess.run([serve, "status", *dashboard], check=True, timeout=60, capture_output=True, text=True)
-        application = yaml.safe_load(status.stdout)["applications"][config["applications"][0]["name"]]
+        status = yaml.safe_load(_serve("status", "--address", running.dashboard))
+        application = status["applications"][config["applications"][0]["name"]]
         if application["status"] == "RUNNING":
             return
     raise TimeoutError(f"not done after {_CHANGE_S:g} s: {application}")
+
+
+def _serve(*arguments: str) -> str:
+    """Run Serve's command, which sends the dashboard's token if it is told to; return its output."""
+    command = [str(Path(sys.executable).with_name("serve")), *arguments]
+    environment = {"RAY_AUTH_MODE": "token", **os.environ}
+    done = subprocess.run(command, env=environment, timeout=60, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout
