@@ -145,7 +145,8 @@ async def _sample(running: Running, deadline: float, samples: dict[tuple[str, in
     while time.monotonic() < deadline:
         for process in await asyncio.to_thread(running.processes):
             with suppress(psutil.Error):  # it ends
-                name = " ".join(process.cmdline()[:2]).partition(".")[0].rpartition("/")[2]
+                title = "".join(process.cmdline()[:1])
+                name = title.partition(".")[0].strip() if title.startswith("ray::") else process.name()
                 mib = process.memory_info().rss / 2**20
                 samples[name, process.pid].append(Sample(time.monotonic(), mib, process.num_fds()))
         await asyncio.sleep(_SAMPLE_PERIOD_S)
