@@ -330,8 +330,10 @@ def _check_certificate(serve: ServeDeploySchema, path: Path) -> None:
     options = serve.http_options
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
         file = getattr(options, name)
-        if file and not os.access(file, os.R_OK):
-            raise StartError(f"{path}: http_options.{name}: {file} cannot be read")
+        if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
+            raise StartError(f"{path}: http_options.{name}: {file} is no file that can be read")
+    if bool(options.ssl_certfile) != bool(options.ssl_keyfile):  # Serve would then speak plain HTTP
+        raise StartError(f"{path}: http_options.ssl_certfile and ssl_keyfile: must both be there, or neither")
     if options.ssl_certfile:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:

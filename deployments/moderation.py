@@ -38,7 +38,7 @@ def _resolve(value: object) -> object:
     if isinstance(value, str):
         try:
             found = pkgutil.resolve_name(value)
-        except Exception as error:  # whatever the module raises
+        except (Exception, SystemExit) as error:  # whatever the module raises
             raise ValueError(f"{value!r} cannot be imported: {type(error).__name__}: {error}") from error
     if found is not None and not callable(found):
         raise ValueError(f"must be the import path of a function, as module:function, not {value!r}")

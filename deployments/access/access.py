@@ -23,7 +23,6 @@ from deployments.access.store import (
     LimitExceeded,
     Revoked,
     Served,
-    new_charge_id,
 )
 from deployments.http.errors import RETRY, APIError
 from stages.image import parse_size
@@ -86,7 +85,7 @@ class Access:
         """Let a request in.
 
         Args:
-            charge_id: the job's id, or a new one.
+            charge_id: the job's id, or one that the attempts at a request share, of which the last one counts.
             caller: whom it is from.
             request_id: its id in logs.
             images: number of images that it asks for.
@@ -105,7 +104,7 @@ class Access:
 
     @asynccontextmanager
     async def charged(
-        self, caller: Caller, request_id: str, images: int, size: str, until: float
+        self, charge_id: str, caller: Caller, request_id: str, images: int, size: str, until: float
     ) -> AsyncGenerator[Settle]:
         """Let a request in, whose images are in the making within the block; for the rest see `reserve`.
 
@@ -114,7 +113,7 @@ class Access:
         Yields:
             A function to await before the images are served, with the network evaluations of each.
         """
-        charge_id, settled = new_charge_id(), False
+        settled = False
 
         async def settle(evaluations: Sequence[float]) -> None:
             nonlocal settled
@@ -175,12 +174,18 @@ class KeyedAccess(Access):
             asked_pixels=_pixels(size, images),
             making_until=until,
         )
+        entering = asyncio.get_running_loop().run_in_executor(self._calls, self._store.reserve, charge)
         try:
             with _answering(), _permitting():
-                await self._call(self._store.reserve, charge)
-        except asyncio.CancelledError:  # the database may have heard it
-            self.void(charge_id)
+                async with asyncio.timeout(_DEADLINE_S):
+                    await asyncio.shield(entering)
+        except BaseException:  # the database may hear it yet
+            entering.add_done_callback(partial(self._void_what_came_late, charge_id))
             raise
+
+    def _void_what_came_late(self, charge_id: str, entering: asyncio.Future[None]) -> None:
+        if not entering.cancelled() and entering.exception() is None:
+            self.void(charge_id)
 
     async def settle(self, charge_id: str, what: Served, until: float) -> None:
         while True:

@@ -7,12 +7,11 @@ replicas wrote them. Transactions of one key follow one upon another.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import JSON, BigInteger, ColumnElement, Index, case, func, literal, select, update
+from sqlalchemy import JSON, BigInteger, ColumnElement, Index, case, delete, func, literal, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
 
@@ -190,7 +189,7 @@ class AccessStore:
         return key
 
     def reserve(self, charge: Charge) -> None:
-        """Enter a request that is to be let in.
+        """Enter a request that is to be let in, in place of an attempt at it that was lost with its replica.
 
         Raises:
             LimitExceeded: the key may not have that now, or never.
@@ -198,6 +197,7 @@ class AccessStore:
         """
         with self._session.begin() as session:
             key = self._lock(session, charge.key_id)
+            session.execute(delete(Charge).where(Charge.id == charge.id, Charge.key_id == key.id, _OPEN))
             now = charge.created_at = self._clock()
             if key.concurrent_images is not None and charge.asked_images > key.concurrent_images:
                 raise _never(f"{key.concurrent_images} images at once", f"{charge.asked_images}")
@@ -302,6 +302,7 @@ class AccessStore:
         return _WINDOW_S
 
 
+_OPEN = Charge.settled_at.is_(None)
 _PIXELS = case((Charge.settled_at.is_(None), Charge.asked_pixels), else_=Charge.pixels)
 
 
@@ -311,8 +312,3 @@ def _recent(key: Key, now: float) -> ColumnElement[bool]:
 
 def _never(may: str, asked: str) -> LimitExceeded:
     return LimitExceeded(f"the key may have {may}, and the request asks for {asked}", None)
-
-
-def new_charge_id() -> str:
-    """Return an id for a row of the ledger that is no job's."""
-    return f"imgreq_{secrets.token_hex(16)}"

@@ -31,8 +31,9 @@ from deployments.http.replay import Replay
 logger = logging.getLogger("ray.serve")
 
 _RECEIVED = b"x-front-received"  # header that says when the proxy had the request, in seconds since the epoch
-_CHARGE = b"x-front-charge"  # header that names the request in the ledger of access
+_CHARGE = b"x-front-charge"  # header with the id of the request in the ledger, the same for all attempts at it
 _REQUEST_ID = b"x-request-id"  # of clients, which Serve makes the request's name where there is one
+_CHARGE_ID = re.compile(r"imgreq_[0-9a-f]{32}")
 _NAME = re.compile(rb"[\w.:-]{1,64}")
 _IDEMPOTENCY_KEY = b"idempotency-key"
 
@@ -50,6 +51,16 @@ def received(headers: Headers) -> float:
     except ValueError:
         return now
     return start if start < now else now
+
+
+def charge_id(headers: Headers) -> str:
+    """Return the id that a proxy's `Front` gave a request for the ledger, or a new one if there is none."""
+    given = headers.get(_CHARGE.decode(), "")
+    return given if _CHARGE_ID.fullmatch(given) else _new_charge_id()
+
+
+def _new_charge_id() -> str:
+    return f"imgreq_{secrets.token_hex(16)}"
 
 
 class Front:
@@ -211,7 +222,7 @@ def _marked(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]
         *kept,
         (_REQUEST_ID, names[0] if names else str(uuid.uuid4()).encode()),
         (_RECEIVED, repr(time.time()).encode()),
-        (_CHARGE, f"imgreq_{secrets.token_hex(16)}".encode()),
+        (_CHARGE, _new_charge_id().encode()),
     ]
 
 

@@ -26,7 +26,7 @@ from deployments.admission import Admission, Flow, Late, Turn
 from deployments.balancer import Balancer
 from deployments.http.body import read_json
 from deployments.http.errors import APIError
-from deployments.http.front import Front, received
+from deployments.http.front import Front, charge_id, received
 from deployments.http.moderation import Moderation
 from deployments.http.readiness import announce
 from deployments.http.resolve import Job, Offer, resolve, unknown_model
@@ -189,7 +189,7 @@ class Ingress:
         logger.info(job.summary(with_prompt=self._settings.log_prompts))
         request_id, deadline = request.headers["x-request-id"], start + job.timeout_s
         async with AsyncExitStack() as stack:
-            charged = self.access.charged(caller, request_id, job.n, job.size, deadline)
+            charged = self.access.charged(charge_id(request.headers), caller, request_id, job.n, job.size, deadline)
             settle = await stack.enter_async_context(charged)
             await self._moderation.check_prompt(job.prompt, job.negative_prompt)
             job, turns = self._admit(job, request_id, deadline, caller)

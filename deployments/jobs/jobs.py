@@ -120,6 +120,11 @@ class Jobs:
             webhook_url=request.webhook.url if request.webhook else None,
             traceparent=tracing.header(),
         )
+        try:
+            if key and (earlier := await self._call(self._store.before, job)):  # a repeat costs nothing
+                return earlier
+        except KeyReused:
+            raise _reused() from None
         await self._access.reserve(job.id, caller, request_id, asked.n, asked.size)
         with ExitStack() as refusing:
             refusing.callback(self._access.void, job.id)
@@ -127,9 +132,7 @@ class Jobs:
             try:
                 kept = await self._call(self._store.create, job, self._settings.max_unfinished)
             except KeyReused:
-                raise APIError(
-                    409, "idempotency_key_reused", "Idempotency-Key must be new: it came with another body before"
-                ) from None
+                raise _reused() from None
             except QueueFull:
                 message = f"{self._settings.max_unfinished} jobs are not done; try again later"
                 raise APIError(429, "too_many_jobs", message, headers=RETRY) from None
@@ -251,6 +254,11 @@ class Jobs:
         except Exception as error:  # of whatever file system it is
             logger.error("the images of jobs cannot be had", exc_info=error)
             raise APIError(503, "images_unavailable", "the images cannot be had", headers=RETRY) from error
+
+
+def _reused() -> APIError:
+    message = "Idempotency-Key must be new: it came with another body before"
+    return APIError(409, "idempotency_key_reused", message)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -158,6 +158,11 @@ class Store:
                     return before
             raise
 
+    def before(self, job: ImageJob) -> ImageJob | None:
+        """Return the job that another one's idempotency key and request made before; raises KeyReused."""
+        with self._session.begin() as session:
+            return self._before(session, job)
+
     def _before(self, session: Session, job: ImageJob) -> ImageJob | None:
         if job.idempotency_key is None:
             return None

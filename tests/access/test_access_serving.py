@@ -231,6 +231,13 @@ def test_limits_hold_over_both_replicas(site: Site) -> None:
         assert client.get("/v1/models").status_code == 200
     with site.openai(requests) as limited, pytest.raises(openai.RateLimitError):
         limited.images.generate(prompt=PROMPT)
+    once = site.create("one request", "--requests-per-minute", "1")
+    with site.http(once) as client:
+        body, headers = {"prompt": PROMPT, "plan": "distilled"}, {"Idempotency-Key": "k"}
+        first, again = (client.post("/v1/images/jobs", json=body, headers=headers).json()["id"] for _ in range(2))
+        assert first == again  # which is no further request
+        assert ended(client, first)["status"] == "completed"
+        site.note("one request", client.get(f"/v1/images/jobs/{first}/result").json()["data"])
     pixels = site.create("little room", "--megapixels-per-minute", str(3.5 * PIXELS / 1e6))
     with site.http(pixels) as client:
         refused(generate(client, f"a forbidden {WORD}", n=3), 400, "content_policy_violation")
@@ -360,7 +367,7 @@ def test_pages_of_the_origin_may_call_and_others_not(site: Site, shop: str) -> N
 def test_the_ledger_adds_up_to_what_was_served(site: Site) -> None:
     until(lambda: all(charge.settled_at for charge in site.charges()))
     totals = {row["key"]: row for row in site.ledger("--totals")}
-    assert len(site.served) == 7
+    assert len(site.served) == 8
     for name, served in site.served.items():
         row = totals[name]
         assert int(row["images"]) == served["images"] > 0
