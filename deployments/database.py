@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Engine, MetaData, create_engine, event, func, inspect, make_url, select
 
 WAIT_S = 10  # for a lock, a connection or a statement
+_READS = "images_reads"  # execution option of transactions that only read
 _SCHEMA_LOCK = 0x6A6F6273  # PostgreSQL's number of the lock that whoever creates tables holds
 
 
@@ -32,6 +33,11 @@ def open_database(url: str, metadata: MetaData) -> Engine:
     return engine
 
 
+def reading(engine: Engine) -> Engine:
+    """Return the engine for transactions that only read."""
+    return engine.execution_options(**{_READS: True})
+
+
 def _connect(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.drivername == "postgresql":
@@ -47,7 +53,7 @@ def _connect(url: str) -> Engine:
     engine = create_engine(parsed, hide_parameters=True, pool_timeout=WAIT_S, connect_args={"timeout": WAIT_S})
 
     # As SQLAlchemy's page on SQLite has it: a transaction begins as a writer's, not where the driver thinks that it
-    # must, so that nothing changes between what it reads and what it writes.
+    # must, so that nothing changes between what it reads and what it writes; one that only reads waits for no writer.
     @event.listens_for(engine, "connect")
     def _set_up(connection: Any, record: Any) -> None:
         connection.isolation_level = None
@@ -56,7 +62,7 @@ def _connect(url: str) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get(_READS) else "BEGIN IMMEDIATE")
 
     return engine
 

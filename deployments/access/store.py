@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
 
 from deployments.access.keys import Limits, Presented
-from deployments.database import open_database
+from deployments.database import open_database, reading
 
 _WINDOW_S = 60.0
 _PAGE = 1000  # rows of the ledger that are read at once
@@ -141,6 +141,7 @@ class AccessStore:
         self._clock = clock
         self._engine = open_database(url, _Table.metadata)
         self._session = sessionmaker(self._engine, expire_on_commit=False)
+        self._reading = sessionmaker(reading(self._engine), expire_on_commit=False)
 
     def close(self) -> None:
         """Close its connections."""
@@ -169,7 +170,7 @@ class AccessStore:
 
     def all_keys(self) -> list[Key]:
         """Return all keys, the oldest first, those that were revoked among them."""
-        with self._session.begin() as session:
+        with self._reading.begin() as session:
             return list(session.scalars(select(Key).order_by(Key.created_at, Key.id)))
 
     def revoke(self, name: str) -> bool:
@@ -182,7 +183,7 @@ class AccessStore:
 
     def find(self, presented: Presented) -> Key:
         """Return the key that a client presents; raises Revoked if there is none with this secret."""
-        with self._session.begin() as session:
+        with self._reading.begin() as session:
             key = session.get(Key, presented.key_id)
         if not presented.matches(key.digest if key else None) or key is None or key.revoked_at is not None:
             raise Revoked
@@ -260,7 +261,7 @@ class AccessStore:
         query = query.where(Charge.created_at >= since, Charge.created_at < until)
         page = query
         while True:
-            with self._session.begin() as session:
+            with self._reading.begin() as session:
                 rows = [(charge, name) for charge, name in session.execute(page.limit(_PAGE))]
             yield from rows
             if len(rows) < _PAGE:
