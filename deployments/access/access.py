@@ -20,6 +20,7 @@ from deployments.access.settings import AccessSettings
 from deployments.access.store import (
     AccessStore,
     Charge,
+    ChargeEnded,
     LimitExceeded,
     Revoked,
     Served,
@@ -39,6 +40,7 @@ _DEADLINE_S = 5.0  # of a call to the database
 _PAUSE_S = 1.0  # before the database is told again what it did not hear
 _ATTEMPTS = 100  # to tell it what nobody waits for
 _CALLS = 8  # to the database at once
+_NOTES = 10_000  # that wait for the database
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Access:
 
         Raises:
             APIError: the key may not have that now (429), or never (400).
+            ChargeEnded: a charge of this id is another key's, or has ended.
         """
 
     async def settle(self, charge_id: str, what: Served, until: float) -> None:
@@ -105,28 +108,34 @@ class Access:
 
     @asynccontextmanager
     async def charged(
-        self, caller: Caller, request_id: str, images: int, size: str, until: float
+        self, caller: Caller, request_id: str, images: int, size: str, until: float, charge_id: str | None = None
     ) -> AsyncGenerator[Settle]:
         """Let a request in, whose images are in the making within the block; for the rest see `reserve`.
 
-        What is not settled by the end of the block costs nothing.
+        What is not settled by the end of the block costs nothing. A request that comes again because its replica died
+        has the same `charge_id`, and counts once; None for a new one.
 
         Yields:
             A function to await before the images are served, with the network evaluations of each.
         """
-        charge_id, settled = new_charge_id(), False
+        entered, settled = charge_id or new_charge_id(), False
 
         async def settle(evaluations: Sequence[float]) -> None:
             nonlocal settled
-            await self.settle(charge_id, served(size, evaluations), until)
+            await self.settle(entered, served(size, evaluations), until)
             settled = True
 
-        await self.reserve(charge_id, caller, request_id, images, size, until)
+        try:
+            await self.reserve(entered, caller, request_id, images, size, until)
+        except ChargeEnded:
+            logger.warning(f"{request_id} is charged anew: a charge {entered} has ended, or is another key's")
+            entered = new_charge_id()
+            await self.reserve(entered, caller, request_id, images, size, until)
         try:
             yield settle
         finally:
             if not settled:
-                self.void(charge_id)
+                self.void(entered)
 
     @asynccontextmanager
     async def making(self, caller: Caller, charge_id: str, until: float) -> AsyncGenerator[None]:
@@ -166,7 +175,8 @@ class KeyedAccess(Access):
     async def reserve(
         self, charge_id: str, caller: Caller, request_id: str, images: int, size: str, until: float = 0.0
     ) -> None:
-        charge = Charge(
+        charge = partial(
+            Charge,
             id=charge_id,
             key_id=caller.key_id,
             request_id=request_id,
@@ -175,12 +185,12 @@ class KeyedAccess(Access):
             asked_pixels=_pixels(size, images),
             making_until=until,
         )
-        try:
-            with _answering(), _permitting():
-                await self._call(self._store.reserve, charge)
-        except asyncio.CancelledError:  # the database may have heard it
-            self.void(charge_id)
-            raise
+        with _answering(), _permitting():
+            try:
+                await self._call(self._store.reserve, charge())
+            except (asyncio.CancelledError, SQLAlchemyError, TimeoutError):  # the database may hear it, even later
+                self._note(self._store.withdraw, charge())
+                raise
 
     async def settle(self, charge_id: str, what: Served, until: float) -> None:
         while True:
@@ -213,6 +223,9 @@ class KeyedAccess(Access):
 
         It may be lost with this process: rows that are not settled cost nothing, and end at their deadline.
         """
+        if len(self._notes) >= _NOTES:
+            logger.error("a note for the database of keys is dropped: too many wait")
+            return
 
         async def tell() -> None:
             for _ in range(_ATTEMPTS):

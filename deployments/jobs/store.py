@@ -15,7 +15,7 @@ from sqlalchemy import JSON, ColumnElement, Index, UniqueConstraint, func, or_, 
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
 
-from deployments.database import open_database
+from deployments.database import open_database, reading
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -129,6 +129,7 @@ class Store:
         self._clock = clock
         self._engine = open_database(url, _Table.metadata)
         self._session = sessionmaker(self._engine, expire_on_commit=False)
+        self._reading = sessionmaker(reading(self._engine), expire_on_commit=False)
 
     def close(self) -> None:
         """Close its connections."""
@@ -158,6 +159,11 @@ class Store:
                     return before
             raise
 
+    def before(self, job: ImageJob) -> ImageJob | None:
+        """Return the job that a new one's idempotency key and request made before, if any; raises KeyReused."""
+        with self._reading.begin() as session:
+            return self._before(session, job)
+
     def _before(self, session: Session, job: ImageJob) -> ImageJob | None:
         if job.idempotency_key is None:
             return None
@@ -170,7 +176,7 @@ class Store:
 
     def get(self, job_id: str) -> ImageJob | None:
         """Return a job, if it is there."""
-        with self._session.begin() as session:
+        with self._reading.begin() as session:
             return session.get(ImageJob, job_id)
 
     def page(self, key_id: str, limit: int, after: ImageJob | None, *, ascending: bool) -> list[ImageJob]:
@@ -179,7 +185,7 @@ class Store:
         query = select(ImageJob).where(ImageJob.key_id == key_id).order_by(*order).limit(limit)
         if after:
             query = query.where(_beyond(after, ascending=ascending))
-        with self._session.begin() as session:
+        with self._reading.begin() as session:
             return list(session.scalars(query))
 
     def claim(self, owner: str, lease_s: float, max_attempts: int) -> ImageJob | None:
@@ -293,7 +299,7 @@ class Store:
     def expired(self, limit: int) -> list[str]:
         """Return ids of jobs that need not be kept any longer."""
         query = select(ImageJob.id).where(ImageJob.expires_at <= self._clock()).limit(limit)
-        with self._session.begin() as session:
+        with self._reading.begin() as session:
             return list(session.scalars(query))
 
     def delete(self, job_id: str) -> None:

@@ -47,6 +47,15 @@ def silent(file: Path) -> Iterator[None]:
         connection.execute("ROLLBACK")
 
 
+@contextmanager
+def without_keys(file: Path) -> Iterator[None]:
+    """A database that cannot be asked for keys within the block."""
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        connection.execute("ALTER TABLE access_keys RENAME TO elsewhere")
+        yield
+        connection.execute("ALTER TABLE elsewhere RENAME TO access_keys")
+
+
 def rows(store: AccessStore) -> list[Charge]:
     return [charge for charge, _ in store.ledger(0.0, math.inf)]
 
@@ -54,9 +63,9 @@ def rows(store: AccessStore) -> list[Charge]:
 async def until_void(store: AccessStore) -> None:
     async with asyncio.timeout(60):
         while True:
-            (row,) = await asyncio.to_thread(rows, store)
-            if row.settled_at and (row.images, row.pixels, row.evaluations, row.making_until) == (0, 0, 0.0, 0.0):
-                return
+            for row in await asyncio.to_thread(rows, store):
+                if row.settled_at and (row.images, row.pixels, row.evaluations, row.making_until) == (0, 0, 0.0, 0.0):
+                    return
             await asyncio.sleep(0.05)
 
 
@@ -66,11 +75,13 @@ async def test_a_database_that_does_not_answer_lets_nobody_in(file: Path) -> Non
     header = f"Bearer {key}"
     caller = await access.identify(header, "images")
     with silent(file):
+        assert await access.identify(header, "images") == caller  # who reads waits for nobody
+        with pytest.raises(APIError, match="keys cannot be looked up"):
+            await access.reserve("r", caller, "r", 1, "128x128", time.time() + 60)
+    with without_keys(file):
         with pytest.raises(APIError) as refused:
             await access.identify(header, "images")
         assert (refused.value.status, refused.value.code) == (503, "access_unavailable")
-        with pytest.raises(APIError, match="keys cannot be looked up"):
-            await access.reserve("r", caller, "r", 1, "128x128", time.time() + 60)
     assert await access.identify(header, "images") == caller
     with pytest.raises(APIError, match="not for webhooks"):
         await access.identify(header, "webhooks")
@@ -122,6 +133,40 @@ async def test_what_is_cancelled_or_fails_costs_nothing(file: Path, error: type[
     await until_void(access._store)
     async with access.charged(caller, "r", 1, "128x128", time.time() + 600):
         pass
+    access._store.close()
+
+
+async def test_a_request_that_the_database_hears_too_late_costs_nothing(file: Path) -> None:
+    access = KeyedAccess(AccessSettings(database=f"sqlite:///{file}"))
+    caller = Caller(access._store.create("shop", SCOPES, Limits(concurrent_images=1)).key_id)
+    with silent(file), pytest.raises(APIError, match="try again later"):  # a call waits for seconds more
+        await access.reserve("r", caller, "r", 1, "128x128", time.time() + 600)
+    await until_void(access._store)
+    await asyncio.to_thread(access._calls.shutdown)  # the call ends, too
+    (row,) = rows(access._store)
+    assert (row.settled_at is None, row.making_until) == (False, 0.0)
+    access._store.close()
+
+
+async def test_a_request_that_comes_again_counts_once(file: Path) -> None:
+    access = KeyedAccess(AccessSettings(database=f"sqlite:///{file}"))
+    caller = Caller(access._store.create("shop", SCOPES, Limits(concurrent_images=1)).key_id)
+    await access.reserve("imgreq_1", caller, "r", 1, "128x128", time.time() + 600)  # its replica dies
+    async with access.charged(caller, "r", 1, "128x128", time.time() + 600, "imgreq_1") as settle:
+        await settle([7.0])
+    async with access.charged(caller, "r", 1, "128x128", time.time() + 600, "imgreq_1") as settle:
+        await settle([7.0])
+    assert [(row.id == "imgreq_1", row.images) for row in rows(access._store)] == [(True, 1), (False, 1)]
+    access._store.close()
+
+
+async def test_notes_that_wait_for_the_database_are_bounded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_NOTES", 2)
+    access = KeyedAccess(AccessSettings(database=f"sqlite:///{file}"))
+    for _ in range(3):
+        access.void("r")
+    assert len(access._notes) == 2
+    await asyncio.gather(*access._notes)
     access._store.close()
 
 
