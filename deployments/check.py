@@ -330,14 +330,16 @@ def _check_certificate(serve: ServeDeploySchema, path: Path) -> None:
     options = serve.http_options
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
         file = getattr(options, name)
-        if file and not os.access(file, os.R_OK):
+        if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
             raise StartError(f"{path}: http_options.{name}: {file} cannot be read")
+    if options.ssl_keyfile and not options.ssl_certfile:  # Serve refuses the reverse alone, and would speak plain HTTP
+        raise StartError(f"{path}: http_options.ssl_certfile: must be there, since ssl_keyfile is")
     if options.ssl_certfile:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             # A password that is not there would be asked for at the terminal.
             context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, options.ssl_keyfile_password or "")
-        except (ssl.SSLError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise StartError(
                 f"{path}: http_options.ssl_certfile: {options.ssl_certfile} and ssl_keyfile do not go together: {error}"
             ) from error

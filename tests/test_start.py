@@ -66,7 +66,10 @@ def test_other_shipped_configs_are_right_as_far_as_this_machine_can_tell(
     assert read_config(Path(path)).pools
 
 
-def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
+def test_wrong_config_is_refused_by_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+
     def refusal(change: Callable[..., object]) -> str:
         config = shipped()
         change(config, config["applications"][0])
@@ -139,6 +142,8 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
     for checks, complaint in (
         ({"prompt": "nowhere:check"}, "args: moderation.prompt: 'nowhere:check' cannot be imported: ModuleNotFoundErr"),
         ({"image": "math:pi"}, "args: moderation.image: must be the import path of a function, as module:function"),
+        ({"prompt": "exits:check"}, "args: moderation.prompt: 'exits:check' cannot be imported: SystemExit: 3"),
+        ({"image": "math:sqrt"}, "args: moderation.image: 'math:sqrt' must take image, prompt: too many"),
         ({"timeout_s": 0}, "args: moderation.timeout_s: "),
     ):
         assert complaint in refusal(lambda config, app, to=checks: app["args"].update(moderation=to))
@@ -208,6 +213,19 @@ def test_configs_of_parts_are_refused_by_file(
     config["applications"][0]["args"]["model"] = str(model)
     with pytest.raises(StartError, match=rf"^{model}: source: .*({complaint})"):
         check(written(tmp_path, config))
+
+
+def test_half_of_what_https_needs_is_refused(tmp_path: Path) -> None:
+    config = shipped()
+    options = config["http_options"]
+    (tmp_path / "tls").touch()
+    for given, missing in (("ssl_certfile", "ssl_keyfile"), ("ssl_keyfile", "ssl_certfile")):
+        config["http_options"] = {**options, given: str(tmp_path / "tls")}
+        with pytest.raises(StartError, match=r"http_options\.ssl_certfile: (Both|must be there)"):
+            check(written(tmp_path, config))
+        config["http_options"] = {**options, given: str(tmp_path), missing: str(tmp_path / "tls")}
+        with pytest.raises(StartError, match=rf"http_options\.{given}: {tmp_path} cannot be read"):
+            check(written(tmp_path, config))
 
 
 def test_taken_port_is_refused(tmp_path: Path) -> None:
