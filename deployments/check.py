@@ -368,10 +368,10 @@ def check_free(host: str, port: int, where: str) -> str:
 
 def _check_tracing() -> None:
     """Check that traces can be exported as OpenTelemetry's variables ask for."""
-    from deployments.tracing import load_exporter
+    from deployments import tracing
 
     try:
-        load_exporter()
+        tracing.check()
     except ValueError as error:
         raise StartError(str(error)) from error
 

@@ -122,6 +122,10 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path, monkeypatch: pytest.
     for access, complaint in (
         ({}, "args: access.database: "),
         ({"database": "mysql://root:secret@host/keys"}, "args: access.database: must be sqlite:/// with a path"),
+        (
+            {"database": "postgresql://root:secret@host:54x/keys"},
+            "args: access.database: must have a port of 1 to 65535",
+        ),
         ({"database": f"sqlite:///{tmp_path}/file/keys.sqlite3"}, "args.access.database: "),
     ):
         refused = refusal(lambda config, app, to=access: app["args"].update(access=to))
@@ -147,7 +151,8 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path, monkeypatch: pytest.
         ({"timeout_s": 0}, "args: moderation.timeout_s: "),
     ):
         assert complaint in refusal(lambda config, app, to=checks: app["args"].update(moderation=to))
-    assert "args: cors_origins.0: " in refusal(lambda config, app: app["args"].update(cors_origins=["example.com"]))
+    for origin in ("example.com", "https://*.example.com"):
+        assert "args: cors_origins.0: " in refusal(lambda config, app, to=origin: app["args"].update(cors_origins=[to]))
     for prefix in ("foo", None, "/{x}"):
         assert "route_prefix: must begin with /" in refusal(lambda config, app, to=prefix: app.update(route_prefix=to))
     for key, value, complaint in (

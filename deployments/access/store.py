@@ -217,15 +217,15 @@ class AccessStore:
             charge.created_at = before.created_at if before else now
             recent = (Charge.key_id == key.id) & (Charge.created_at > now - _WINDOW_S) & (Charge.id != charge.id)
             if key.concurrent_images is not None and charge.asked_images > key.concurrent_images:
-                raise _never(f"{key.concurrent_images} images at once", f"{charge.asked_images}")
+                raise _never(f"{_count(key.concurrent_images, 'image')} at once", f"{charge.asked_images}")
             if key.requests_per_minute is not None:
                 rows = select(func.count()).select_from(Charge).where(recent)
                 if (session.scalar(rows) or 0) >= key.requests_per_minute:
                     wait = self._wait(session, recent, now, room=key.requests_per_minute - 1, of_pixels=False)
-                    raise LimitExceeded(f"the key may make {key.requests_per_minute} requests a minute", wait)
+                    raise LimitExceeded(f"the key may make {_count(key.requests_per_minute, 'request')} a minute", wait)
             if key.megapixels_per_minute is not None:
                 room = round(key.megapixels_per_minute * 1e6) - charge.asked_pixels
-                told = f"{key.megapixels_per_minute:g} megapixels a minute"
+                told = f"{_count(key.megapixels_per_minute, 'megapixel')} a minute"
                 if room < 0:
                     raise _never(told, f"{charge.asked_pixels / 1e6:g}")
                 if (session.scalar(select(func.sum(_PIXELS)).where(recent)) or 0) > room:
@@ -318,7 +318,7 @@ class AccessStore:
             Charge.key_id == key.id, Charge.making_until > now, Charge.id != besides
         )
         if (session.scalar(making) or 0) + images > key.concurrent_images:
-            raise LimitExceeded(f"the key may have {key.concurrent_images} images at once", _SOON_S)
+            raise LimitExceeded(f"the key may have {_count(key.concurrent_images, 'image')} at once", _SOON_S)
 
     def _wait(self, session: Session, recent: ColumnElement[bool], now: float, room: int, *, of_pixels: bool) -> float:
         """Return the seconds until what a key had in the last minute is no more than `room`."""
@@ -335,6 +335,10 @@ class AccessStore:
 
 _NOTHING = Served(0, 0, 0.0)
 _PIXELS = case((Charge.settled_at.is_(None), Charge.asked_pixels), else_=Charge.pixels)
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
 def _never(may: str, asked: str) -> LimitExceeded:

@@ -11,9 +11,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from fastapi import Request
+from fastapi.security import SecurityScopes
 
 from deployments.access import access as module
 from deployments.access.access import ANYONE, Access, Caller, KeyedAccess, served
+from deployments.access.caller import identify
 from deployments.access.keys import SCOPES, Limits
 from deployments.access.settings import AccessSettings
 from deployments.access.store import AccessStore, Charge, Served
@@ -178,6 +181,22 @@ async def test_a_job_from_when_the_api_was_open_is_made(file: Path) -> None:
         async with access.making(Caller("0" * 12), "imgjob_1", time.time() + 60):
             pass
     assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
+    access._store.close()
+
+
+async def test_two_headers_are_no_key(file: Path) -> None:
+    access = KeyedAccess(AccessSettings(database=f"sqlite:///{file}"))
+    keys = [f"Bearer {access._store.create(name, SCOPES, Limits())}".encode() for name in ("shop", "rival")]
+
+    async def let_in(*headers: bytes) -> Caller:
+        scope = {"type": "http", "headers": [(b"authorization", header) for header in headers]}
+        return await identify(SecurityScopes(["images"]), Request(scope), access, None)
+
+    assert await let_in(keys[0], keys[0]) == await let_in(keys[0])
+    for headers in (keys, []):
+        with pytest.raises(APIError) as refused:
+            await let_in(*headers)
+        assert refused.value.status == 401
     access._store.close()
 
 

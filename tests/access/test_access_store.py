@@ -236,7 +236,7 @@ def test_a_request_that_comes_again_counts_once(store: AccessStore, opened: Open
     lost = reserve(store, key, until=clock.now + 30)
     clock.now += 10
     opened().reserve(entry(key, until=clock.now + 30, charge_id=lost))
-    assert refusal(store, key) == ("the key may make 1 requests a minute", 50.0)
+    assert refusal(store, key) == ("the key may make 1 request a minute", 50.0)
     clock.now += 29.5  # the first attempt's row would have ended
     assert refusal(opened(), key, until=clock.now + 30)
     store.settle(lost, Served(1, MEGAPIXEL, 7.0))
