@@ -6,9 +6,10 @@ import asyncio
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -67,9 +68,10 @@ def _pixels(size: str, images: int) -> int:
     return width * height * images
 
 
-class Access:
-    """Access to an API that is open: everyone is let in, and nothing is charged."""
+class Access(ABC):
+    """Access to an API: `KeyedAccess` or `OpenAccess`."""
 
+    @abstractmethod
     async def identify(self, authorization: str | None, scope: str) -> Caller:
         """Return whom a request is from.
 
@@ -80,8 +82,8 @@ class Access:
         Raises:
             APIError: there is no such key (401), or it is not for this (403).
         """
-        return ANYONE
 
+    @abstractmethod
     async def reserve(
         self, charge_id: str, caller: Caller, request_id: str, images: int, size: str, until: float = 0.0
     ) -> None:
@@ -100,9 +102,11 @@ class Access:
             ChargeEnded: a charge of this id is another key's, or has ended.
         """
 
+    @abstractmethod
     async def settle(self, charge_id: str, what: Served, until: float) -> None:
         """Charge for what is about to be served; insist until then. Raises APIError if that is in vain."""
 
+    @abstractmethod
     def void(self, charge_id: str) -> None:
         """Charge nothing for a request or a job after all; a task in the background notes that."""
 
@@ -137,8 +141,8 @@ class Access:
             if not settled:
                 self.void(entered)
 
-    @asynccontextmanager
-    async def making(self, caller: Caller, charge_id: str, until: float) -> AsyncGenerator[None]:
+    @abstractmethod
+    def making(self, caller: Caller, charge_id: str, until: float) -> AbstractAsyncContextManager[None]:
         """Note that images of a job are in the making within the block. Raises APIError if the key may not have that.
 
         Args:
@@ -146,6 +150,27 @@ class Access:
             charge_id: the job's id, which was let in before.
             until: when they no longer are, whatever comes.
         """
+
+
+class OpenAccess(Access):
+    """Access for everyone, with nothing charged."""
+
+    async def identify(self, authorization: str | None, scope: str) -> Caller:
+        return ANYONE
+
+    async def reserve(
+        self, charge_id: str, caller: Caller, request_id: str, images: int, size: str, until: float = 0.0
+    ) -> None:
+        pass
+
+    async def settle(self, charge_id: str, what: Served, until: float) -> None:
+        pass
+
+    def void(self, charge_id: str) -> None:
+        pass
+
+    @asynccontextmanager
+    async def making(self, caller: Caller, charge_id: str, until: float) -> AsyncGenerator[None]:
         yield
 
 

@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from deployments import console, ray_internals, tracing
-from deployments.access.access import Access, Caller, KeyedAccess, Settle
+from deployments.access.access import Access, Caller, KeyedAccess, OpenAccess, Settle
 from deployments.access.caller import ForImages, ForModels
 from deployments.admission import Admission, Flow, Late, Turn
 from deployments.balancer import Balancer
@@ -145,7 +145,7 @@ class Ingress:
             ray_internals.follow(handle)
         self._router = Router(replicas, balancer, settings.checkpoint_steps)
         self.max_body_bytes = settings.max_body_bytes
-        self.access = KeyedAccess(settings.access) if settings.access else Access()
+        self.access: Access = KeyedAccess(settings.access) if settings.access else OpenAccess()
         self._moderation = Moderation(settings.moderation)
         self.jobs = None
         if settings.jobs:

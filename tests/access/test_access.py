@@ -15,7 +15,7 @@ from fastapi import Request
 from fastapi.security import SecurityScopes
 
 from deployments.access import access as module
-from deployments.access.access import ANYONE, Access, Caller, KeyedAccess, served
+from deployments.access.access import ANYONE, Access, Caller, KeyedAccess, OpenAccess, served
 from deployments.access.caller import identify
 from deployments.access.keys import SCOPES, Limits
 from deployments.access.settings import AccessSettings
@@ -201,11 +201,20 @@ async def test_two_headers_are_no_key(file: Path) -> None:
 
 
 async def test_an_open_api_asks_for_nothing() -> None:
-    access = Access()
+    access = OpenAccess()
     caller = await access.identify(None, "images")
     assert caller == ANYONE
     async with access.charged(caller, "r", 1, "128x128", 0.0) as settle:
         await settle([7.0])
+
+
+def test_access_that_forgets_a_method_lets_nobody_in() -> None:
+    class Forgetful(Access):
+        async def identify(self, authorization: str | None, scope: str) -> Caller:
+            return ANYONE
+
+    with pytest.raises(TypeError, match="reserve"):
+        Forgetful()  # type: ignore[abstract]
 
 
 def test_served_is_what_the_answer_says() -> None:

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from openai.types import Video
 from standing import PROMPT, Deployments
 
-from deployments.access.access import Access, KeyedAccess
+from deployments.access.access import Access, KeyedAccess, OpenAccess
 from deployments.access.caller import access_here
 from deployments.access.keys import SCOPES, Limits
 from deployments.access.settings import AccessSettings
@@ -79,7 +79,7 @@ def served(offer: Offer, deployments: Deployments, tmp_path: Path) -> Served:
 
     @asynccontextmanager
     async def serve(access: Access | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-        access, moderation = access or Access(), Moderation(ModerationSettings())
+        access, moderation = access or OpenAccess(), Moderation(ModerationSettings())
         jobs = Jobs(JobsSettings(directory=tmp_path, **settings), offer, deployments.make, access, moderation)
         app = FastAPI()
         app.exception_handlers = ingress.app.exception_handlers
