@@ -331,15 +331,15 @@ def _check_certificate(serve: ServeDeploySchema, path: Path) -> None:
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
         file = getattr(options, name)
         if file and not (os.path.isfile(file) and os.access(file, os.R_OK)):
-            raise StartError(f"{path}: http_options.{name}: {file} is no file that can be read")
-    if bool(options.ssl_certfile) != bool(options.ssl_keyfile):  # Serve would then speak plain HTTP
-        raise StartError(f"{path}: http_options.ssl_certfile and ssl_keyfile: must both be there, or neither")
+            raise StartError(f"{path}: http_options.{name}: {file} cannot be read")
+    if options.ssl_keyfile and not options.ssl_certfile:  # Serve refuses the reverse alone, and would speak plain HTTP
+        raise StartError(f"{path}: http_options.ssl_certfile: must be there, since ssl_keyfile is")
     if options.ssl_certfile:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             # A password that is not there would be asked for at the terminal.
             context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, options.ssl_keyfile_password or "")
-        except (ssl.SSLError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise StartError(
                 f"{path}: http_options.ssl_certfile: {options.ssl_certfile} and ssl_keyfile do not go together: {error}"
             ) from error
@@ -368,10 +368,10 @@ def check_free(host: str, port: int, where: str) -> str:
 
 def _check_tracing() -> None:
     """Check that traces can be exported as OpenTelemetry's variables ask for."""
-    from deployments.tracing import load_exporter
+    from deployments import tracing
 
     try:
-        load_exporter()
+        tracing.check()
     except ValueError as error:
         raise StartError(str(error)) from error
 

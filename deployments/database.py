@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Engine, MetaData, create_engine, event, func, inspect, make_url, select
 
 WAIT_S = 10  # for a lock, a connection or a statement
-_READS = "images_reads"  # execution option of transactions that only read
+_READS = "images_reads"  # the execution option of engines that only read
 _SCHEMA_LOCK = 0x6A6F6273  # PostgreSQL's number of the lock that whoever creates tables holds
 
 
@@ -16,15 +16,20 @@ class OldTables(Exception):
     """A database whose tables another version of this project made."""
 
 
-def open_database(url: str, metadata: MetaData) -> Engine:
+def open_database(url: str, metadata: MetaData, wait_s: int = WAIT_S) -> Engine:
     """Return an engine for a `DatabaseURL`, and create the tables that are not there.
+
+    Args:
+        url: where it is.
+        metadata: the tables.
+        wait_s: longest wait for a lock, a connection or a statement, in seconds.
 
     Raises:
         OSError: the directory of SQLite's file cannot be made.
         OldTables: a table is there with other columns.
         sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
     """
-    engine = _connect(url)
+    engine = _connect(url, wait_s)
     try:
         _create_tables(engine, metadata)
     except BaseException:
@@ -34,26 +39,26 @@ def open_database(url: str, metadata: MetaData) -> Engine:
 
 
 def reading(engine: Engine) -> Engine:
-    """Return the engine for transactions that only read."""
+    """Return the same engine for transactions that only read, and so wait for no writer in SQLite."""
     return engine.execution_options(**{_READS: True})
 
 
-def _connect(url: str) -> Engine:
+def _connect(url: str, wait_s: int) -> Engine:
     parsed = make_url(url)
     if parsed.drivername == "postgresql":
         return create_engine(
             parsed.set(drivername="postgresql+psycopg"),
             hide_parameters=True,  # of errors, since these are logged
             pool_pre_ping=True,
-            pool_timeout=WAIT_S,
-            connect_args={"connect_timeout": WAIT_S, "options": f"-c statement_timeout={WAIT_S}s"},
+            pool_timeout=wait_s,
+            connect_args={"connect_timeout": wait_s, "options": f"-c statement_timeout={wait_s}s"},
         )
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed, hide_parameters=True, pool_timeout=WAIT_S, connect_args={"timeout": WAIT_S})
+    engine = create_engine(parsed, hide_parameters=True, pool_timeout=wait_s, connect_args={"timeout": wait_s})
 
-    # As SQLAlchemy's page on SQLite has it: a transaction begins as a writer's, not where the driver thinks that it
-    # must, so that nothing changes between what it reads and what it writes; one that only reads waits for no writer.
+    # As SQLAlchemy's page on SQLite has it: a transaction that may write begins as a writer's, not where the driver
+    # thinks that it must, so that nothing changes between what it reads and what it writes.
     @event.listens_for(engine, "connect")
     def _set_up(connection: Any, record: Any) -> None:
         connection.isolation_level = None

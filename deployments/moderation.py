@@ -7,6 +7,7 @@ check that is not done in time, refuses as well.
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 from collections.abc import Awaitable
 from typing import Annotated, Any, Protocol
@@ -32,17 +33,33 @@ class ImageCheck(Protocol):
         """Return to accept the file of an image, or raise `ContentRefused`."""
 
 
-def _resolve(value: object) -> object:
-    """Import what an import path names."""
-    found = value
-    if isinstance(value, str):
+def _taking(*parameters: str) -> BeforeValidator:
+    """Import what an import path names, and look whether it can be called with such parameters."""
+
+    def resolve(value: object) -> object:
+        found = value
+        if isinstance(value, str):
+            try:
+                found = pkgutil.resolve_name(value)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # whatever the module raises, also if it means to end the process
+                raise ValueError(f"{value!r} cannot be imported: {type(error).__name__}: {error}") from error
+        if found is None:
+            return None
+        if not callable(found):
+            raise ValueError(f"must be the import path of a function, as module:function, not {value!r}")
         try:
-            found = pkgutil.resolve_name(value)
-        except (Exception, SystemExit) as error:  # whatever the module raises
-            raise ValueError(f"{value!r} cannot be imported: {type(error).__name__}: {error}") from error
-    if found is not None and not callable(found):
-        raise ValueError(f"must be the import path of a function, as module:function, not {value!r}")
-    return found
+            signature = inspect.signature(found)
+        except ValueError:  # some that are not written in Python tell none
+            return found
+        try:
+            signature.bind(*parameters)
+        except TypeError as error:
+            raise ValueError(f"{value!r} must take {', '.join(parameters)}: {error}") from error
+        return found
+
+    return BeforeValidator(resolve)
 
 
 class ModerationSettings(BaseModel):
@@ -56,6 +73,6 @@ class ModerationSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: Annotated[Any, BeforeValidator(_resolve)] = None
-    image: Annotated[Any, BeforeValidator(_resolve)] = None
+    prompt: Annotated[Any, _taking("prompt", "negative_prompt")] = None
+    image: Annotated[Any, _taking("image", "prompt")] = None
     timeout_s: Annotated[float, Field(strict=True, gt=0.0, le=600.0)] = 10.0

@@ -124,7 +124,7 @@ class Settings(BaseModel):
     jobs: JobsSettings | None = None
     access: AccessSettings | None = None
     moderation: ModerationSettings = ModerationSettings()
-    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/?#\s]+)$")], ...] = ()
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^*/?#\s]+)$")], ...] = ()
     log_prompts: StrictBool = False
 
     @field_validator("placement")

@@ -39,13 +39,15 @@ def load_exporter() -> Any:
     Raises:
         ValueError: there is no such exporter here; the message names the variable.
     """
-    asked = os.environ.get(_EXPORTER, "otlp" if any(os.environ.get(name) for name in _ENDPOINTS) else "none")
-    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or asked in ("", "none"):
+    asked = os.environ.get(_EXPORTER) or ("otlp" if any(os.environ.get(name) for name in _ENDPOINTS) else "none")
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or asked == "none":
         return None
+    if "," in asked:
+        raise ValueError(f"{_EXPORTER}: must be one exporter, not a list: one of {asked}")
     variable, name = _EXPORTER, asked
     if asked == "otlp":
         variable = next((each for each in _PROTOCOLS if os.environ.get(each)), _PROTOCOLS[-1])
-        protocol = os.environ.get(variable, "http/protobuf")
+        protocol = os.environ.get(variable) or "http/protobuf"
         if protocol not in _OTLP:
             raise ValueError(f"{variable}: must be one of {', '.join(_OTLP)}, not {protocol!r}")
         name = _OTLP[protocol]
@@ -55,18 +57,37 @@ def load_exporter() -> Any:
     return found[name].load()
 
 
+def check() -> None:
+    """Raise ValueError if `begin` would."""
+    if load_exporter():
+        _processor().shutdown()
+
+
+def _processor() -> Any:
+    """Return what exports spans; raises ValueError."""
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    try:
+        exporter = load_exporter()()
+    except Exception as error:  # of whatever exporter it is
+        raise ValueError(f"OTEL_EXPORTER_*: {error}") from error
+    try:
+        return BatchSpanProcessor(exporter)
+    except ValueError as error:
+        raise ValueError(f"OTEL_BSP_*: {error}") from error
+
+
 def begin() -> None:
     """Export this process's spans from now on, if OpenTelemetry's variables ask for it; raises ValueError."""
-    if exporter := load_exporter():
+    if load_exporter():
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
         from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
         resource = Resource.create()
         if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # no variable names it
             resource = resource.merge(Resource({SERVICE_NAME: _SERVICE}))
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        provider.add_span_processor(BatchSpanProcessor(exporter()))
+        provider.add_span_processor(_processor())
         trace.set_tracer_provider(provider)
 
 

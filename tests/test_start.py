@@ -66,7 +66,10 @@ def test_other_shipped_configs_are_right_as_far_as_this_machine_can_tell(
     assert read_config(Path(path)).pools
 
 
-def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
+def test_wrong_config_is_refused_by_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+
     def refusal(change: Callable[..., object]) -> str:
         config = shipped()
         change(config, config["applications"][0])
@@ -119,6 +122,10 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
     for access, complaint in (
         ({}, "args: access.database: "),
         ({"database": "mysql://root:secret@host/keys"}, "args: access.database: must be sqlite:/// with a path"),
+        (
+            {"database": "postgresql://root:secret@host:54x/keys"},
+            "args: access.database: must have a port of 1 to 65535",
+        ),
         ({"database": f"sqlite:///{tmp_path}/file/keys.sqlite3"}, "args.access.database: "),
     ):
         refused = refusal(lambda config, app, to=access: app["args"].update(access=to))
@@ -147,10 +154,13 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path) -> None:
     for checks, complaint in (
         ({"prompt": "nowhere:check"}, "args: moderation.prompt: 'nowhere:check' cannot be imported: ModuleNotFoundErr"),
         ({"image": "math:pi"}, "args: moderation.image: must be the import path of a function, as module:function"),
+        ({"prompt": "exits:check"}, "args: moderation.prompt: 'exits:check' cannot be imported: SystemExit: 3"),
+        ({"image": "math:sqrt"}, "args: moderation.image: 'math:sqrt' must take image, prompt: too many"),
         ({"timeout_s": 0}, "args: moderation.timeout_s: "),
     ):
         assert complaint in refusal(lambda config, app, to=checks: app["args"].update(moderation=to))
-    assert "args: cors_origins.0: " in refusal(lambda config, app: app["args"].update(cors_origins=["example.com"]))
+    for origin in ("example.com", "https://*.example.com"):
+        assert "args: cors_origins.0: " in refusal(lambda config, app, to=origin: app["args"].update(cors_origins=[to]))
     for prefix in ("foo", None, "/{x}"):
         assert "route_prefix: must begin with /" in refusal(lambda config, app, to=prefix: app.update(route_prefix=to))
     for key, value, complaint in (
@@ -216,6 +226,19 @@ def test_configs_of_parts_are_refused_by_file(
     config["applications"][0]["args"]["model"] = str(model)
     with pytest.raises(StartError, match=rf"^{model}: source: .*({complaint})"):
         check(written(tmp_path, config))
+
+
+def test_half_of_what_https_needs_is_refused(tmp_path: Path) -> None:
+    config = shipped()
+    options = config["http_options"]
+    (tmp_path / "tls").touch()
+    for given, missing in (("ssl_certfile", "ssl_keyfile"), ("ssl_keyfile", "ssl_certfile")):
+        config["http_options"] = {**options, given: str(tmp_path / "tls")}
+        with pytest.raises(StartError, match=r"http_options\.ssl_certfile: (Both|must be there)"):
+            check(written(tmp_path, config))
+        config["http_options"] = {**options, given: str(tmp_path), missing: str(tmp_path / "tls")}
+        with pytest.raises(StartError, match=rf"http_options\.{given}: {tmp_path} cannot be read"):
+            check(written(tmp_path, config))
 
 
 def test_taken_port_is_refused(tmp_path: Path) -> None:

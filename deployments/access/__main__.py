@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import re
 import sys
 import time
@@ -27,6 +28,7 @@ from stages.yaml_file import ConfigError, read_mapping, validate
 _LEDGER = (
     "time", "key", "key_id", "id", "request_id", "state", "asked_images", "images", "megapixels", "evaluations"
 )  # fmt: skip
+_TIME = "day or time in UTC, as 2026-01-31 or 2026-01-31T12:00"
 _TOTALS = ("key", "key_id", "requests", "images", "megapixels", "evaluations")
 
 
@@ -35,11 +37,16 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         store = AccessStore(_read_settings(arguments.config).database)
-        return arguments.run(store, arguments)
+        status: int = arguments.run(store, arguments)
+        sys.stdout.flush()
+        return status
     except (ConfigError, OldTables, SQLAlchemyError, ImportError) as error:
         print(str(error).splitlines()[0], file=sys.stderr)
     except OSError as error:
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        if error.filename is None:  # of the output, of which nothing more is to be written at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # whoever reads has read enough
+            print(f"{error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
     return 1
 
 
@@ -65,8 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     revoke.set_defaults(run=_revoke)
 
     ledger = commands.add_parser("ledger", help="print what was served to keys, as CSV")
-    ledger.add_argument("--since", type=_time, default=0.0, help="first day or time, in UTC: 2026-01-31[T12:00]")
-    ledger.add_argument("--until", type=_time, default=None, help="end, which is not included; now if left out")
+    ledger.add_argument(
+        "--since", type=_time, default=0.0, metavar="TIME", help=f"first {_TIME}; the first row if left out"
+    )
+    ledger.add_argument(
+        "--until", type=_time, default=None, metavar="TIME", help=f"end, not included, a {_TIME}; now if left out"
+    )
     ledger.add_argument("--totals", action="store_true", help="a row for each key, in place of each request and job")
     ledger.set_defaults(run=_ledger)
     return parser
@@ -90,7 +101,7 @@ def _read_settings(config: Path) -> AccessSettings:
 def _create(store: AccessStore, arguments: argparse.Namespace) -> int:
     limits = Limits(arguments.requests_per_minute, arguments.megapixels_per_minute, arguments.concurrent_images)
     try:
-        print(store.create(arguments.name, arguments.scope or SCOPES, limits))
+        print(store.create(arguments.name, list(dict.fromkeys(arguments.scope or SCOPES)), limits))
     except NameTaken:
         print(f"there is a key {arguments.name!r} already, or was one: names are not used twice", file=sys.stderr)
         return 1
@@ -168,9 +179,10 @@ def _iso(seconds: float) -> str:
 
 
 def _name(text: str) -> str:
-    if not re.fullmatch(r"\w[\w.@:/ -]{0,63}", text):
+    name = text.strip()
+    if not re.fullmatch(r"\w[\w.@:/ -]{0,63}", name):
         raise argparse.ArgumentTypeError(f"must be at most 64 letters, digits, spaces and .@:/-_, not {text!r}")
-    return text
+    return name
 
 
 def _time(text: str) -> float:

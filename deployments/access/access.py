@@ -6,9 +6,10 @@ import asyncio
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -20,6 +21,7 @@ from deployments.access.settings import AccessSettings
 from deployments.access.store import (
     AccessStore,
     Charge,
+    ChargeEnded,
     LimitExceeded,
     Revoked,
     Served,
@@ -38,6 +40,7 @@ _DEADLINE_S = 5.0  # of a call to the database
 _PAUSE_S = 1.0  # before the database is told again what it did not hear
 _ATTEMPTS = 100  # to tell it what nobody waits for
 _CALLS = 8  # to the database at once
+_NOTES = 10_000  # that wait for the database
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ def _pixels(size: str, images: int) -> int:
     return width * height * images
 
 
-class Access:
-    """Access to an API that is open: everyone is let in, and nothing is charged."""
+class Access(ABC):
+    """Access to an API: `KeyedAccess` or `OpenAccess`."""
 
+    @abstractmethod
     async def identify(self, authorization: str | None, scope: str) -> Caller:
         """Return whom a request is from.
 
@@ -77,8 +81,8 @@ class Access:
         Raises:
             APIError: there is no such key (401), or it is not for this (403).
         """
-        return ANYONE
 
+    @abstractmethod
     async def reserve(
         self, charge_id: str, caller: Caller, request_id: str, images: int, size: str, until: float = 0.0
     ) -> None:
@@ -94,41 +98,50 @@ class Access:
 
         Raises:
             APIError: the key may not have that now (429), or never (400).
+            ChargeEnded: a charge of this id is another key's, or has ended.
         """
 
+    @abstractmethod
     async def settle(self, charge_id: str, what: Served, until: float) -> None:
         """Charge for what is about to be served; insist until then. Raises APIError if that is in vain."""
 
+    @abstractmethod
     def void(self, charge_id: str) -> None:
         """Charge nothing for a request or a job after all; a task in the background notes that."""
 
     @asynccontextmanager
     async def charged(
-        self, charge_id: str, caller: Caller, request_id: str, images: int, size: str, until: float
+        self, caller: Caller, request_id: str, images: int, size: str, until: float, charge_id: str | None = None
     ) -> AsyncGenerator[Settle]:
         """Let a request in, whose images are in the making within the block; for the rest see `reserve`.
 
-        What is not settled by the end of the block costs nothing.
+        What is not settled by the end of the block costs nothing. A request that comes again because its replica died
+        has the same `charge_id`, and counts once; None for a new one.
 
         Yields:
             A function to await before the images are served, with the network evaluations of each.
         """
-        settled = False
+        entered, settled = charge_id or new_charge_id(), False
 
         async def settle(evaluations: Sequence[float]) -> None:
             nonlocal settled
-            await self.settle(charge_id, served(size, evaluations), until)
+            await self.settle(entered, served(size, evaluations), until)
             settled = True
 
-        await self.reserve(charge_id, caller, request_id, images, size, until)
+        try:
+            await self.reserve(entered, caller, request_id, images, size, until)
+        except ChargeEnded:
+            logger.warning(f"{request_id} is charged anew: a charge {entered} has ended, or is another key's")
+            entered = new_charge_id()
+            await self.reserve(entered, caller, request_id, images, size, until)
         try:
             yield settle
         finally:
             if not settled:
-                self.void(charge_id)
+                self.void(entered)
 
-    @asynccontextmanager
-    async def making(self, caller: Caller, charge_id: str, until: float) -> AsyncGenerator[None]:
+    @abstractmethod
+    def making(self, caller: Caller, charge_id: str, until: float) -> AbstractAsyncContextManager[None]:
         """Note that images of a job are in the making within the block. Raises APIError if the key may not have that.
 
         Args:
@@ -136,6 +149,27 @@ class Access:
             charge_id: the job's id, which was let in before.
             until: when they no longer are, whatever comes.
         """
+
+
+class OpenAccess(Access):
+    """Access for everyone, with nothing charged."""
+
+    async def identify(self, authorization: str | None, scope: str) -> Caller:
+        return ANYONE
+
+    async def reserve(
+        self, charge_id: str, caller: Caller, request_id: str, images: int, size: str, until: float = 0.0
+    ) -> None:
+        pass
+
+    async def settle(self, charge_id: str, what: Served, until: float) -> None:
+        pass
+
+    def void(self, charge_id: str) -> None:
+        pass
+
+    @asynccontextmanager
+    async def making(self, caller: Caller, charge_id: str, until: float) -> AsyncGenerator[None]:
         yield
 
 
@@ -165,7 +199,8 @@ class KeyedAccess(Access):
     async def reserve(
         self, charge_id: str, caller: Caller, request_id: str, images: int, size: str, until: float = 0.0
     ) -> None:
-        charge = Charge(
+        charge = partial(
+            Charge,
             id=charge_id,
             key_id=caller.key_id,
             request_id=request_id,
@@ -174,14 +209,12 @@ class KeyedAccess(Access):
             asked_pixels=_pixels(size, images),
             making_until=until,
         )
-        entering = asyncio.get_running_loop().run_in_executor(self._calls, self._store.reserve, charge)
-        try:
-            with _answering(), _permitting():
-                async with asyncio.timeout(_DEADLINE_S):
-                    await asyncio.shield(entering)
-        except BaseException:  # the database may hear it yet
-            entering.add_done_callback(partial(self._void_what_came_late, charge_id))
-            raise
+        with _answering(), _permitting():
+            try:
+                await self._call(self._store.reserve, charge())
+            except (asyncio.CancelledError, SQLAlchemyError, TimeoutError):  # the database may hear it, even later
+                self._note(self._store.withdraw, charge())
+                raise
 
     def _void_what_came_late(self, charge_id: str, entering: asyncio.Future[None]) -> None:
         if not entering.cancelled() and entering.exception() is None:
@@ -218,6 +251,9 @@ class KeyedAccess(Access):
 
         It may be lost with this process: rows that are not settled cost nothing, and end at their deadline.
         """
+        if len(self._notes) >= _NOTES:
+            logger.error("a note for the database of keys is dropped: too many wait")
+            return
 
         async def tell() -> None:
             for _ in range(_ATTEMPTS):

@@ -29,7 +29,9 @@ async def identify(
     described: Annotated[HTTPAuthorizationCredentials | None, Depends(_described)],
 ) -> Caller:
     """Return whom a request is from; raises APIError if the caller may not make it."""
-    return await access.identify(request.headers.get("authorization"), needed.scope_str)
+    # Several different ones are none that a key is in, as if they were sent as one.
+    authorization = ", ".join(dict.fromkeys(request.headers.getlist("authorization"))) or None
+    return await access.identify(authorization, needed.scope_str)
 
 
 ForImages = Annotated[Caller, Security(identify, scopes=["images"])]

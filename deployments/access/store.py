@@ -19,6 +19,10 @@ from deployments.access.keys import Limits, Presented
 from deployments.database import open_database, reading
 
 _WINDOW_S = 60.0
+_WAIT_S = 4  # for a lock, a connection or a statement; callers wait a second longer
+# A client's pause when too many of its images are in the making. Rows say only when these end at the latest, a
+# minute or more after most of them do.
+_SOON_S = 1.0
 _PAGE = 1000  # rows of the ledger that are read at once
 
 
@@ -28,6 +32,10 @@ class NameTaken(Exception):
 
 class Revoked(Exception):
     """The key was revoked, or never was."""
+
+
+class ChargeEnded(Exception):
+    """A charge of this id is another key's, or has ended."""
 
 
 class LimitExceeded(Exception):
@@ -139,7 +147,7 @@ class AccessStore:
             sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
         """
         self._clock = clock
-        self._engine = open_database(url, _Table.metadata)
+        self._engine = open_database(url, _Table.metadata, _WAIT_S)
         self._session = sessionmaker(self._engine, expire_on_commit=False)
         self._reading = sessionmaker(reading(self._engine), expire_on_commit=False)
 
@@ -192,32 +200,51 @@ class AccessStore:
     def reserve(self, charge: Charge) -> None:
         """Enter a request that is to be let in, in place of an attempt at it that was lost with its replica.
 
+        One that was let in before and has not ended is taken over: its replica died, and it counts once.
+
         Raises:
+            ChargeEnded: the id is of no use for this request.
             LimitExceeded: the key may not have that now, or never.
             Revoked: the key is of no use any more.
         """
         with self._session.begin() as session:
             key = self._lock(session, charge.key_id)
-            session.execute(delete(Charge).where(Charge.id == charge.id, Charge.key_id == key.id, _OPEN))
-            now = charge.created_at = self._clock()
+            now = self._clock()
+            before = session.get(Charge, charge.id, with_for_update=True)
+            if before and (before.key_id != key.id or before.settled_at is not None):
+                raise ChargeEnded
+            charge.created_at = before.created_at if before else now
+            recent = (Charge.key_id == key.id) & (Charge.created_at > now - _WINDOW_S) & (Charge.id != charge.id)
             if key.concurrent_images is not None and charge.asked_images > key.concurrent_images:
-                raise _never(f"{key.concurrent_images} images at once", f"{charge.asked_images}")
+                raise _never(f"{_count(key.concurrent_images, 'image')} at once", f"{charge.asked_images}")
             if key.requests_per_minute is not None:
-                rows = select(func.count()).select_from(Charge).where(_recent(key, now))
+                rows = select(func.count()).select_from(Charge).where(recent)
                 if (session.scalar(rows) or 0) >= key.requests_per_minute:
-                    wait = self._wait(session, key, now, room=key.requests_per_minute - 1, of_pixels=False)
-                    raise LimitExceeded(f"the key may make {key.requests_per_minute} requests a minute", wait)
+                    wait = self._wait(session, recent, now, room=key.requests_per_minute - 1, of_pixels=False)
+                    raise LimitExceeded(f"the key may make {_count(key.requests_per_minute, 'request')} a minute", wait)
             if key.megapixels_per_minute is not None:
                 room = round(key.megapixels_per_minute * 1e6) - charge.asked_pixels
-                told = f"{key.megapixels_per_minute:g} megapixels a minute"
+                told = f"{_count(key.megapixels_per_minute, 'megapixel')} a minute"
                 if room < 0:
                     raise _never(told, f"{charge.asked_pixels / 1e6:g}")
-                if (session.scalar(select(func.sum(_PIXELS)).where(_recent(key, now))) or 0) > room:
-                    wait = self._wait(session, key, now, room=room, of_pixels=True)
+                if (session.scalar(select(func.sum(_PIXELS)).where(recent)) or 0) > room:
+                    wait = self._wait(session, recent, now, room=room, of_pixels=True)
                     raise LimitExceeded(f"the key may have {told}", wait)
             if charge.making_until:
-                self._check_concurrency(session, key, charge.asked_images, now)
-            session.add(charge)
+                self._check_concurrency(session, key, charge.asked_images, now, besides=charge.id)
+            session.merge(charge)
+
+    def withdraw(self, charge: Charge) -> None:
+        """Charge nothing for a request of which nobody knows whether `reserve` entered it, and let it do so no more.
+
+        Raises:
+            sqlalchemy.exc.IntegrityError: `reserve` entered it meanwhile; try again.
+        """
+        with self._session.begin() as session:
+            if not self._end(session, (Charge.id == charge.id) & (Charge.key_id == charge.key_id), _NOTHING):
+                charge.created_at = charge.settled_at = self._clock()
+                charge.making_until = 0.0
+                session.merge(charge)
 
     def begin(self, charge_id: str, until: float) -> None:
         """Note that images of a request that was let in are in the making, until then at most.
@@ -248,7 +275,7 @@ class AccessStore:
     def void(self, charge_id: str) -> None:
         """Charge nothing, whatever was settled before or will be."""
         with self._session.begin() as session:
-            self._end(session, Charge.id == charge_id, Served(0, 0, 0.0))
+            self._end(session, Charge.id == charge_id, _NOTHING)
 
     def ledger(self, since: float, until: float) -> Iterator[tuple[Charge, str]]:
         """Yield rows of the ledger by the time at which they were let in, each with its key's name.
@@ -277,23 +304,25 @@ class AccessStore:
             raise Revoked
         return key
 
-    def _end(self, session: Session, which: ColumnElement[bool], served: Served) -> None:
+    def _end(self, session: Session, which: ColumnElement[bool], served: Served) -> bool:
+        """Settle rows; return whether there are any."""
         values = {"images": served.images, "pixels": served.pixels, "evaluations": served.evaluations}
-        session.execute(update(Charge).where(which).values(making_until=0.0, settled_at=self._clock(), **values))
+        ending = update(Charge).where(which).values(making_until=0.0, settled_at=self._clock(), **values)
+        return session.scalar(ending.returning(Charge.id)) is not None
 
-    def _check_concurrency(self, session: Session, key: Key, images: int, now: float, besides: str = "") -> None:
+    def _check_concurrency(self, session: Session, key: Key, images: int, now: float, besides: str) -> None:
         if key.concurrent_images is None:
             return
         making = select(func.sum(Charge.asked_images)).where(
             Charge.key_id == key.id, Charge.making_until > now, Charge.id != besides
         )
         if (session.scalar(making) or 0) + images > key.concurrent_images:
-            raise LimitExceeded(f"the key may have {key.concurrent_images} images at once", 1.0)
+            raise LimitExceeded(f"the key may have {_count(key.concurrent_images, 'image')} at once", _SOON_S)
 
-    def _wait(self, session: Session, key: Key, now: float, room: int, *, of_pixels: bool) -> float:
+    def _wait(self, session: Session, recent: ColumnElement[bool], now: float, room: int, *, of_pixels: bool) -> float:
         """Return the seconds until what a key had in the last minute is no more than `room`."""
         amount = _PIXELS if of_pixels else literal(1)
-        rows = session.execute(select(Charge.created_at, amount).where(_recent(key, now)).order_by(Charge.created_at))
+        rows = session.execute(select(Charge.created_at, amount).where(recent).order_by(Charge.created_at))
         entries = rows.all()
         left = sum(value for _, value in entries)
         for created_at, value in entries:
@@ -303,12 +332,12 @@ class AccessStore:
         return _WINDOW_S
 
 
-_OPEN = Charge.settled_at.is_(None)
+_NOTHING = Served(0, 0, 0.0)
 _PIXELS = case((Charge.settled_at.is_(None), Charge.asked_pixels), else_=Charge.pixels)
 
 
-def _recent(key: Key, now: float) -> ColumnElement[bool]:
-    return (Charge.key_id == key.id) & (Charge.created_at > now - _WINDOW_S)
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
 def _never(may: str, asked: str) -> LimitExceeded:

@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from deployments import console, ray_internals, tracing
-from deployments.access.access import Access, Caller, KeyedAccess, Settle
+from deployments.access.access import Access, Caller, KeyedAccess, OpenAccess, Settle
 from deployments.access.caller import ForImages, ForModels
 from deployments.admission import Admission, Flow, Late, Turn
 from deployments.balancer import Balancer
@@ -145,7 +145,7 @@ class Ingress:
             ray_internals.follow(handle)
         self._router = Router(replicas, balancer, settings.checkpoint_steps)
         self.max_body_bytes = settings.max_body_bytes
-        self.access = KeyedAccess(settings.access) if settings.access else Access()
+        self.access: Access = KeyedAccess(settings.access) if settings.access else OpenAccess()
         self._moderation = Moderation(settings.moderation)
         self.jobs = None
         if settings.jobs:
@@ -189,7 +189,8 @@ class Ingress:
         logger.info(job.summary(with_prompt=self._settings.log_prompts))
         request_id, deadline = request.headers["x-request-id"], start + job.timeout_s
         async with AsyncExitStack() as stack:
-            charged = self.access.charged(charge_id(request.headers), caller, request_id, job.n, job.size, deadline)
+            charge_id = request.headers.get("x-front-charge")
+            charged = self.access.charged(caller, request_id, job.n, job.size, deadline, charge_id)
             settle = await stack.enter_async_context(charged)
             await self._moderation.check_prompt(job.prompt, job.negative_prompt)
             job, turns = self._admit(job, request_id, deadline, caller)

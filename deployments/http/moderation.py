@@ -43,7 +43,12 @@ class Moderation:
                     await result
         except ContentRefused as error:
             raise APIError(400, "content_policy_violation", str(error), param) from None
-        except (Exception, SystemExit) as error:  # whatever it raises; its message may quote the prompt, is not logged
+        except BaseException as error:  # whatever it raises, SystemExit too, which would end this process
+            task = asyncio.current_task()
+            cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()
+            if cancelled or isinstance(error, GeneratorExit):  # the request itself is given up
+                raise
+            # Its message may quote the prompt, and is not logged.
             where = traceback.extract_tb(error.__traceback__)[-1]
             logger.error(f"moderation.{name}: {type(error).__name__} in {where.filename}, line {where.lineno}")
             message = f"the {name} cannot be checked; try again later"

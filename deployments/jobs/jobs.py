@@ -120,23 +120,15 @@ class Jobs:
             webhook_url=request.webhook.url if request.webhook else None,
             traceparent=tracing.header(),
         )
-        try:
-            if key and (earlier := await self._call(self._store.before, job)):  # a repeat costs nothing
-                return earlier
-        except KeyReused:
-            raise _reused() from None
+        if key and (before := await self._keep(self._store.before, job)):  # costs nothing, and is no request
+            return before
         await self._access.reserve(job.id, caller, request_id, asked.n, asked.size)
         with ExitStack() as refusing:
             refusing.callback(self._access.void, job.id)
             await self._moderation.check_prompt(asked.prompt, asked.negative_prompt)
             try:
-                kept = await self._call(self._store.create, job, self._settings.max_unfinished)
-            except KeyReused:
-                raise _reused() from None
-            except QueueFull:
-                message = f"{self._settings.max_unfinished} jobs are not done; try again later"
-                raise APIError(429, "too_many_jobs", message, headers=RETRY) from None
-            except BaseException:  # the client has gone away, or the store: the job may be there, and is charged then
+                kept = await self._keep(self._store.create, job, self._settings.max_unfinished)
+            except asyncio.CancelledError:  # the client has gone away: the job will be there, and is charged
                 refusing.pop_all()
                 raise
             if kept is job:
@@ -145,6 +137,18 @@ class Jobs:
             logger.info(f"{job.id}: {asked.summary(with_prompt=self._log_prompts)}")
             self._worker.wake()
         return kept
+
+    async def _keep(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call the store with a new job; raises APIError if it does not answer, or does not take the job."""
+        try:
+            return await self._call(function, *args, **kwargs)
+        except KeyReused:
+            raise APIError(
+                409, "idempotency_key_reused", "Idempotency-Key must be new: it came with another body before"
+            ) from None
+        except QueueFull:
+            message = f"{self._settings.max_unfinished} jobs are not done; try again later"
+            raise APIError(429, "too_many_jobs", message, headers=RETRY) from None
 
     def _check_webhook(self, url: str) -> None:
         settings = self._settings.webhooks

@@ -160,7 +160,7 @@ class Store:
             raise
 
     def before(self, job: ImageJob) -> ImageJob | None:
-        """Return the job that another one's idempotency key and request made before; raises KeyReused."""
+        """Return the job that a new one's idempotency key and request made before, if any; raises KeyReused."""
         with self._reading.begin() as session:
             return self._before(session, job)
 
@@ -299,7 +299,7 @@ class Store:
     def expired(self, limit: int) -> list[str]:
         """Return ids of jobs that need not be kept any longer."""
         query = select(ImageJob.id).where(ImageJob.expires_at <= self._clock()).limit(limit)
-        with self._session.begin() as session:
+        with self._reading.begin() as session:
             return list(session.scalars(query))
 
     def delete(self, job_id: str) -> None:

@@ -13,7 +13,16 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import IntegrityError
 
 from deployments.access.keys import SCOPES, Limits, Presented
-from deployments.access.store import AccessStore, Charge, LimitExceeded, NameTaken, Revoked, Served
+from deployments.access.store import (
+    AccessStore,
+    Charge,
+    ChargeEnded,
+    LimitExceeded,
+    NameTaken,
+    Revoked,
+    Served,
+    new_charge_id,
+)
 from deployments.database import OldTables
 
 MEGAPIXEL = 1_000_000
@@ -57,11 +66,9 @@ def make(store: AccessStore, name: str = "shop", **limits: float) -> str:
     return store.create(name, SCOPES, Limits(**limits)).key_id  # type: ignore[arg-type]
 
 
-def reserve(
-    store: AccessStore, key_id: str, images: int = 1, pixels: int = MEGAPIXEL, until: float = 0.0, id: str = ""
-) -> str:
-    charge = Charge(
-        id=id or f"imgreq_{secrets.token_hex(16)}",
+def entry(key_id: str, images: int = 1, pixels: int = MEGAPIXEL, until: float = 0.0, charge_id: str = "") -> Charge:
+    return Charge(
+        id=charge_id or new_charge_id(),
         key_id=key_id,
         request_id="r",
         created_at=0.0,
@@ -69,6 +76,10 @@ def reserve(
         asked_pixels=pixels * images,
         making_until=until,
     )
+
+
+def reserve(store: AccessStore, key_id: str, images: int = 1, pixels: int = MEGAPIXEL, until: float = 0.0) -> str:
+    charge = entry(key_id, images, pixels, until)
     store.reserve(charge)
     return charge.id
 
@@ -219,6 +230,56 @@ def test_what_is_void_stays_void_and_is_charged_once(store: AccessStore) -> None
     store.void(late)
     store.settle(late, served)
     assert sums(store) == {"shop": (2, 2 * MEGAPIXEL, 14.5)}
+
+
+def test_a_request_that_comes_again_counts_once(store: AccessStore, opened: Open, clock: Clock) -> None:
+    key = make(store, requests_per_minute=1, megapixels_per_minute=1.0, concurrent_images=1)
+    lost = reserve(store, key, until=clock.now + 30)
+    clock.now += 10
+    opened().reserve(entry(key, until=clock.now + 30, charge_id=lost))
+    assert refusal(store, key) == ("the key may make 1 request a minute", 50.0)
+    clock.now += 29.5  # the first attempt's row would have ended
+    assert refusal(opened(), key, until=clock.now + 30)
+    store.settle(lost, Served(1, MEGAPIXEL, 7.0))
+    assert sums(store) == {"shop": (1, MEGAPIXEL, 7.0)}
+    with pytest.raises(ChargeEnded):
+        store.reserve(entry(key, charge_id=lost))
+
+
+def test_another_keys_charge_is_not_taken_over(store: AccessStore, clock: Clock) -> None:
+    key, other = make(store), make(store, "other")
+    charge = reserve(store, key, until=clock.now + 30)
+    with pytest.raises(ChargeEnded):
+        store.reserve(entry(other, charge_id=charge))
+    ((row, name),) = store.ledger(0.0, math.inf)
+    assert (row.id, name, row.settled_at) == (charge, "shop", None)
+
+
+def test_what_is_withdrawn_is_void_and_enters_no_more(store: AccessStore, opened: Open, clock: Clock) -> None:
+    key = make(store, concurrent_images=1)
+    there = reserve(store, key, until=clock.now + 30)
+    store.withdraw(entry(key, until=clock.now + 30, charge_id=there))
+    late = entry(key, until=clock.now + 30)
+    store.withdraw(entry(key, until=clock.now + 30, charge_id=late.id))
+    with pytest.raises(ChargeEnded):
+        opened().reserve(late)
+    reserve(store, key, until=clock.now + 30)
+    rows = {row.id: row for row, _ in store.ledger(0.0, math.inf)}
+    for void in (there, late.id):
+        assert (rows[void].settled_at, rows[void].making_until, rows[void].images) == (clock.now, 0.0, 0)
+
+
+def test_a_withdrawal_waits_for_what_it_withdraws(store: AccessStore, opened: Open, clock: Clock) -> None:
+    key = make(store)
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(10):
+            charge = entry(key, until=clock.now + 30)
+            again = entry(key, until=clock.now + 30, charge_id=charge.id)
+            entering, withdrawing = threads.submit(store.reserve, charge), threads.submit(opened().withdraw, again)
+            assert isinstance(entering.exception(), ChargeEnded | IntegrityError | None)
+            if isinstance(withdrawing.exception(), IntegrityError):
+                store.withdraw(entry(key, charge_id=charge.id))
+    assert all(row.settled_at for row, _ in store.ledger(0.0, math.inf))
 
 
 def test_limits_hold_among_replicas_that_ask_at_once(store: AccessStore, opened: Open, clock: Clock) -> None:

@@ -1,11 +1,10 @@
-"""Checks of prompts and images that fail in ways of their own."""
+"""Checks of prompts and images that misbehave."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -22,28 +21,51 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def leave(prompt: str, negative_prompt: str | None) -> None:
-    sys.exit(3)
+def ends_the_process(prompt: str, negative_prompt: str | None) -> None:
+    sys.exit(prompt)
 
 
-async def leave_later(prompt: str, negative_prompt: str | None) -> None:
-    await asyncio.sleep(0)
-    raise SystemExit
+async def ends_the_loop(prompt: str, negative_prompt: str | None) -> None:
+    sys.exit(prompt)
 
 
-def interrupt(prompt: str, negative_prompt: str | None) -> None:
-    raise KeyboardInterrupt
+def cancels(prompt: str, negative_prompt: str | None) -> None:
+    raise asyncio.CancelledError
 
 
-@pytest.mark.parametrize("check", [leave, leave_later, interrupt])
-async def test_a_check_that_would_end_the_server_refuses(check: Callable[..., object]) -> None:
-    with pytest.raises(APIError, match="the prompt cannot be checked") as refused:
-        await Moderation(ModerationSettings(prompt=check)).check_prompt("a star", None)
+async def cancels_async(prompt: str, negative_prompt: str | None) -> None:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("check", [ends_the_process, ends_the_loop, cancels, cancels_async])
+async def test_a_check_that_would_end_the_server_refuses(
+    check: Callable[..., object], caplog: pytest.LogCaptureFixture
+) -> None:
+    moderation = Moderation(ModerationSettings(prompt=check))
+    with pytest.raises(APIError) as refused:
+        await moderation.check_prompt("a secret ring", None)
     assert (refused.value.status, refused.value.code) == (503, "moderation_unavailable")
+    assert "moderation.prompt: " in caplog.text
+    assert "secret" not in caplog.text
 
 
-def test_a_module_that_ends_the_program_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "ends.py").write_text("raise SystemExit(3)")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValidationError, match="'ends:check' cannot be imported: SystemExit: 3"):
-        ModerationSettings(prompt="ends:check")
+async def test_a_request_that_is_given_up_is_not_a_check_that_failed() -> None:
+    begun = asyncio.Event()
+
+    async def endless(prompt: str, negative_prompt: str | None) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(Moderation(ModerationSettings(prompt=endless)).check_prompt("a ring", None))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_a_check_must_take_what_it_is_called_with() -> None:
+    with pytest.raises(ValidationError, match=r"'math:sqrt' must take prompt, negative_prompt: too many positional"):
+        ModerationSettings(prompt="math:sqrt")
+    with pytest.raises(ValidationError, match="must take image, prompt: missing a required argument: 'size'"):
+        ModerationSettings(image=lambda image, prompt, size: None)
+    assert ModerationSettings(prompt=lambda *args: None, image=lambda image, prompt, size=1: None)

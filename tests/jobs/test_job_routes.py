@@ -6,9 +6,11 @@ import asyncio
 import base64
 import json
 import logging
+import math
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,8 +21,11 @@ from fastapi import FastAPI
 from openai.types import Video
 from standing import PROMPT, Deployments
 
-from deployments.access.access import Access
+from deployments.access.access import Access, KeyedAccess, OpenAccess
 from deployments.access.caller import access_here
+from deployments.access.keys import SCOPES, Limits
+from deployments.access.settings import AccessSettings
+from deployments.access.store import AccessStore, Charge
 from deployments.http import ingress, readiness
 from deployments.http.errors import APIError
 from deployments.http.moderation import Moderation
@@ -73,8 +78,8 @@ def served(offer: Offer, deployments: Deployments, tmp_path: Path) -> Served:
     """Serves the routes within a `with` block, as a replica of Ingress; several may, over one store."""
 
     @asynccontextmanager
-    async def serve(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-        access, moderation = Access(), Moderation(ModerationSettings())
+    async def serve(access: Access | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+        access, moderation = access or OpenAccess(), Moderation(ModerationSettings())
         jobs = Jobs(JobsSettings(directory=tmp_path, **settings), offer, deployments.make, access, moderation)
         app = FastAPI()
         app.exception_handlers = ingress.app.exception_handlers
@@ -179,6 +184,62 @@ async def test_the_same_key_and_body_are_the_same_job(served: Served, deployment
         assert (await other.post("jobs", content=spelled, headers=headers)).json()["id"] == jobs[0]["id"]
         refused(await other.post("jobs", json={**BODY, "n": 1}, headers=key), 409, "idempotency_key_reused")
         assert deployments.began == [jobs[0]["id"]]
+
+
+@pytest.fixture
+def charged(tmp_path: Path) -> Callable[[], list[Charge]]:
+    """Returns rows of the ledger of the database that `keyed` makes."""
+
+    def read() -> list[Charge]:
+        store = AccessStore(f"sqlite:///{tmp_path}/access.sqlite3")
+        rows = [charge for charge, _ in store.ledger(0.0, math.inf)]
+        store.close()
+        return rows
+
+    return read
+
+
+def keyed(directory: Path, limits: Limits) -> tuple[KeyedAccess, dict[str, str]]:
+    """Make an access that one key has; return it, and the header with the key."""
+    url = f"sqlite:///{directory}/access.sqlite3"
+    store = AccessStore(url)
+    key = store.create("shop", SCOPES, limits)
+    store.close()
+    return KeyedAccess(AccessSettings(database=url)), {"Authorization": f"Bearer {key}"}
+
+
+async def test_a_job_that_is_asked_for_again_is_no_request(
+    served: Served, tmp_path: Path, charged: Callable[[], list[Charge]]
+) -> None:
+    access, header = keyed(tmp_path, Limits(requests_per_minute=1))
+    async with served(access) as client:
+        client.headers.update(header)
+        job = await create(client, key="order-7")
+        assert (await create(client, key="order-7"))["id"] == job["id"]
+        answer = await client.post("jobs", json={**BODY, "n": 1}, headers={"Idempotency-Key": "order-7"})
+        refused(answer, 409, "idempotency_key_reused")
+        refused(await client.post("jobs", json=BODY), 429, "rate_limit_exceeded")
+        await ended(client, job["id"])
+    assert [row.id for row in charged()] == [job["id"]]
+
+
+async def test_a_job_that_cannot_be_kept_costs_nothing(
+    served: Served, tmp_path: Path, charged: Callable[[], list[Charge]]
+) -> None:
+    access, header = keyed(tmp_path, Limits(megapixels_per_minute=0.04))
+    async with served(access) as client:
+        client.headers.update(header)
+        with closing(sqlite3.connect(tmp_path / "jobs.sqlite3", isolation_level=None)) as connection:
+            connection.execute(
+                "CREATE TRIGGER full BEFORE INSERT ON image_jobs BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+            )
+            refused(await client.post("jobs", json=BODY), 503, "jobs_unavailable")
+            connection.execute("DROP TRIGGER full")
+        async with asyncio.timeout(60):
+            while charged()[0].settled_at is None:
+                await asyncio.sleep(0.02)
+        await ended(client, (await create(client))["id"])
+    assert sorted(row.images for row in charged()) == [0, 2]
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "é"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import pytest
 
@@ -27,6 +28,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"OTEL_TRACES_EXPORTER": "otlp"}, "OTLPSpanExporter"),
         ({"OTEL_TRACES_EXPORTER": "console"}, "ConsoleSpanExporter"),
         ({**ENDPOINT, "OTEL_TRACES_EXPORTER": "none"}, None),
+        ({**ENDPOINT, "OTEL_TRACES_EXPORTER": "", "OTEL_EXPORTER_OTLP_PROTOCOL": ""}, "OTLPSpanExporter"),
+        ({"OTEL_TRACES_EXPORTER": ""}, None),
         ({**ENDPOINT, "OTEL_SDK_DISABLED": "True"}, None),
         ({**ENDPOINT, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "OTLPSpanExporter"),
     ],
@@ -43,6 +46,9 @@ def test_the_standard_variables_choose_the_exporter(
 @pytest.mark.parametrize(
     ("variables", "complaint"),
     [
+        ({"OTEL_TRACES_EXPORTER": "otlp,console"}, "OTEL_TRACES_EXPORTER: must be one exporter, not a list"),
+        ({**ENDPOINT, "OTEL_BSP_MAX_QUEUE_SIZE": "-1"}, r"OTEL_BSP_\*: max_queue_size must be a positive"),
+        ({**ENDPOINT, "OTEL_BSP_MAX_QUEUE_SIZE": "5"}, r"OTEL_BSP_\*: max_export_batch_size must be"),
         ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER: no package here has the exporter zipkin"),
         (
             {**ENDPOINT, "OTEL_EXPORTER_OTLP_PROTOCOL": "smoke"},
@@ -60,7 +66,14 @@ def test_an_exporter_that_is_not_here_is_named(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=complaint):
-        tracing.load_exporter()
+        tracing.check()
+
+
+def test_a_check_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
+    before = set(threading.enumerate())
+    tracing.check()
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_context_comes_back_from_its_header_and_is_in_logs() -> None:
