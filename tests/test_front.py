@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import httpx
 import pytest
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.http import front
-from deployments.http.front import Front
+from deployments.http.front import Front, charge_id
 from deployments.http.readiness import Readiness
 
 pytestmark = pytest.mark.anyio
@@ -205,3 +206,14 @@ async def test_a_plain_request_id_is_kept() -> None:
     replicas = Replicas("answers")
     await send(Front(replicas), headers={"X-Request-ID": "mine-1"})
     assert replicas.requests[0][0][b"x-request-id"] == b"mine-1"
+
+
+@pytest.mark.parametrize("given", ["", "imgreq_", "imgreq_" + "g" * 32, "imgjob_" + "0" * 32, "imgreq_" + "0" * 33])
+async def test_the_ledgers_ids_are_no_clients_text(given: str) -> None:
+    assert charge_id(Headers({"x-front-charge": given})) is None
+    replicas = Replicas("answers")
+    await send(Front(replicas), headers={"X-Front-Charge": "imgreq_" + "0" * 32})
+    ((headers, _),) = replicas.requests
+    made = headers[b"x-front-charge"].decode()
+    assert made != "imgreq_" + "0" * 32
+    assert charge_id(Headers({"x-front-charge": made})) == made

@@ -25,6 +25,7 @@ from deployments.access.store import (
     LimitExceeded,
     Revoked,
     Served,
+    new_charge_id,
 )
 from deployments.http.errors import RETRY, APIError
 from stages.image import parse_size
@@ -89,7 +90,7 @@ class Access(ABC):
         """Let a request in.
 
         Args:
-            charge_id: the job's id, or one that the attempts at a request share, of which the last one counts.
+            charge_id: the job's id, or a new one.
             caller: whom it is from.
             request_id: its id in logs.
             images: number of images that it asks for.
@@ -215,10 +216,6 @@ class KeyedAccess(Access):
             except (asyncio.CancelledError, SQLAlchemyError, TimeoutError):  # the database may hear it, even later
                 self._note(self._store.withdraw, charge())
                 raise
-
-    def _void_what_came_late(self, charge_id: str, entering: asyncio.Future[None]) -> None:
-        if not entering.cancelled() and entering.exception() is None:
-            self.void(charge_id)
 
     async def settle(self, charge_id: str, what: Served, until: float) -> None:
         while True:

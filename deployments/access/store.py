@@ -7,11 +7,12 @@ replicas wrote them. Transactions of one key follow one upon another.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import JSON, BigInteger, ColumnElement, Index, case, delete, func, literal, select, update
+from sqlalchemy import JSON, BigInteger, ColumnElement, Index, case, func, literal, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
 
@@ -198,7 +199,7 @@ class AccessStore:
         return key
 
     def reserve(self, charge: Charge) -> None:
-        """Enter a request that is to be let in, in place of an attempt at it that was lost with its replica.
+        """Enter a request that is to be let in.
 
         One that was let in before and has not ended is taken over: its replica died, and it counts once.
 
@@ -342,3 +343,8 @@ def _count(number: float, noun: str) -> str:
 
 def _never(may: str, asked: str) -> LimitExceeded:
     return LimitExceeded(f"the key may have {may}, and the request asks for {asked}", None)
+
+
+def new_charge_id() -> str:
+    """Return an id for a row of the ledger that is no job's."""
+    return f"imgreq_{secrets.token_hex(16)}"

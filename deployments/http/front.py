@@ -53,14 +53,10 @@ def received(headers: Headers) -> float:
     return start if start < now else now
 
 
-def charge_id(headers: Headers) -> str:
-    """Return the id that a proxy's `Front` gave a request for the ledger, or a new one if there is none."""
+def charge_id(headers: Headers) -> str | None:
+    """Return the id that a proxy's `Front` gave a request for the ledger, if there is one."""
     given = headers.get(_CHARGE.decode(), "")
-    return given if _CHARGE_ID.fullmatch(given) else _new_charge_id()
-
-
-def _new_charge_id() -> str:
-    return f"imgreq_{secrets.token_hex(16)}"
+    return given if _CHARGE_ID.fullmatch(given) else None
 
 
 class Front:
@@ -222,7 +218,7 @@ def _marked(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]
         *kept,
         (_REQUEST_ID, names[0] if names else str(uuid.uuid4()).encode()),
         (_RECEIVED, repr(time.time()).encode()),
-        (_CHARGE, _new_charge_id().encode()),
+        (_CHARGE, f"imgreq_{secrets.token_hex(16)}".encode()),
     ]
 
 

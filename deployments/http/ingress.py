@@ -189,8 +189,7 @@ class Ingress:
         logger.info(job.summary(with_prompt=self._settings.log_prompts))
         request_id, deadline = request.headers["x-request-id"], start + job.timeout_s
         async with AsyncExitStack() as stack:
-            charge_id = request.headers.get("x-front-charge")
-            charged = self.access.charged(caller, request_id, job.n, job.size, deadline, charge_id)
+            charged = self.access.charged(caller, request_id, job.n, job.size, deadline, charge_id(request.headers))
             settle = await stack.enter_async_context(charged)
             await self._moderation.check_prompt(job.prompt, job.negative_prompt)
             job, turns = self._admit(job, request_id, deadline, caller)

@@ -38,7 +38,9 @@ class Moderation:
         try:
             async with asyncio.timeout(self._settings.timeout_s):
                 loop = asyncio.get_running_loop()
-                result = await loop.run_in_executor(self._threads, _call, check, *args)
+                result = await loop.run_in_executor(
+                    self._threads, lambda: check(*args)
+                )  # loops take no async functions
                 if inspect.isawaitable(result):
                     await result
         except ContentRefused as error:
@@ -53,13 +55,3 @@ class Moderation:
             logger.error(f"moderation.{name}: {type(error).__name__} in {where.filename}, line {where.lineno}")
             message = f"the {name} cannot be checked; try again later"
             raise APIError(503, "moderation_unavailable", message, headers=RETRY) from None
-
-
-def _call(check: Callable[..., object], *args: object) -> object:
-    """Call a check in a thread; what would end the event loop that waits for it is raised as RuntimeError."""
-    try:
-        return check(*args)
-    except Exception:
-        raise
-    except BaseException as error:
-        raise RuntimeError(type(error).__name__) from error

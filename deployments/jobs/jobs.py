@@ -260,11 +260,6 @@ class Jobs:
             raise APIError(503, "images_unavailable", "the images cannot be had", headers=RETRY) from error
 
 
-def _reused() -> APIError:
-    message = "Idempotency-Key must be new: it came with another body before"
-    return APIError(409, "idempotency_key_reused", message)
-
-
 async def _end(task: asyncio.Task[None]) -> None:
     """Cancel a task and wait for its end; its errors are for `Jobs.check_health`."""
     task.cancel()

@@ -7,7 +7,7 @@ import math
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,6 @@ from deployments.access.keys import SCOPES, Limits
 from deployments.access.settings import AccessSettings
 from deployments.access.store import AccessStore, Charge, Served
 from deployments.http.errors import APIError
-from deployments.http.front import charge_id
 
 pytestmark = pytest.mark.anyio
 
@@ -95,7 +94,7 @@ async def test_a_database_that_does_not_answer_lets_nobody_in(file: Path) -> Non
 async def test_what_was_made_is_charged_as_soon_as_the_database_answers(file: Path) -> None:
     access = KeyedAccess(AccessSettings(database=f"sqlite:///{file}"))
     caller = Caller(access._store.create("shop", SCOPES, Limits()).key_id)
-    async with access.charged(charge_id(Headers()), caller, "r", 2, "128x64", time.time() + 60) as settle:
+    async with access.charged(caller, "r", 2, "128x64", time.time() + 60) as settle:
         with silent(file):
             settling = asyncio.ensure_future(settle([7.0, 7.5]))
             await asyncio.sleep(0.5)
@@ -111,7 +110,7 @@ async def test_what_cannot_be_charged_is_not_served_and_costs_nothing(file: Path
     caller = Caller(access._store.create("shop", SCOPES, Limits()).key_id)
 
     async def serve() -> None:
-        async with access.charged(charge_id(Headers()), caller, "r", 1, "128x128", time.time() + 0.2) as settle:
+        async with access.charged(caller, "r", 1, "128x128", time.time() + 0.2) as settle:
             with silent(file):
                 await settle([7.0])
 
@@ -127,7 +126,7 @@ async def test_what_is_cancelled_or_fails_costs_nothing(file: Path, error: type[
     caller = Caller(access._store.create("shop", SCOPES, Limits(concurrent_images=1)).key_id)
 
     async def fail() -> None:
-        async with access.charged(charge_id(Headers()), caller, "r", 1, "128x128", time.time() + 600):
+        async with access.charged(caller, "r", 1, "128x128", time.time() + 600):
             (row,) = rows(access._store)
             assert (row.settled_at, row.request_id, row.asked_images) == (None, "r", 1)
             raise error
@@ -135,7 +134,7 @@ async def test_what_is_cancelled_or_fails_costs_nothing(file: Path, error: type[
     with pytest.raises(error):
         await fail()
     await until_void(access._store)
-    async with access.charged(charge_id(Headers()), caller, "r", 1, "128x128", time.time() + 600):
+    async with access.charged(caller, "r", 1, "128x128", time.time() + 600):
         pass
     access._store.close()
 
@@ -205,7 +204,7 @@ async def test_an_open_api_asks_for_nothing() -> None:
     access = OpenAccess()
     caller = await access.identify(None, "images")
     assert caller == ANYONE
-    async with access.charged(charge_id(Headers()), caller, "r", 1, "128x128", 0.0) as settle:
+    async with access.charged(caller, "r", 1, "128x128", 0.0) as settle:
         await settle([7.0])
 
 
@@ -220,23 +219,3 @@ def test_access_that_forgets_a_method_lets_nobody_in() -> None:
 
 def test_served_is_what_the_answer_says() -> None:
     assert served("128x64", [7.0, 7.5]) == Served(2, 2 * 128 * 64, 14.5)
-
-
-async def test_a_reservation_that_comes_after_its_deadline_is_void(file: Path) -> None:
-    """The database has heard of it, but nobody waits for it any more."""
-    access = KeyedAccess(AccessSettings(database=f"sqlite:///{file}"))
-    store = AccessStore(f"sqlite:///{file}")
-    caller = Caller(store.create("shop", SCOPES, Limits(concurrent_images=1)).key_id)
-    with pytest.raises(APIError, match="keys cannot be looked up"), silent(file):
-        async with access.charged(charge_id(Headers()), caller, "r", 1, "128x128", time.time() + 600):
-            pass
-    await until_void(store)
-    async with access.charged(charge_id(Headers()), caller, "r", 1, "128x128", time.time() + 600):
-        pass
-
-
-@pytest.mark.parametrize("given", ["", "imgreq_", "imgreq_" + "g" * 32, "imgjob_" + "0" * 32, "imgreq_" + "0" * 33])
-async def test_the_ledgers_ids_are_no_clients_text(given: str) -> None:
-    made = charge_id(Headers({"x-front-charge": given}))
-    assert made != given
-    assert charge_id(Headers({"x-front-charge": made})) == made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -325,16 +324,3 @@ def test_tables_of_another_version_are_refused(database: str) -> None:
     engine.dispose()
     with pytest.raises(OldTables, match="table access_keys has no column scopes: another version"):
         AccessStore(database)
-
-
-def test_an_attempt_takes_the_place_of_the_one_that_was_lost(store: AccessStore, clock: Clock) -> None:
-    key_id = make(store, requests_per_minute=2, megapixels_per_minute=4.0, concurrent_images=2)
-    lost = reserve(store, key_id, 2, until=clock.now + 100)
-    reserve(store, key_id, 2, until=clock.now + 100, id=lost)
-    (row,) = [charge for charge, _ in store.ledger(0.0, math.inf)]
-    assert (row.id, row.asked_images, row.settled_at) == (lost, 2, None)
-    store.settle(lost, Served(2, 2 * MEGAPIXEL, 8.0))
-    with pytest.raises(IntegrityError):  # what was served stays
-        reserve(store, key_id, 2, until=clock.now + 100, id=lost)
-    with pytest.raises(IntegrityError):  # and so does another key's
-        reserve(store, make(store, "other"), until=clock.now + 100, id=lost)
