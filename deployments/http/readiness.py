@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from deployments import metrics, ray_internals
+
+logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
@@ -131,6 +134,8 @@ class Watch:
         self._changed = asyncio.Event()
         self._calls = ThreadPoolExecutor(max_workers=2, thread_name_prefix="watch")
         self._tasks = (asyncio.create_task(self._follow_actors()), asyncio.create_task(self._follow_status()))
+        for task in self._tasks:
+            task.add_done_callback(_tell)
 
     @property
     def readiness(self) -> Readiness:
@@ -181,6 +186,12 @@ class Watch:
             with suppress(TimeoutError):
                 async with asyncio.timeout(period):
                     await self._changed.wait()
+
+
+def _tell(task: asyncio.Task[None]) -> None:
+    """Log what ended a watch, which should have no end."""
+    if not task.cancelled():
+        logger.error("the watch over the cluster has ended", exc_info=task.exception())
 
 
 def _ask_controller(started: frozenset[str]) -> Deployments:
