@@ -138,13 +138,13 @@ def test_wrong_config_is_refused_by_the_key(tmp_path: Path, monkeypatch: pytest.
     for options, complaint in (
         (
             {"ssl_keyfile": "nowhere", "ssl_certfile": f"{tmp_path}/file"},
-            "http_options.ssl_keyfile: nowhere is no file",
+            "http_options.ssl_keyfile: nowhere cannot be read",
         ),
         (
             {"ssl_keyfile": f"{tmp_path}/file", "ssl_certfile": f"{tmp_path}"},
-            f"http_options.ssl_certfile: {tmp_path} is no file",
+            f"http_options.ssl_certfile: {tmp_path} cannot be read",
         ),
-        ({"ssl_keyfile": f"{tmp_path}/file"}, "http_options.ssl_certfile and ssl_keyfile: must both be there"),
+        ({"ssl_keyfile": f"{tmp_path}/file"}, "http_options.ssl_certfile: must be there, since ssl_keyfile is"),
         (
             {"ssl_keyfile": f"{tmp_path}/file", "ssl_certfile": f"{tmp_path}/file"},
             f"http_options.ssl_certfile: {tmp_path}/file and ssl_keyfile do not go together",
