@@ -44,6 +44,7 @@ def test_too_much_load_is_refused_and_the_rest_is_in_time(tmp_path: Path) -> Non
     assert content["answers"].keys() == {"200", "503 overloaded"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_nothing_is_left_of_requests(tmp_path: Path) -> None:
     """Slopes are for longer times."""
@@ -55,6 +56,7 @@ def test_nothing_is_left_of_requests(tmp_path: Path) -> None:
     assert len(content["processes"]) > 8
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_no_request_is_lost_to_an_update(tmp_path: Path) -> None:
     content = bench("rollout", tmp_path, "--rate", 0.4, "--still", 3, "--changes", "an update of all")
