@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, MetaData, create_engine, event, func, inspect, make_url, select
+from sqlalchemy.orm import sessionmaker
 
-WAIT_S = 10  # for a lock, a connection or a statement
+_WAIT_S = 10  # for a lock, a connection or a statement
 _READS = "images_reads"  # the execution option of engines that only read
 _SCHEMA_LOCK = 0x6A6F6273  # PostgreSQL's number of the lock that whoever creates tables holds
 
@@ -16,31 +18,37 @@ class OldTables(Exception):
     """A database whose tables another version of this project made."""
 
 
-def open_database(url: str, metadata: MetaData, wait_s: int = WAIT_S) -> Engine:
-    """Return an engine for a `DatabaseURL`, and create the tables that are not there.
+class Database:
+    """What stores have in common: transactions that write, those that only read, and a clock."""
 
-    Args:
-        url: where it is.
-        metadata: the tables.
-        wait_s: longest wait for a lock, a connection or a statement, in seconds.
+    def __init__(self, url: str, metadata: MetaData, clock: Callable[[], float], wait_s: int = _WAIT_S) -> None:
+        """Open a database, and create the tables that are not there.
 
-    Raises:
-        OSError: the directory of SQLite's file cannot be made.
-        OldTables: a table is there with other columns.
-        sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
-    """
-    engine = _connect(url, wait_s)
-    try:
-        _create_tables(engine, metadata)
-    except BaseException:
-        engine.dispose()
-        raise
-    return engine
+        Args:
+            url: `sqlite:///PATH` or `postgresql://...`.
+            metadata: the tables.
+            clock: returns seconds since the epoch.
+            wait_s: longest wait for a lock, a connection or a statement, in seconds.
 
+        Raises:
+            OSError: the directory of SQLite's file cannot be made.
+            OldTables: a table is there with other columns.
+            sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
+        """
+        self._clock = clock
+        self._engine = _connect(url, wait_s)
+        self._session = sessionmaker(self._engine, expire_on_commit=False)
+        # In SQLite, what only reads waits for no writer.
+        self._reading = sessionmaker(self._engine.execution_options(**{_READS: True}), expire_on_commit=False)
+        try:
+            _create_tables(self._engine, metadata)
+        except BaseException:
+            self.close()
+            raise
 
-def reading(engine: Engine) -> Engine:
-    """Return the same engine for transactions that only read, and so wait for no writer in SQLite."""
-    return engine.execution_options(**{_READS: True})
+    def close(self) -> None:
+        """Close its connections."""
+        self._engine.dispose()
 
 
 def _connect(url: str, wait_s: int) -> Engine:

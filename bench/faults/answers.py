@@ -7,8 +7,7 @@ import base64
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from typing import Any
@@ -17,6 +16,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from bench.serving.load import connected
 from bench.serving.traffic import body, mixed, vary
 from scenes.cases import DEV, Cases
 
@@ -95,26 +95,15 @@ def counts(answers: Sequence[Answer]) -> dict[str, int]:
     )
 
 
-def requests(count: int, timeout_s: float) -> list[dict[str, Any]]:
-    """Return bodies of requests, each of another seed: two of three by the hybrid plan, the others distilled.
+def requests(timeout_s: float) -> Iterator[dict[str, Any]]:
+    """Yield bodies of requests without end, each of another seed: two of three by the hybrid plan, others distilled.
 
     Args:
-        count: number of requests.
         timeout_s: seconds that each may take.
     """
     bodies = vary([body(case) for case in mixed(Cases.read(DEV))], ["128x128"])
-    return [
-        {**made, "seed": number, "timeout_s": timeout_s}
-        for number, made in zip(range(count), itertools.cycle(bodies), strict=False)
-    ]
-
-
-@asynccontextmanager
-async def client_of(url: str) -> AsyncIterator[httpx.AsyncClient]:
-    """Connect to a server, without a limit to the number of connections."""
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None) as client:
-        yield client
+    for number, made in enumerate(itertools.cycle(bodies)):
+        yield {**made, "seed": number, "timeout_s": timeout_s}
 
 
 async def ask(client: httpx.AsyncClient, number: int, request: dict[str, Any], sent: float | None = None) -> Answer:
@@ -136,7 +125,7 @@ async def ask(client: httpx.AsyncClient, number: int, request: dict[str, Any], s
 
 async def steadily(url: str, sent: Sequence[dict[str, Any]], rate: float) -> list[Answer]:
     """Send requests, `rate` of them a second, without waiting for answers."""
-    async with client_of(url) as client:
+    async with connected(url) as client:
         start = time.monotonic()
 
         async def one(number: int, request: dict[str, Any]) -> Answer:

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 async def _compare(site: Site, arguments: argparse.Namespace) -> tuple[list[Answer], list[Answer], list[Struck], float]:
     """Return the answers without faults and with them, the faults, and the seconds until all replicas are back."""
-    sent = requests(arguments.requests, _TIMEOUT_S)
+    sent = list(islice(requests(_TIMEOUT_S), arguments.requests))
     undisturbed = await steadily(site.running.url, sent, arguments.rate)
     # In a thread of its own: the start of a node takes seconds, and must be where signals are handled.
     load = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(steadily(site.running.url, sent, arguments.rate))))

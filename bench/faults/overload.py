@@ -13,18 +13,21 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import httpx
 import numpy as np
 
-from bench.faults.answers import Answer, ask, client_of, counts, requests, steadily
+from bench.faults.answers import Answer, ask, counts, requests, steadily
 from bench.models import SCENES
 from bench.results import add_output_argument, output_directory, positive, write_json
+from bench.serving.load import connected
 from bench.serving.servers import Running, servers, started
 
 _CLIENTS = 24  # that saturate the server
 _WARM_UP_S = 10.0
+_TIMEOUT_S = 110.0  # of a request while there is not too much
 _PROBE_PERIOD_S = 0.5
 _RECOVERY_S = 120.0
 _BARS = {"goodput": 0.9, "refused_p50_s": 0.1, "probe_p50_s": 0.1}  # the first as a share of what it can do
@@ -64,7 +67,7 @@ async def _load(running: Running, arguments: argparse.Namespace) -> dict[str, An
     saturation = await _saturate(running, arguments.saturation_seconds)
     memory = running.resident_memory()
     rate = arguments.times * saturation
-    sent = requests(round(rate * arguments.seconds), arguments.timeout)
+    sent = list(islice(requests(arguments.timeout), round(rate * arguments.seconds)))
     start = time.monotonic()
     load = asyncio.create_task(steadily(running.url, sent, rate))
     probes, peak = await _watch(running, load)
@@ -107,10 +110,10 @@ def _goodput(answers: Sequence[Answer], start: float, seconds: float, timeout_s:
 
 async def _saturate(running: Running, seconds: float) -> float:
     """Images a second of clients that each wait for an answer before they send the next request."""
-    sent = iter(requests(100_000, 110.0))
+    sent = requests(_TIMEOUT_S)
     ends: list[float] = []
     start = time.monotonic()
-    async with client_of(running.url) as client:
+    async with connected(running.url) as client:
 
         async def one() -> None:
             while time.monotonic() < start + seconds:
@@ -127,9 +130,8 @@ async def _saturate(running: Running, seconds: float) -> float:
 
 async def _latency(running: Running) -> float:
     """Seconds that one image takes; infinite if there is none."""
-    async with client_of(running.url) as client:
-        (request,) = requests(1, 110.0)
-        answer = await ask(client, 0, request)
+    async with connected(running.url) as client:
+        answer = await ask(client, 0, next(requests(_TIMEOUT_S)))
         return answer.latency if answer.status == 200 else math.inf
 
 

@@ -15,15 +15,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
 
-from bench.faults.answers import Answer, Figures, ask, client_of, different, lost, requests, steadily
+from bench.faults.answers import Answer, Figures, ask, different, lost, requests, steadily
+from bench.faults.site import with_replicas
 from bench.models import SCENES
 from bench.results import add_output_argument, output_directory, positive, write_json
+from bench.serving.load import connected
 from bench.serving.servers import Running, servers, started
 
 _TIMEOUT_S = 110.0
@@ -33,26 +37,18 @@ _POLL_S = 0.5
 Config = dict[str, Any]
 
 
-def _replicas(count: int) -> Callable[[Config], None]:
-    def change(config: Config) -> None:
-        for deployment in config["applications"][0]["deployments"]:
-            deployment.pop("autoscaling_config", None)
-            deployment["num_replicas"] = count
-
-    return change
-
-
-def _update(config: Config) -> None:
+def _update(config: Config) -> Config:
     """Change what all replicas are made from."""
-    config["applications"][0]["args"]["checkpoint_steps"] = 5
-    config["applications"][0]["args"]["stall_timeout_s"] = 29.0
+    config = copy.deepcopy(config)
+    config["applications"][0]["args"] |= {"checkpoint_steps": 5, "stall_timeout_s": 29.0}
+    return config
 
 
 # In this order, each on top of those before it.
-_CHANGES: dict[str, Callable[[Config], None]] = {
-    "two replicas of each": _replicas(2),
+_CHANGES: dict[str, Callable[[Config], Config]] = {
+    "two replicas of each": partial(with_replicas, count=2),
     "an update of all": _update,
-    "one replica of each": _replicas(1),
+    "one replica of each": partial(with_replicas, count=1),
 }
 
 
@@ -73,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     with started(server, SCENES) as running, tempfile.TemporaryDirectory() as directory:
         config["http_options"]["port"] = httpx.URL(running.url).port
         changed, changes = asyncio.run(_change(running, config, Path(directory), arguments))
-        unchanged = asyncio.run(steadily(running.url, requests(len(changed), _TIMEOUT_S), arguments.rate))
+        unchanged = asyncio.run(steadily(running.url, list(islice(requests(_TIMEOUT_S), len(changed))), arguments.rate))
     missing = lost(changed)
     others = different(changed, unchanged)
     report = {
@@ -101,7 +97,7 @@ async def _change(
     start = time.monotonic()
     await asyncio.sleep(arguments.still)
     for name in arguments.changes:
-        _CHANGES[name](config)
+        config = _CHANGES[name](config)
         begin = time.monotonic()
         print(f"{begin - start:6.1f} s  {name}", flush=True)
         await asyncio.to_thread(_deploy, running, config, directory)
@@ -115,8 +111,8 @@ async def _until(over: asyncio.Event, url: str, rate: float) -> list[Answer]:
     """Send requests, `rate` of them a second, until it is over."""
     asked: list[asyncio.Task[Answer]] = []
     start = time.monotonic()
-    async with client_of(url) as client:
-        for number, request in enumerate(requests(100_000, _TIMEOUT_S)):
+    async with connected(url) as client:
+        for number, request in enumerate(requests(_TIMEOUT_S)):
             await asyncio.sleep(start + number / rate - time.monotonic())
             if over.is_set():
                 break

@@ -45,12 +45,12 @@ class Site:
         self.cluster.add_node(num_cpus=_CORES, num_gpus=0, object_store_memory=_STORE_BYTES)
 
 
-def twofold(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a Serve config with two replicas of each deployment."""
+def with_replicas(config: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return a Serve config with so many replicas of each deployment."""
     config = copy.deepcopy(config)
     for deployment in config["applications"][0]["deployments"]:
         deployment.pop("autoscaling_config", None)
-        deployment["num_replicas"] = 2
+        deployment["num_replicas"] = count
     return config
 
 
@@ -63,5 +63,7 @@ def standing(nodes: int) -> Iterator[Site]:
     with running_head(num_cpus=0, object_store_memory=_STORE_BYTES, include_dashboard=True) as cluster:
         for _ in range(nodes):
             cluster.add_node(num_cpus=_CORES, num_gpus=0, object_store_memory=_STORE_BYTES)
-        with started(replace(server, config=twofold(server.config)), SCENES, address=cluster.address) as running:
+        with started(
+            replace(server, config=with_replicas(server.config, 2)), SCENES, address=cluster.address
+        ) as running:
             yield Site(running, cluster)

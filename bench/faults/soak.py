@@ -20,10 +20,11 @@ from typing import Any
 import httpx
 import psutil
 
-from bench.faults.answers import ask, client_of, requests
+from bench.faults.answers import ask, requests
 from bench.models import SCENES
 from bench.results import add_output_argument, output_directory, positive, write_json
-from bench.serving.servers import Running, servers, started
+from bench.serving.load import connected
+from bench.serving.servers import Running, servers, started, title_of
 
 _PATH = "/v1/images/generations"
 _CLIENTS = 4
@@ -104,8 +105,8 @@ async def _use(running: Running, seconds: float) -> dict[str, Any]:
 
 async def _send(running: Running, deadline: float, client_number: int, outcomes: Counter[str]) -> None:
     """Send one request after the other, of each way in turn, and count what becomes of them."""
-    async with client_of(running.url) as client:
-        for turn, request in enumerate(requests(1_000_000, _TIMEOUT_S)):
+    async with connected(running.url) as client:
+        for turn, request in enumerate(requests(_TIMEOUT_S)):
             if time.monotonic() > deadline:
                 return
             way = _WAYS[turn % len(_WAYS)]
@@ -145,8 +146,8 @@ async def _sample(running: Running, deadline: float, samples: dict[tuple[str, in
     while time.monotonic() < deadline:
         for process in await asyncio.to_thread(running.processes):
             with suppress(psutil.Error):  # it ends
-                title = "".join(process.cmdline()[:1])
-                name = title.partition(".")[0].strip() if title.startswith("ray::") else process.name()
+                title = title_of(process)
+                name = title if title.startswith("ray::") else process.name()
                 mib = process.memory_info().rss / 2**20
                 samples[name, process.pid].append(Sample(time.monotonic(), mib, process.num_fds()))
         await asyncio.sleep(_SAMPLE_PERIOD_S)

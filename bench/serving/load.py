@@ -97,7 +97,8 @@ def figures(sent: Sequence[Sent], deadline: float) -> LoadFigures:
 
 
 @asynccontextmanager
-async def _client(url: str) -> AsyncIterator[httpx.AsyncClient]:
+async def connected(url: str) -> AsyncIterator[httpx.AsyncClient]:
+    """Connect to a server, without a limit to the number of connections."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, limits=limits) as client:
         yield client
@@ -122,7 +123,7 @@ async def closed_loop(url: str, bodies: Sequence[dict[str, Any]], concurrency: i
     """Send `count` requests, with `concurrency` under way at any time; `bodies` are used in turn."""
     queue = iter(list(itertools.islice(itertools.cycle(bodies), count)))
     sent: list[Sent] = []
-    async with _client(url) as client:
+    async with connected(url) as client:
 
         async def worker() -> None:
             for body in queue:
@@ -134,7 +135,7 @@ async def closed_loop(url: str, bodies: Sequence[dict[str, Any]], concurrency: i
 
 async def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, count: int, seed: int = 0) -> list[Sent]:
     """Send `count` requests as a Poisson process of `rate` per second, without waiting for answers."""
-    async with _client(url) as client:
+    async with connected(url) as client:
 
         async def one(body: dict[str, Any], due: float) -> Sent:
             await asyncio.sleep(due - time.monotonic())

@@ -130,12 +130,17 @@ class Running:
         return total
 
 
+def title_of(process: psutil.Process) -> str:
+    """Return what Ray calls a process of its own, without the method that it may run; raises psutil.Error."""
+    return "".join(process.cmdline()[:1]).partition(".")[0].strip()
+
+
 def titled(processes: Iterable[psutil.Process], title: str) -> list[psutil.Process]:
     """Return those of Ray's processes that have this title, whatever method they run."""
     found = []
     for process in processes:
         with suppress(psutil.Error):  # it ends
-            if "".join(process.cmdline()[:1]).partition(".")[0] == title:
+            if title_of(process) == title:
                 found.append(process)
     return found
 

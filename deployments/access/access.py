@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from deployments.access.keys import Presented
+from deployments.access.keys import Presented, new_charge_id
 from deployments.access.settings import AccessSettings
 from deployments.access.store import (
     AccessStore,
@@ -25,7 +25,6 @@ from deployments.access.store import (
     LimitExceeded,
     Revoked,
     Served,
-    new_charge_id,
 )
 from deployments.http.errors import RETRY, APIError
 from stages.image import parse_size

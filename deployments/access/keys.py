@@ -16,6 +16,7 @@ from typing import Literal, get_args
 Scope = Literal["images", "jobs", "models"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
+CHARGE_ID = re.compile(r"imgreq_[0-9a-f]{32}")  # what `new_charge_id` returns
 _KEY = re.compile(r"sk-([0-9a-f]{12})-([A-Za-z0-9_-]{43})")
 _NOBODYS = hashlib.sha256(b"").hexdigest()  # no secret is empty
 
@@ -64,3 +65,8 @@ class Presented:
     def matches(self, digest: str | None) -> bool:
         """Whether the secret has this hash, in a time that does not say where it differs, nor whether there is one."""
         return hmac.compare_digest(self.digest, digest or _NOBODYS)
+
+
+def new_charge_id() -> str:
+    """Return an id for a row of the ledger that is no job's."""
+    return f"imgreq_{secrets.token_hex(16)}"

@@ -7,17 +7,16 @@ replicas wrote them. Transactions of one key follow one upon another.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import JSON, BigInteger, ColumnElement, Index, case, func, literal, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
 from deployments.access.keys import Limits, Presented
-from deployments.database import open_database, reading
+from deployments.database import Database
 
 _WINDOW_S = 60.0
 _WAIT_S = 4  # for a lock, a connection or a statement; callers wait a second longer
@@ -132,7 +131,7 @@ class Charge(_Table, kw_only=True):
     )
 
 
-class AccessStore:
+class AccessStore(Database):
     """Keeps keys and the ledger."""
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
@@ -147,14 +146,7 @@ class AccessStore:
             OldTables: another version of the project made it.
             sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
         """
-        self._clock = clock
-        self._engine = open_database(url, _Table.metadata, _WAIT_S)
-        self._session = sessionmaker(self._engine, expire_on_commit=False)
-        self._reading = sessionmaker(reading(self._engine), expire_on_commit=False)
-
-    def close(self) -> None:
-        """Close its connections."""
-        self._engine.dispose()
+        super().__init__(url, _Table.metadata, clock, _WAIT_S)
 
     def create(self, name: str, scopes: Sequence[str], limits: Limits) -> Presented:
         """Make a key; return it, which nobody can do again. Raises NameTaken."""
@@ -343,8 +335,3 @@ def _count(number: float, noun: str) -> str:
 
 def _never(may: str, asked: str) -> LimitExceeded:
     return LimitExceeded(f"the key may have {may}, and the request asks for {asked}", None)
-
-
-def new_charge_id() -> str:
-    """Return an id for a row of the ledger that is no job's."""
-    return f"imgreq_{secrets.token_hex(16)}"

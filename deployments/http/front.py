@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import secrets
 import time
 import uuid
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import metrics
+from deployments.access.keys import CHARGE_ID, new_charge_id
 from deployments.http.errors import REPLICA_DIED, RETRY, error_body
 from deployments.http.exchange import Exchange, endpoint_of
 from deployments.http.readiness import Watch
@@ -33,7 +33,6 @@ logger = logging.getLogger("ray.serve")
 _RECEIVED = b"x-front-received"  # header that says when the proxy had the request, in seconds since the epoch
 _CHARGE = b"x-front-charge"  # header with the id of the request in the ledger, the same for all attempts at it
 _REQUEST_ID = b"x-request-id"  # of clients, which Serve makes the request's name where there is one
-_CHARGE_ID = re.compile(r"imgreq_[0-9a-f]{32}")
 _NAME = re.compile(rb"[\w.:-]{1,64}")
 _IDEMPOTENCY_KEY = b"idempotency-key"
 
@@ -56,7 +55,7 @@ def received(headers: Headers) -> float:
 def charge_id(headers: Headers) -> str | None:
     """Return the id that a proxy's `Front` gave a request for the ledger, if there is one."""
     given = headers.get(_CHARGE.decode(), "")
-    return given if _CHARGE_ID.fullmatch(given) else None
+    return given if CHARGE_ID.fullmatch(given) else None
 
 
 class Front:
@@ -218,7 +217,7 @@ def _marked(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]
         *kept,
         (_REQUEST_ID, names[0] if names else str(uuid.uuid4()).encode()),
         (_RECEIVED, repr(time.time()).encode()),
-        (_CHARGE, f"imgreq_{secrets.token_hex(16)}".encode()),
+        (_CHARGE, new_charge_id().encode()),
     ]
 
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 
 from sqlalchemy import JSON, ColumnElement, Index, UniqueConstraint, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
-from deployments.database import open_database, reading
+from deployments.database import Database
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -111,7 +111,7 @@ class _Key(_Table, kw_only=True):
     value: Mapped[str]
 
 
-class Store:
+class Store(Database):
     """Keeps jobs."""
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
@@ -126,14 +126,7 @@ class Store:
             OldTables: another version of the project made it.
             sqlalchemy.exc.SQLAlchemyError: the database cannot be used.
         """
-        self._clock = clock
-        self._engine = open_database(url, _Table.metadata)
-        self._session = sessionmaker(self._engine, expire_on_commit=False)
-        self._reading = sessionmaker(reading(self._engine), expire_on_commit=False)
-
-    def close(self) -> None:
-        """Close its connections."""
-        self._engine.dispose()
+        super().__init__(url, _Table.metadata, clock)
 
     def create(self, job: ImageJob, max_unfinished: int) -> ImageJob:
         """Add a job, or return the one that its idempotency key and request made before.

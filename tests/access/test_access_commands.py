@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deployments.access.keys import SCOPES, Limits
-from deployments.access.store import AccessStore, Charge, new_charge_id
+from deployments.access.keys import SCOPES, Limits, new_charge_id
+from deployments.access.store import AccessStore, Charge
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
+from clock import Clock
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import IntegrityError
 
-from deployments.access.keys import SCOPES, Limits, Presented
+from deployments.access.keys import SCOPES, Limits, Presented, new_charge_id
 from deployments.access.store import (
     AccessStore,
     Charge,
@@ -20,21 +21,11 @@ from deployments.access.store import (
     NameTaken,
     Revoked,
     Served,
-    new_charge_id,
 )
 from deployments.database import OldTables
 
 MEGAPIXEL = 1_000_000
 Open = Callable[[], AccessStore]
-
-
-class Clock:
-    """Seconds since the epoch, as a test has them."""
-
-    now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

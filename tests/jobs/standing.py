@@ -1,4 +1,4 @@
-"""What tests of jobs share: jobs to keep, a clock to set, and images without a model."""
+"""What tests of jobs share: jobs to keep, and images without a model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,6 @@ from stages.spans import Span
 
 PROMPT = "a secret ring"
 REQUEST = f'{{"prompt": "{PROMPT}", "seed": 7, "size": "128x128", "plan": "hybrid"}}'
-
-
-@dataclass
-class Clock:
-    """Seconds since the epoch, as a test has them."""
-
-    now: float = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def new_job(**fields: Any) -> ImageJob:

@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from clock import Clock
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
-from standing import PROMPT, Clock, new_job
+from standing import PROMPT, new_job
 
 from deployments.database import OldTables
 from deployments.jobs.store import ImageJob, KeyReused, QueueFull, Store

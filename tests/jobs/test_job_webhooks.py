@@ -14,8 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from clock import Clock
 from openai import InvalidWebhookSignatureError, OpenAI
-from standing import PROMPT, Clock, new_job
+from standing import PROMPT, new_job
 
 from deployments.jobs.settings import WebhookSettings
 from deployments.jobs.store import ImageJob, Store
