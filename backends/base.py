@@ -82,6 +82,10 @@ class Backend(ABC):
     def memory(self) -> Memory:
         """Measure the device's memory."""
 
+    def give_way(self) -> None:
+        """Let the host's other threads go before the calling one, which uses the device, where that is the host."""
+        return
+
     def inference(self) -> AbstractContextManager[None]:
         """Switch gradients off in a `with` block."""
         import torch  # here, because checks of a configuration do without it

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar, Literal
 
 from backends.base import Backend, Memory, Quantization, host_memory
+
+_NICENESS = 10  # a tenth of the weight of others: these are what brings the work, and take little
 
 
 class CPUBackend(Backend):
@@ -21,6 +24,9 @@ class CPUBackend(Backend):
 
     def synchronise(self) -> None:
         """Do nothing, because every operation is done when it returns."""
+
+    def give_way(self) -> None:
+        os.nice(_NICENESS)  # on Linux of the calling thread alone
 
     def memory(self) -> Memory:
         return host_memory()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from deployments import metrics, tracing
 from deployments.balancer import Balancer
 from deployments.fairness import FairQueue
 from deployments.http.errors import APIError
+from deployments.http.refusals import Refusal
 from deployments.messages import Route
 
 Priority = Literal["interactive", "batch"]
@@ -117,7 +117,6 @@ class Admission:
         self._balancer = balancer
         self._in_service, self._waiting = in_service, waiting
         self._inside: set[Turn] = set()
-        self._next_return = -math.inf  # when the last one that was refused may come back
         self._queue: FairQueue[Turn] = FairQueue()
         self._levels = metrics.LevelGauge(metrics.WAITING)
 
@@ -192,8 +191,7 @@ class Admission:
     def refuse(self, late: Late, images: int, size: str, timeout_s: float) -> APIError:
         """Return the answer to a request whose images are late.
 
-        It may come back once there is room, and after those that were told so before it: else all would come at once,
-        and all but a few for nothing. What would be late on an idle server, too, has exceeded its deadline.
+        What would be late on an idle server, too, has exceeded its deadline.
 
         Args:
             late: why.
@@ -206,14 +204,7 @@ class Admission:
             message = f"an image takes about {late.alone:.2g} s, more than the {timeout_s:g} s that the request has"
             return APIError(504, "deadline_exceeded", message)
         metrics.REFUSED.add(images, reason="overloaded", size=size)
-        now = time.monotonic()
-        self._next_return = max(now + late.wait, self._next_return + late.takes)
-        return APIError(
-            503,
-            "overloaded",
-            f"the images would be done in about {math.ceil(late.seconds)} s, which is too late; try again later",
-            headers={"Retry-After": str(max(1, math.ceil(self._next_return - now)))},
-        )
+        return Refusal(late.seconds, late.wait, late.takes, images, size).error()
 
     def waited(self, flow: Flow, seconds: float) -> None:
         """Take note of how long an image waited."""

@@ -41,7 +41,7 @@ class EncodeWorker:
 
     def __init__(self, model: ModelConfig, backend: Backend) -> None:
         self._encoder = Encoder(model, backend)
-        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="encode", initializer=backend.give_way)
         self.pulse = Pulse()
 
     async def encode(self, image: ImageRequest, scale: float) -> LatentPacket:
@@ -89,7 +89,12 @@ class DenoiseWorker:
         self.adapters = denoiser.adapters
         self._sizes = {model.grid(size): size for size in model.sizes}
         self._batcher = StepBatcher(denoiser, placement.max_batch_tokens, report)
-        self._device = Thread(target=self._batcher.run, name="denoise", daemon=True)
+
+        def use_device() -> None:
+            backend.give_way()
+            self._batcher.run()
+
+        self._device = Thread(target=use_device, name="denoise", daemon=True)
         self._device.start()
 
     @property
@@ -159,7 +164,7 @@ class DecodeWorker:
 
     def __init__(self, model: ModelConfig, backend: Backend) -> None:
         self._decoder = Decoder(model, backend)
-        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="decode", initializer=backend.give_way)
         self._files = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
         self.pulse = Pulse()
 

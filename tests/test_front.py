@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import httpx
 import pytest
+from clock import Clock
 from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.http import front
+from deployments.http import front, refusals
 from deployments.http.front import Front, charge_id
 from deployments.http.readiness import Readiness
+from deployments.http.refusals import Refusal
 
 pytestmark = pytest.mark.anyio
 
 GENERATIONS, JOBS = "/v1/images/generations", "/v1/images/jobs"
-Behaviour = Literal["answers", "dies", "ends", "streams", "dies in its stream"]
+Behaviour = Literal["answers", "dies", "ends", "streams", "dies in its stream", "refuses"]
+REFUSAL = Refusal(seconds=24.2, wait_s=4.2, takes_s=3.0, images=2, size="128x128")
 STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
@@ -51,6 +58,9 @@ class Replicas:
                 await put(b"The actor died unexpectedly before finishing this task.")
             case "ends":  # or begins no answer
                 pass
+            case "refuses":
+                error = REFUSAL.error()
+                await JSONResponse(error.body, error.status, error.headers)({"type": "http"}, receive, send)
             case "streams":
                 await start(200, STREAM)
                 await put(b"data: 1\n\n", more=True)
@@ -78,6 +88,13 @@ def anyio_backend() -> str:
 def ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """No cluster is there to watch."""
     monkeypatch.setattr(front, "Watch", Ready)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(refusals, "time", SimpleNamespace(monotonic=clock))  # and not the event loop's
+    return clock
 
 
 async def send(app: ASGIApp, path: str = GENERATIONS, method: str = "POST", **options: Any) -> httpx.Response:
@@ -185,6 +202,68 @@ async def test_a_body_that_is_too_long_to_keep_is_sent_once() -> None:
     answer = await send(Front(replicas), content=iter_bytes(*([b"x" * 2**20] * 9)))
     assert code_of(answer) == "replica_died"
     assert [len(body) for _, body in replicas.requests] == [9 * 2**20]
+
+
+def asking(**fields: Any) -> dict[str, Any]:
+    return {"json": {"prompt": "a star", "size": "128x128", "timeout_s": 20, **fields}}
+
+
+async def test_requests_are_refused_as_one_of_their_kind_was_until_there_may_be_room(clock: Clock) -> None:
+    replicas = Replicas("refuses", "refuses", "answers")
+    front = Front(replicas)
+    answers = [await send(front, **asking(prompt=f"{seed} stars", seed=seed)) for seed in range(3)]
+    assert len(replicas.requests) == 1
+    assert [answer.status_code for answer in answers] == [503] * 3
+    assert len({answer.content for answer in answers}) == 1
+    assert code_of(answers[0]) == "overloaded"
+    assert [answer.headers["retry-after"] for answer in answers] == ["5", "8", "11"]  # each in its turn
+    assert not any("x-front-refusal" in answer.headers for answer in answers)
+    clock.now += 1.0  # after which it may be otherwise
+    assert (await send(front, **asking())).headers["retry-after"] == "13"
+    clock.now += 1.0
+    assert (await send(front, **asking())).status_code == 200
+
+
+async def test_a_refusal_holds_no_longer_than_there_is_no_room(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "REFUSAL", replace(REFUSAL, wait_s=0.25))
+    front = Front(Replicas("refuses", "answers"))
+    assert (await send(front, **asking())).status_code == 503
+    clock.now += 0.24
+    assert (await send(front, **asking())).status_code == 503
+    clock.now += 0.01
+    assert (await send(front, **asking())).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        asking(size="256x256"),
+        asking(timeout_s=60),
+        asking(priority="batch"),
+        asking(plan="distilled"),
+        {"headers": {"Authorization": "Bearer another"}, **asking()},
+        {"content": b"{"},
+        {"content": b"[1]"},
+        {"content": b"[" * 60000},
+        {"content": json.dumps({"prompt": "x" * 70000, "size": "128x128", "timeout_s": 20})},
+    ],
+    ids=str,
+)
+async def test_other_requests_are_asked_about(other: dict[str, Any], clock: Clock) -> None:
+    replicas = Replicas("refuses", "answers")
+    front = Front(replicas)
+    await send(front, **asking())
+    assert (await send(front, **other)).status_code == 200
+    (_, body) = replicas.requests[1]
+    assert not other.get("content") or body == other["content"] or body.decode() == other["content"]
+
+
+async def test_what_is_read_to_look_at_it_still_comes_whole(clock: Clock) -> None:
+    replicas = Replicas("refuses", "answers")
+    front = Front(replicas)
+    await send(front, **asking())
+    await send(front, content=iter_bytes(*([b"x" * 2**20] * 9)))
+    assert [len(body) for _, body in replicas.requests[1:]] == [9 * 2**20]
 
 
 async def test_in_the_application_nothing_is_sent_again() -> None:

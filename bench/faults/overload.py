@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import math
 import sys
 import time
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import httpx
@@ -29,6 +29,7 @@ _CLIENTS = 24  # that saturate the server
 _WARM_UP_S = 10.0
 _TIMEOUT_S = 110.0  # of a request while there is not too much
 _PROBE_PERIOD_S = 0.5
+_PROBES_A_LOOK = 10
 _RECOVERY_S = 120.0
 _BARS = {"goodput": 0.9, "refused_p50_s": 0.1, "probe_p50_s": 0.1}  # the first as a share of what it can do
 
@@ -67,7 +68,7 @@ async def _load(running: Running, arguments: argparse.Namespace) -> dict[str, An
     saturation = await _saturate(running, arguments.saturation_seconds)
     memory = running.resident_memory()
     rate = arguments.times * saturation
-    sent = list(islice(requests(arguments.timeout), round(rate * arguments.seconds)))
+    sent = list(itertools.islice(requests(arguments.timeout), round(rate * arguments.seconds)))
     start = time.monotonic()
     load = asyncio.create_task(steadily(running.url, sent, rate))
     probes, peak = await _watch(running, load)
@@ -148,11 +149,14 @@ async def _watch(running: Running, load: asyncio.Task[list[Answer]]) -> tuple[li
     """Return the seconds of probes while the load lasts, and the most bytes of memory."""
     probes, peak = [], 0
     async with httpx.AsyncClient(base_url=running.url, timeout=30.0) as client:
-        while not load.done():
+        for number in itertools.count():
+            if load.done():
+                break
             start = time.monotonic()
             answer = await client.get("/readyz")
             probes.append(time.monotonic() - start)
             answer.raise_for_status()
-            peak = max(peak, await asyncio.to_thread(running.resident_memory))
+            if number % _PROBES_A_LOOK == 0:  # at memory, which takes some of the processor's time
+                peak = max(peak, await asyncio.to_thread(running.resident_memory))
             await asyncio.sleep(_PROBE_PERIOD_S)
     return probes, peak

@@ -1,6 +1,7 @@
-"""Middleware in Serve's HTTP proxy, in front of the application: probes, lost requests, errors in the API's format.
+"""Middleware in Serve's HTTP proxy, in front of the application: probes, refusals, lost requests, the format of errors.
 
-If the application answered probes, they would wait in the queue of images. A replica of the application that dies takes
+If the application answered probes, they would wait in the queue of images. Under more load than it can bear, its work
+would go into refusing, so that most of that is done here. A replica of the application that dies takes
 the requests along that it has, of which only the proxy still knows. And the proxy's own errors (its queue is full, a
 timeout) are plain text or empty, and do not reach the application's handlers. Serve wraps its proxies in what
 `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.http.front:middlewares` names.
@@ -13,7 +14,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -26,6 +28,7 @@ from deployments.access.keys import CHARGE_ID, new_charge_id
 from deployments.http.errors import REPLICA_DIED, RETRY, error_body
 from deployments.http.exchange import Exchange, endpoint_of
 from deployments.http.readiness import Watch
+from deployments.http.refusals import Refusals
 from deployments.http.replay import Replay
 
 logger = logging.getLogger("ray.serve")
@@ -59,7 +62,7 @@ def charge_id(headers: Headers) -> str | None:
 
 
 class Front:
-    """Answers probes at once, sends what a dead replica had to another one, and gives errors the API's format.
+    """Answers probes, repeats refusals, sends again what a dead replica had, and gives errors the API's format.
 
     It also answers what browsers ask before they let pages of other origins call the API, and lets them read whatever
     is answered, errors of every kind among it.
@@ -77,12 +80,13 @@ class Front:
         self._in_proxy = in_proxy
         self._in_flight = 0
         self._watch = Watch(lambda: self._in_flight)
+        self._refusals = Refusals()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Implement ASGI."""
-        if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Serve's own paths
-            await self._app(scope, receive, send)
-        elif self._watch.cors_origins and not self._is_behind_another(scope):
+        if scope["type"] != "http" or scope["path"].startswith("/-/") or self._is_behind_another(scope):
+            await self._app(scope, receive, send)  # Serve's own paths, and what another front does
+        elif self._watch.cors_origins:
             # Keys are in a header that the page sets; nothing that browsers send by themselves lets anyone in.
             shared = CORSMiddleware(
                 self._serve,
@@ -138,7 +142,11 @@ class Front:
         Not a third time: the request may be the reason.
         """
         replay, again = Replay(receive), dict(scope)  # which Serve changes on its way
-        answer = _Answer(scope, receive, send)
+        asks_for_images = scope["method"] == "POST" and endpoint_of(scope["path"]) == "generations"
+        if asks_for_images and self._refusals.hold and (refusal := await self._refusals.repeat(scope, replay)):
+            await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, send)
+            return
+        answer = _Answer(scope, receive, send, partial(self._refusals.note, again, replay))
         await self._attempt(scope, replay, answer)
         if answer.begun is None and self._in_proxy and _is_repeatable(again) and replay.rewind():
             metrics.RESENT.add()
@@ -163,16 +171,24 @@ class _Answer:
         begun: the message that began what the client gets, or None as long as that is nothing.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, note: Callable[[Message], Message]) -> None:
+        """Wait for messages.
+
+        Args:
+            scope: the request.
+            receive: receives from the client.
+            send: sends to the client.
+            note: takes the message that begins the application's answer, and returns what the client is to get.
+        """
         self.begun: Message | None = None
-        self._scope, self._receive, self._send = scope, receive, send
+        self._scope, self._receive, self._send, self._note = scope, receive, send, note
         self._start: Message | None = None
         self._done = False
 
     async def __call__(self, message: Message) -> None:
         """Take a message of the proxy's; an error that is not the application's gets the API's format, or is lost."""
         if message["type"] == "http.response.start":
-            self._start = None if _is_lost(message) else message
+            self._start = None if _is_lost(message) else self._note(message)
             if self._start and message["status"] >= 400 and not _is_json(message):
                 await self.replace(_proxy_error(message))
         elif self._start and not self._done:

@@ -37,6 +37,22 @@ class Replay:
         self.has_left |= message["type"] == "http.disconnect"
         return message
 
+    @property
+    def content(self) -> bytes:
+        """As much of the body as has come, or nothing if it is too long to be kept."""
+        return b"".join(message.get("body", b"") for message in self._kept)
+
+    async def read(self, enough: int) -> None:
+        """Receive the body's messages, until that many bytes have come or it ends.
+
+        Args:
+            enough: so few bytes that they are kept.
+        """
+        more = True
+        while more and self._bytes < enough:
+            message = await self()
+            more = message["type"] == "http.request" and message.get("more_body", False)
+
     def rewind(self) -> bool:
         """Begin anew, or return False if the body is too long for that, or nobody waits for the answer."""
         self._next = 0

@@ -1,0 +1,138 @@
+"""Refusals of what would be late, and how long they hold: a server with too much to do says so without working for it.
+
+The application says with a refusal when there will be room. Until then requests that differ in their texts and seeds
+alone would be refused, too, which its proxies do in its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Self
+
+from starlette.types import Message, Scope
+
+from deployments import metrics
+from deployments.http.errors import APIError
+from deployments.http.replay import Replay
+
+_HEADER = b"x-front-refusal"
+_RETRY_AFTER = b"retry-after"
+_LONGEST_S = 1.0  # that a refusal holds: there may be room sooner than thought, since others leave or replicas come
+_MOST_KINDS = 1024
+_BODY_S = 1.0  # in which a body must have come; one that comes later is the application's
+_MOST_BYTES = 65536  # of a body; one that has as many or more is not looked at
+_FREE = {"prompt", "negative_prompt", "seed", "user", "safety_identifier"}  # fields without influence on the time
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Images of one request that would be done too late.
+
+    Attributes:
+        seconds: until they would be done.
+        wait_s: seconds until there is room for them if nothing else comes.
+        takes_s: seconds that they take of those that follow.
+        images: how many they are.
+        size: their size.
+    """
+
+    seconds: float
+    wait_s: float
+    takes_s: float
+    images: int
+    size: str
+
+    @classmethod
+    def from_header(cls, value: bytes) -> Self:
+        """Read a header of `error`."""
+        return cls(**json.loads(value))
+
+    def error(self) -> APIError:
+        """Return the answer, which a proxy's `Refusals` read."""
+        return APIError(
+            503,
+            "overloaded",
+            f"the images would be done in about {math.ceil(self.seconds)} s, which is too late; try again later",
+            headers={"Retry-After": str(max(1, math.ceil(self.wait_s))), _HEADER.decode(): json.dumps(asdict(self))},
+        )
+
+
+class Refusals:
+    """Repeats the application's refusals as long as they hold, and says when to come back.
+
+    Whoever is refused is told a later time than those before, or all would come at once, and all but a few for nothing.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[bytes, tuple[float, Refusal]] = {}  # until when, by the kind of request
+        self._next_return = -math.inf  # when the last one that was refused may come back
+
+    @property
+    def hold(self) -> bool:
+        """Whether any request would be refused now."""
+        now = time.monotonic()
+        self._held = {kind: held for kind, held in self._held.items() if now < held[0]}
+        return bool(self._held)
+
+    async def repeat(self, scope: Scope, body: Replay) -> APIError | None:
+        """Refuse a request as one of its kind was, or return None.
+
+        Args:
+            scope: the request.
+            body: its body, which can be read as before afterwards.
+        """
+        try:
+            async with asyncio.timeout(_BODY_S):
+                await body.read(_MOST_BYTES)
+        except TimeoutError:
+            return None
+        finally:
+            body.rewind()
+        until, refusal = self._held.get(_kind(scope, body) or b"", (-math.inf, None))
+        if refusal is None or until <= time.monotonic():
+            return None
+        metrics.REFUSED.add(refusal.images, reason="overloaded", size=refusal.size)
+        error = refusal.error()
+        error.headers = {"Retry-After": self._retry_after(refusal)}
+        return error
+
+    def note(self, scope: Scope, body: Replay, start: Message) -> Message:
+        """Take note of the beginning of the application's answer; return what the client is to get."""
+        found = next((value for name, value in start["headers"] if name == _HEADER), None)
+        if found is None:
+            return start
+        refusal = Refusal.from_header(found)
+        kind = _kind(scope, body)
+        if kind and len(self._held) < _MOST_KINDS:
+            self._held[kind] = time.monotonic() + min(refusal.wait_s, _LONGEST_S), refusal
+        headers = [(name, value) for name, value in start["headers"] if name not in (_HEADER, _RETRY_AFTER)]
+        return {**start, "headers": [*headers, (_RETRY_AFTER, self._retry_after(refusal).encode())]}
+
+    def _retry_after(self, refusal: Refusal) -> str:
+        now = time.monotonic()
+        self._next_return = max(now + refusal.wait_s, self._next_return + refusal.takes_s)
+        return str(max(1, math.ceil(self._next_return - now)))
+
+
+def _kind(scope: Scope, body: Replay) -> bytes | None:
+    """Return what requests have in common that are refused alike: who asks, and for what, but for texts and seeds."""
+    try:
+        asked = json.loads(body.content) if len(body.content) < _MOST_BYTES else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(asked, dict):
+        return None
+    fields = {name: value for name, value in asked.items() if name not in _FREE}
+    caller = sorted(value.decode("latin-1") for value in _values(scope["headers"], b"authorization"))
+    text = json.dumps([scope["path"], caller, fields], sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _values(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> list[bytes]:
+    return [value for name, value in headers if name.lower() == wanted]
