@@ -209,7 +209,7 @@ def asking(**fields: Any) -> dict[str, Any]:
 
 
 async def test_requests_are_refused_as_one_of_their_kind_was_until_there_may_be_room(clock: Clock) -> None:
-    replicas = Replicas("refuses", "refuses", "answers")
+    replicas = Replicas("refuses", "answers")
     front = Front(replicas)
     answers = [await send(front, **asking(prompt=f"{seed} stars", seed=seed)) for seed in range(3)]
     assert len(replicas.requests) == 1
@@ -218,20 +218,35 @@ async def test_requests_are_refused_as_one_of_their_kind_was_until_there_may_be_
     assert code_of(answers[0]) == "overloaded"
     assert [answer.headers["retry-after"] for answer in answers] == ["5", "8", "11"]  # each in its turn
     assert not any("x-front-refusal" in answer.headers for answer in answers)
-    clock.now += 1.0  # after which it may be otherwise
+    clock.now += 0.9
     assert (await send(front, **asking())).headers["retry-after"] == "13"
+    clock.now += 0.1  # after a second it may be otherwise
+    assert (await send(front, **asking())).status_code == 200
+
+
+async def test_as_many_are_let_through_as_there_comes_room_for_and_some_more(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "REFUSAL", replace(REFUSAL, wait_s=0.25, takes_s=0.2))
+    answering: list[Behaviour] = ["answers"] * 8
+    replicas = Replicas("refuses", *answering, "refuses")
+    front = Front(replicas)
+
+    async def statuses(count: int, every_s: float = 0.0) -> list[int]:
+        answers = []
+        for _ in range(count):
+            clock.now += every_s
+            answers.append((await send(front, **asking())).status_code)
+        return answers
+
+    assert await statuses(3) == [503] * 3
+    assert await statuses(1, every_s=0.24) == [503]
+    assert await statuses(3, every_s=0.01) == [200, 503, 503]
+    assert await statuses(9, every_s=0.06) == [503, 200] * 4 + [503]
     clock.now += 1.0
-    assert (await send(front, **asking())).status_code == 200
-
-
-async def test_a_refusal_holds_no_longer_than_there_is_no_room(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "REFUSAL", replace(REFUSAL, wait_s=0.25))
-    front = Front(Replicas("refuses", "answers"))
-    assert (await send(front, **asking())).status_code == 503
-    clock.now += 0.24
-    assert (await send(front, **asking())).status_code == 503
-    clock.now += 0.01
-    assert (await send(front, **asking())).status_code == 200
+    assert await statuses(3) == [200] * 3  # it was not refused for a second
+    assert await statuses(2) == [503, 503]
+    assert len(replicas.requests) == 10
 
 
 @pytest.mark.parametrize(

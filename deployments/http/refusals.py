@@ -1,7 +1,8 @@
 """Refusals of what would be late, and how long they hold: a server with too much to do says so without working for it.
 
-The application says with a refusal when there will be room. Until then requests that differ in their texts and seeds
-alone would be refused, too, which its proxies do in its place.
+The application says with a refusal when there will be room, and how much of that time an image takes. Requests that
+differ in their texts and seeds alone would be refused, too, until then, and from then on all but as many as there comes
+room for. Its proxies refuse them in its place.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from deployments.http.replay import Replay
 
 _HEADER = b"x-front-refusal"
 _RETRY_AFTER = b"retry-after"
-_LONGEST_S = 1.0  # that a refusal holds: there may be room sooner than thought, since others leave or replicas come
+_HOLDS_S = 1.0  # that a refusal holds at most: others may leave, or replicas come
+_SPARE = (
+    2.0  # times as many are let through as there should be room for, so that the application tells if there is more
+)
 _MOST_KINDS = 1024
 _BODY_S = 1.0  # in which a body must have come; one that comes later is the application's
 _MOST_BYTES = 65536  # of a body; one that has as many or more is not looked at
@@ -63,6 +67,21 @@ class Refusal:
         )
 
 
+@dataclass
+class _Held:
+    """A kind of requests that is refused.
+
+    Attributes:
+        refusal: the application's last one.
+        until: when that no longer holds.
+        next: when the next request is let through before.
+    """
+
+    refusal: Refusal
+    until: float
+    next: float
+
+
 class Refusals:
     """Repeats the application's refusals as long as they hold, and says when to come back.
 
@@ -70,14 +89,14 @@ class Refusals:
     """
 
     def __init__(self) -> None:
-        self._held: dict[bytes, tuple[float, Refusal]] = {}  # until when, by the kind of request
+        self._held: dict[bytes, _Held] = {}  # by the kind
         self._next_return = -math.inf  # when the last one that was refused may come back
 
     @property
     def hold(self) -> bool:
         """Whether any request would be refused now."""
         now = time.monotonic()
-        self._held = {kind: held for kind, held in self._held.items() if now < held[0]}
+        self._held = {kind: held for kind, held in self._held.items() if now < held.until}
         return bool(self._held)
 
     async def repeat(self, scope: Scope, body: Replay) -> APIError | None:
@@ -94,8 +113,13 @@ class Refusals:
             return None
         finally:
             body.rewind()
-        until, refusal = self._held.get(_kind(scope, body) or b"", (-math.inf, None))
-        if refusal is None or until <= time.monotonic():
+        now = time.monotonic()
+        held = self._held.get(_kind(scope, body) or b"")
+        if held is None or held.until <= now:
+            return None
+        refusal = held.refusal
+        if held.next <= now:
+            held.next = now + refusal.takes_s / _SPARE
             return None
         metrics.REFUSED.add(refusal.images, reason="overloaded", size=refusal.size)
         error = refusal.error()
@@ -109,8 +133,9 @@ class Refusals:
             return start
         refusal = Refusal.from_header(found)
         kind = _kind(scope, body)
-        if kind and len(self._held) < _MOST_KINDS:
-            self._held[kind] = time.monotonic() + min(refusal.wait_s, _LONGEST_S), refusal
+        if kind and (kind in self._held or len(self._held) < _MOST_KINDS):
+            now = time.monotonic()
+            self._held[kind] = _Held(refusal, now + _HOLDS_S, now + min(refusal.wait_s, _HOLDS_S))
         headers = [(name, value) for name, value in start["headers"] if name not in (_HEADER, _RETRY_AFTER)]
         return {**start, "headers": [*headers, (_RETRY_AFTER, self._retry_after(refusal).encode())]}
 
