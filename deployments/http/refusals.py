@@ -24,10 +24,9 @@ from deployments.http.replay import Replay
 
 _HEADER = b"x-front-refusal"
 _RETRY_AFTER = b"retry-after"
-_HOLDS_S = 1.0  # that a refusal holds at most: others may leave, or replicas come
-_SPARE = (
-    2.0  # times as many are let through as there should be room for, so that the application tells if there is more
-)
+_HOLDS_S = 5.0  # that a refusal holds if the application refuses no more
+_CLOSED_S = 1.0  # after one in which none is let through, at most: others may leave, or replicas come
+_SPARE = 2.0  # times as many are let through as there should be room for: if there is more, the application takes them
 _MOST_KINDS = 1024
 _BODY_S = 1.0  # in which a body must have come; one that comes later is the application's
 _MOST_BYTES = 65536  # of a body; one that has as many or more is not looked at
@@ -135,7 +134,7 @@ class Refusals:
         kind = _kind(scope, body)
         if kind and (kind in self._held or len(self._held) < _MOST_KINDS):
             now = time.monotonic()
-            self._held[kind] = _Held(refusal, now + _HOLDS_S, now + min(refusal.wait_s, _HOLDS_S))
+            self._held[kind] = _Held(refusal, now + _HOLDS_S, now + min(refusal.wait_s, _CLOSED_S))
         headers = [(name, value) for name, value in start["headers"] if name not in (_HEADER, _RETRY_AFTER)]
         return {**start, "headers": [*headers, (_RETRY_AFTER, self._retry_after(refusal).encode())]}
 
