@@ -1,9 +1,9 @@
 """Middleware in Serve's HTTP proxy, in front of the application: probes, refusals, lost requests, the format of errors.
 
 If the application answered probes, they would wait in the queue of images. Under more load than it can bear, its work
-would go into refusing, so that most of that is done here. A replica of the application that dies takes
-the requests along that it has, of which only the proxy still knows. And the proxy's own errors (its queue is full, a
-timeout) are plain text or empty, and do not reach the application's handlers. Serve wraps its proxies in what
+would go into refusing, so that most of that is done here. A replica of the application that dies takes the requests
+along that it has, of which only the proxy still knows. And the proxy's own errors (its queue is full, a timeout) are
+plain text or empty, and do not reach the application's handlers. Serve wraps its proxies in what
 `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.http.front:middlewares` names.
 """
 

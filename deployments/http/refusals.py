@@ -12,18 +12,17 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Self
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Scope
 
 from deployments import metrics
 from deployments.http.errors import APIError
 from deployments.http.replay import Replay
 
-_HEADER = b"x-front-refusal"
-_RETRY_AFTER = b"retry-after"
+_HEADER = "x-front-refusal"
 _HOLDS_S = 5.0  # that a refusal holds if the application refuses no more
 _CLOSED_S = 1.0  # after one in which none is let through, at most: others may leave, or replicas come
 _SPARE = 2.0  # times as many are let through as there should be room for: if there is more, the application takes them
@@ -52,7 +51,7 @@ class Refusal:
     size: str
 
     @classmethod
-    def from_header(cls, value: bytes) -> Self:
+    def from_header(cls, value: str) -> Self:
         """Read a header of `error`."""
         return cls(**json.loads(value))
 
@@ -62,7 +61,7 @@ class Refusal:
             503,
             "overloaded",
             f"the images would be done in about {math.ceil(self.seconds)} s, which is too late; try again later",
-            headers={"Retry-After": str(max(1, math.ceil(self.wait_s))), _HEADER.decode(): json.dumps(asdict(self))},
+            headers={"Retry-After": str(max(1, math.ceil(self.wait_s))), _HEADER: json.dumps(asdict(self))},
         )
 
 
@@ -127,7 +126,8 @@ class Refusals:
 
     def note(self, scope: Scope, body: Replay, start: Message) -> Message:
         """Take note of the beginning of the application's answer; return what the client is to get."""
-        found = next((value for name, value in start["headers"] if name == _HEADER), None)
+        headers = MutableHeaders(raw=list(start["headers"]))
+        found = headers.get(_HEADER)
         if found is None:
             return start
         refusal = Refusal.from_header(found)
@@ -135,8 +135,9 @@ class Refusals:
         if kind and (kind in self._held or len(self._held) < _MOST_KINDS):
             now = time.monotonic()
             self._held[kind] = _Held(refusal, now + _HOLDS_S, now + min(refusal.wait_s, _CLOSED_S))
-        headers = [(name, value) for name, value in start["headers"] if name not in (_HEADER, _RETRY_AFTER)]
-        return {**start, "headers": [*headers, (_RETRY_AFTER, self._retry_after(refusal).encode())]}
+        del headers[_HEADER]
+        headers["Retry-After"] = self._retry_after(refusal)
+        return {**start, "headers": headers.raw}
 
     def _retry_after(self, refusal: Refusal) -> str:
         now = time.monotonic()
@@ -153,10 +154,6 @@ def _kind(scope: Scope, body: Replay) -> bytes | None:
     if not isinstance(asked, dict):
         return None
     fields = {name: value for name, value in asked.items() if name not in _FREE}
-    caller = sorted(value.decode("latin-1") for value in _values(scope["headers"], b"authorization"))
+    caller = sorted(Headers(scope=scope).getlist("authorization"))
     text = json.dumps([scope["path"], caller, fields], sort_keys=True)
     return hashlib.sha256(text.encode()).digest()
-
-
-def _values(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> list[bytes]:
-    return [value for name, value in headers if name.lower() == wanted]
