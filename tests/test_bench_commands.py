@@ -140,7 +140,7 @@ def test_trace_has_a_slice_for_each_stage_of_each_image(command: Command, tmp_pa
 def _started(server: Server, model: Path) -> Iterator[Running]:
     """What answers without a model in place of a server."""
     with _answering() as url:
-        yield Running(url, psutil.Process(), Path())
+        yield Running(url, psutil.Process(), Path(), None)
 
 
 def test_pools_are_loaded_apart_and_together(monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path) -> None:

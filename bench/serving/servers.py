@@ -95,11 +95,13 @@ class Running:
         url: its URL.
         process: the process that was started, in a new session; Ray's daemons and workers descend from it.
         log: file with its output.
+        config: what it serves by, with the ports that it listens on; None for one that has no config.
     """
 
     url: str
     process: psutil.Process
     log: Path
+    config: dict[str, Any] | None
 
     @property
     def dashboard(self) -> str:
@@ -171,8 +173,8 @@ def started(server: Server, model: Path, address: str | None = None) -> Iterator
     url = f"{'https' if certificate else 'http'}://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as directory:
         path, log = Path(directory) / "serve.yaml", Path(directory) / "server.log"
-        if server.config:
-            config = copy.deepcopy(server.config)
+        config = copy.deepcopy(server.config)
+        if config:
             config["http_options"]["port"] = port
             for application in config["applications"]:
                 if "placement" in application["args"]:  # this engine's
@@ -188,7 +190,7 @@ def started(server: Server, model: Path, address: str | None = None) -> Iterator
             process = psutil.Popen(
                 command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
-        running = Running(url, process, log)
+        running = Running(url, process, log, config)
         try:
             deadline = time.monotonic() + _START_TIMEOUT
             while not _ready(url, server.late, certificate):

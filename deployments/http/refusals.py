@@ -2,7 +2,7 @@
 
 The application says with a refusal when there will be room, and how much of that time an image takes. Requests that
 differ in their texts and seeds alone would be refused, too, until then, and from then on all but as many as there comes
-room for. Its proxies refuse them in its place.
+room for. Its proxies refuse them in its place, and ever fewer of them while the application refuses none.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from deployments.http.errors import APIError
 from deployments.http.replay import Replay
 
 _HEADER = "x-front-refusal"
-_HOLDS_S = 5.0  # that a refusal holds if the application refuses no more
-_CLOSED_S = 1.0  # after one in which none is let through, at most: others may leave, or replicas come
-_SPARE = 2.0  # times as many are let through as there should be room for: if there is more, the application takes them
+_CLOSED_S = 1.0  # after a refusal in which none is let through, at most: others may leave, or replicas come
+_SPARE = 1.5  # times as many are let through then as there should be room for: the application refuses those too many
+_DOUBLES_S = 2.0  # in which it becomes twice as many if the application refuses none: there is more room than it said
+_HOLDS_S = 20.0  # after which all are let through
 _MOST_KINDS = 1024
 _BODY_S = 1.0  # in which a body must have come; one that comes later is the application's
 _MOST_BYTES = 65536  # of a body; one that has as many or more is not looked at
@@ -71,13 +72,21 @@ class _Held:
 
     Attributes:
         refusal: the application's last one.
-        until: when that no longer holds.
-        next: when the next request is let through before.
+        since: when that came.
+        next: when the next request is let through.
     """
 
     refusal: Refusal
-    until: float
+    since: float
     next: float
+
+    def holds(self, now: float) -> bool:
+        """Whether a request may have to wait until the next one is let through."""
+        return now < self.since + _HOLDS_S
+
+    def let_through(self, now: float) -> None:
+        """Say when the next one is let through if one is now."""
+        self.next = now + self.refusal.takes_s / (_SPARE * 2 ** ((now - self.since) / _DOUBLES_S))
 
 
 class Refusals:
@@ -94,7 +103,7 @@ class Refusals:
     def hold(self) -> bool:
         """Whether any request would be refused now."""
         now = time.monotonic()
-        self._held = {kind: held for kind, held in self._held.items() if now < held.until}
+        self._held = {kind: held for kind, held in self._held.items() if held.holds(now)}
         return bool(self._held)
 
     async def repeat(self, scope: Scope, body: Replay) -> APIError | None:
@@ -113,12 +122,12 @@ class Refusals:
             body.rewind()
         now = time.monotonic()
         held = self._held.get(_kind(scope, body) or b"")
-        if held is None or held.until <= now:
+        if held is None or not held.holds(now):
+            return None
+        if held.next <= now:
+            held.let_through(now)
             return None
         refusal = held.refusal
-        if held.next <= now:
-            held.next = now + refusal.takes_s / _SPARE
-            return None
         metrics.REFUSED.add(refusal.images, reason="overloaded", size=refusal.size)
         error = refusal.error()
         error.headers = {"Retry-After": self._retry_after(refusal)}
@@ -134,7 +143,7 @@ class Refusals:
         kind = _kind(scope, body)
         if kind and (kind in self._held or len(self._held) < _MOST_KINDS):
             now = time.monotonic()
-            self._held[kind] = _Held(refusal, now + _HOLDS_S, now + min(refusal.wait_s, _CLOSED_S))
+            self._held[kind] = _Held(refusal, now, now + min(refusal.wait_s, _CLOSED_S))
         del headers[_HEADER]
         headers["Retry-After"] = self._retry_after(refusal)
         return {**start, "headers": headers.raw}
