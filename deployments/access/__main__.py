@@ -80,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     ledger.add_argument("--totals", action="store_true", help="a row for each key, in place of each request and job")
     ledger.set_defaults(run=_ledger)
+
+    prune = commands.add_parser("prune", help="delete rows of the ledger; print them first, where they are needed")
+    prune.add_argument("--until", type=_time, required=True, metavar="TIME", help=f"first row that stays, a {_TIME}")
+    prune.set_defaults(run=_prune)
     return parser
 
 
@@ -136,6 +140,11 @@ def _ledger(store: AccessStore, arguments: argparse.Namespace) -> int:
     else:
         writer.writerow(_LEDGER)
         writer.writerows(_entry(charge, name, now) for charge, name in rows)
+    return 0
+
+
+def _prune(store: AccessStore, arguments: argparse.Namespace) -> int:
+    print(f"rows deleted: {store.prune(arguments.until)}")
     return 0
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import JSON, BigInteger, ColumnElement, Index, case, func, literal, select, update
+from sqlalchemy import JSON, BigInteger, ColumnElement, Index, case, delete, func, literal, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
@@ -289,6 +289,26 @@ class AccessStore(Database):
             last = rows[-1][0]
             later = (Charge.created_at == last.created_at) & (Charge.id > last.id)
             page = query.where((Charge.created_at > last.created_at) | later)
+
+    def prune(self, until: float) -> int:
+        """Delete rows of requests and jobs that ended and were let in before; return how many.
+
+        What counts for limits stays, and so does what may still end.
+
+        Args:
+            until: the first time that stays, in seconds since the epoch.
+        """
+        pruned = 0
+        while True:
+            with self._session.begin() as session:
+                now = self._clock()
+                lost = (Charge.making_until > 0.0) & (Charge.making_until < now)
+                ended = Charge.settled_at.is_not(None) | lost
+                old = select(Charge.id).where(Charge.created_at < min(until, now - _WINDOW_S), ended).limit(_PAGE)
+                deleted = len(session.scalars(delete(Charge).where(Charge.id.in_(old)).returning(Charge.id)).all())
+            pruned += deleted
+            if deleted < _PAGE:
+                return pruned
 
     def _lock(self, session: Session, key_id: str) -> Key:
         """Return a key whose transactions now wait for this one; raises Revoked."""

@@ -54,3 +54,16 @@ def test_names_and_scopes_are_kept_plainly(command: str, database: str) -> None:
     assert [(key.name, key.scopes) for key in store.all_keys()] == [("shop", ["jobs", "images"])]
     store.close()
     assert "as 2026-01-31 or 2026-01-31T12:00" in " ".join(shell(f"{command} ledger --help").stdout.split())
+
+
+def test_old_rows_are_deleted(command: str, database: str) -> None:
+    store = AccessStore(database, clock=lambda: 1_000_000_000.0)
+    key_id = store.create("shop", SCOPES, Limits()).key_id
+    charge = Charge(id=new_charge_id(), key_id=key_id, request_id="r", created_at=0.0, asked_images=1, asked_pixels=1)
+    store.reserve(charge)
+    store.void(charge.id)
+    store.close()
+    assert shell(f"{command} prune").returncode == 2
+    assert shell(f"{command} prune --until 2001-09-09").stdout == "rows deleted: 0\n"
+    assert shell(f"{command} prune --until 2001-09-10").stdout == "rows deleted: 1\n"
+    assert len(shell(f"{command} ledger").stdout.splitlines()) == 1

@@ -296,14 +296,21 @@ def test_the_ledger_is_read_in_pages_and_between_times(
     store: AccessStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.access.store._PAGE", 2)
-    key = make(store)
-    charges = []
-    for seconds in (0, 0, 0, 1, 1):
-        clock.now += seconds
-        charges.append(reserve(store, key))
-    assert {charge.id for charge, _ in store.ledger(0.0, math.inf)} == set(charges)
-    assert [charge.id for charge, _ in store.ledger(clock.now - 1, clock.now)] == [charges[3]]
-    assert len(list(store.ledger(0.0, clock.now - 1))) == 3
+    key = make(store, requests_per_minute=2)
+    served, void, _, made, waits = (
+        reserve(store, make(store, name), until=clock.now + until)
+        for name, until in (("a", 9), ("b", 9), ("c", 9), ("d", 900), ("e", -clock.now))
+    )
+    store.settle(served, Served(1, MEGAPIXEL, 7.0))
+    store.void(void)
+    clock.now += 100.0
+    recent = reserve(store, key)
+    store.void(recent)
+    assert store.prune(clock.now - 100.0) == 0
+    assert store.prune(clock.now + 1.0) == 3
+    assert {charge.id for charge, _ in store.ledger(0.0, math.inf)} == {waits, made, recent}
+    reserve(store, key)
+    refusal(store, key)
 
 
 def test_tables_of_another_version_are_refused(database: str) -> None:
