@@ -21,6 +21,7 @@ from deployments.messages import Route
 
 Priority = Literal["interactive", "batch"]
 
+_CAUTION = 0.15  # share of the wait that it may take longer than estimated: others' requests also need processors
 _WEIGHTS: dict[Priority, float] = {"interactive": 8.0, "batch": 1.0}  # neither starves the other
 
 
@@ -141,9 +142,10 @@ class Admission:
             overtaken = (turn.work for turn in self._queue.behind(flow))
             seconds = self._balancer.seconds_until_done(work, self._in_service, overtaken)
             crowd = len(self._queue) + len(routes) - self._free - self._waiting  # images that have no room to wait
+            alone = self._balancer.seconds_alone(work)
+            seconds += _CAUTION * max(0.0, seconds - alone)
             if seconds > within_s or crowd > 0:
                 pace = self._balancer.pace(work, self._in_service)
-                alone = self._balancer.seconds_alone(work)
                 raise Late(seconds, max(seconds - within_s, crowd * pace), len(routes) * pace, alone)
             undo.pop_all()
         self._levels.expect(flow.priority, flow.size)

@@ -228,7 +228,7 @@ async def test_as_many_are_let_through_as_there_comes_room_for_and_some_more(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "REFUSAL", replace(REFUSAL, wait_s=0.25, takes_s=0.3))
-    answering: list[Behaviour] = ["answers"] * 22
+    answering: list[Behaviour] = ["answers"] * 41
     replicas = Replicas("refuses", *answering, "refuses")
     front = Front(replicas)
 
@@ -241,12 +241,31 @@ async def test_as_many_are_let_through_as_there_comes_room_for_and_some_more(
 
     assert await statuses(3) == [503] * 3
     assert await statuses(1, every_s=0.24) == [503]
-    assert (await statuses(100, every_s=0.01)).count(200) == 7  # in a second that has room for three, it says
-    clock.now += 3.0
-    assert (await statuses(100, every_s=0.005)).count(200) == 12  # ever more while it refuses none
-    clock.now += 16.0
+    assert (await statuses(100, every_s=0.01)).count(200) == 6  # in a second that has room for three, it says
+    clock.now += 9.0
+    assert await statuses(24) == [200] * 21 + [503] * 3  # what is left of a second may come at once
+    assert (await statuses(100, every_s=0.005)).count(200) == 11  # ever more while it refuses none
+    clock.now += 20.0
     assert await statuses(3) == [200] * 3  # and all in the end
     assert await statuses(3) == [503] * 3
+
+
+async def test_callers_have_equal_shares_of_what_is_let_through(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "REFUSAL", replace(REFUSAL, wait_s=0.0, takes_s=0.03))
+    answering: list[Behaviour] = ["answers"] * 60
+    front = Front(Replicas("refuses", "refuses", "refuses", *answering))
+    kinds = [
+        {"headers": {"Authorization": f"Bearer {caller}"}, **asking(plan=plan)}
+        for caller, plan in (("a", "hybrid"), ("b", "hybrid"), ("b", "base"))
+    ]
+    for kind in kinds:
+        await send(front, **kind)
+    let_through = [0] * len(kinds)
+    for _ in range(200):
+        clock.now += 0.005
+        for number, kind in enumerate(kinds):
+            let_through[number] += (await send(front, **kind)).status_code == 200
+    assert let_through == [27, 14, 14]
 
 
 @pytest.mark.parametrize(

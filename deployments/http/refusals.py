@@ -12,8 +12,9 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Scope
@@ -25,8 +26,9 @@ from deployments.http.replay import Replay
 _HEADER = "x-front-refusal"
 _CLOSED_S = 1.0  # after a refusal in which none is let through, at most: others may leave, or replicas come
 _SPARE = 1.5  # times as many are let through then as there should be room for: the application refuses those too many
-_DOUBLES_S = 2.0  # in which it becomes twice as many if the application refuses none: there is more room than it said
-_HOLDS_S = 20.0  # after which all are let through
+_DOUBLES_S = 5.0  # in which it becomes twice as many if the application refuses none: there is more room than it said
+_HOLDS_S = 30.0  # after which all are let through
+_BURST_S = 1.0  # so late may come at once what was to be let through by and by
 _MOST_KINDS = 1024
 _BODY_S = 1.0  # in which a body must have come; one that comes later is the application's
 _MOST_BYTES = 65536  # of a body; one that has as many or more is not looked at
@@ -84,19 +86,28 @@ class _Held:
         """Whether a request may have to wait until the next one is let through."""
         return now < self.since + _HOLDS_S
 
-    def let_through(self, now: float) -> None:
-        """Say when the next one is let through if one is now."""
-        self.next = now + self.refusal.takes_s / (_SPARE * 2 ** ((now - self.since) / _DOUBLES_S))
+    def let_through(self, now: float, share: float) -> None:
+        """Say when the next one is let through if one is now, for a share of what there comes room for."""
+        spare = _SPARE * 2 ** ((now - self.since) / _DOUBLES_S)
+        self.next = max(self.next, now - _BURST_S) + self.refusal.takes_s / (share * spare)
+
+
+class _Kind(NamedTuple):
+    """What requests have in common that are refused alike: hashes of who asks, and of for what."""
+
+    caller: bytes
+    asked: bytes
 
 
 class Refusals:
     """Repeats the application's refusals as long as they hold, and says when to come back.
 
-    Whoever is refused is told a later time than those before, or all would come at once, and all but a few for nothing.
+    What there comes room for is shared among callers alike, and so is what each has among kinds of requests. Whoever is
+    refused is told a later time than those before, or all would come at once, and all but a few for nothing.
     """
 
     def __init__(self) -> None:
-        self._held: dict[bytes, _Held] = {}  # by the kind
+        self._held: dict[_Kind, _Held] = {}
         self._next_return = -math.inf  # when the last one that was refused may come back
 
     @property
@@ -121,11 +132,12 @@ class Refusals:
         finally:
             body.rewind()
         now = time.monotonic()
-        held = self._held.get(_kind(scope, body) or b"")
-        if held is None or not held.holds(now):
+        kind = _kind(scope, body)
+        held = self._held.get(kind) if kind else None
+        if kind is None or held is None or not held.holds(now):
             return None
         if held.next <= now:
-            held.let_through(now)
+            held.let_through(now, self._share(kind))
             return None
         refusal = held.refusal
         metrics.REFUSED.add(refusal.images, reason="overloaded", size=refusal.size)
@@ -148,21 +160,27 @@ class Refusals:
         headers["Retry-After"] = self._retry_after(refusal)
         return {**start, "headers": headers.raw}
 
+    def _share(self, kind: _Kind) -> float:
+        callers = Counter(each.caller for each in self._held)
+        return 1 / len(callers) / callers[kind.caller]
+
     def _retry_after(self, refusal: Refusal) -> str:
         now = time.monotonic()
         self._next_return = max(now + refusal.wait_s, self._next_return + refusal.takes_s)
         return str(max(1, math.ceil(self._next_return - now)))
 
 
-def _kind(scope: Scope, body: Replay) -> bytes | None:
-    """Return what requests have in common that are refused alike: who asks, and for what, but for texts and seeds."""
+def _kind(scope: Scope, body: Replay) -> _Kind | None:
+    """Return what a request has in common with those that differ in texts and seeds alone; None if it is no request."""
     try:
-        asked = json.loads(body.content) if len(body.content) < _MOST_BYTES else None
+        fields = json.loads(body.content) if len(body.content) < _MOST_BYTES else None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(asked, dict):
+    if not isinstance(fields, dict):
         return None
-    fields = {name: value for name, value in asked.items() if name not in _FREE}
-    caller = sorted(Headers(scope=scope).getlist("authorization"))
-    text = json.dumps([scope["path"], caller, fields], sort_keys=True)
-    return hashlib.sha256(text.encode()).digest()
+    asked = {name: value for name, value in fields.items() if name not in _FREE}
+    return _Kind(_hash(sorted(Headers(scope=scope).getlist("authorization"))), _hash([scope["path"], asked]))
+
+
+def _hash(value: object) -> bytes:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
