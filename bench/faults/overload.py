@@ -22,7 +22,7 @@ import numpy as np
 from bench.faults.answers import Answer, ask, counts, requests, steadily
 from bench.models import SCENES
 from bench.results import add_output_argument, output_directory, positive, write_json
-from bench.serving.load import connected
+from bench.serving.load import connected, go_first
 from bench.serving.servers import Running, servers, started
 
 _CLIENTS = 24  # that saturate the server
@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 async def _load(running: Running, arguments: argparse.Namespace) -> dict[str, Any]:
+    client_first = go_first()
     await _saturate(running, _WARM_UP_S)
     idle = await _latency(running)
     saturation = await _saturate(running, arguments.saturation_seconds)
@@ -78,6 +79,7 @@ async def _load(running: Running, arguments: argparse.Namespace) -> dict[str, An
     refused = [answer for answer in answers if answer.status == 503]
     late = [answer for answer in answers if answer.status not in (200, 503)]
     return {
+        "client_first": client_first,
         "saturation": round(saturation, 3),
         "sent_per_s": round(rate, 3),
         "timeout_s": arguments.timeout,
