@@ -21,7 +21,7 @@ from deployments.messages import Route
 
 Priority = Literal["interactive", "batch"]
 
-_CAUTION = 0.15  # share of the wait that it may take longer than estimated: others' requests also need processors
+_CAUTION = 0.25  # share of the wait that it may take longer than estimated: others' requests also need processors
 _WEIGHTS: dict[Priority, float] = {"interactive": 8.0, "batch": 1.0}  # neither starves the other
 
 

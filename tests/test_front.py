@@ -73,7 +73,7 @@ class Replicas:
 class Ready:
     was_ready = True
     cors_origins = ()
-    readiness = Readiness({"Ingress": 2}, None)
+    readiness = last_known = Readiness({"Ingress": 2}, None)
 
     def __init__(self, *_: object) -> None:
         pass
@@ -116,6 +116,16 @@ async def test_what_a_dead_replica_had_is_sent_to_another_one(death: Behaviour) 
     assert first[b"x-request-id"] == second[b"x-request-id"]
     assert first[b"x-front-charge"] == second[b"x-front-charge"]
     assert first[b"x-front-received"] == second[b"x-front-received"]  # the time that it may take is not longer
+
+
+async def test_requests_are_served_while_the_cluster_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ready, "readiness", Readiness({}, "the cluster does not answer"))
+    app = Front(Replicas("answers"))
+    assert (await send(app)).status_code == 200
+    ready = await send(app, "/readyz", "GET")
+    assert (ready.status_code, ready.json()["error"]["message"]) == (503, "the cluster does not answer")
+    monkeypatch.setattr(Ready, "last_known", Readiness({}, "draining"))
+    assert code_of(await send(app)) == "not_ready"
 
 
 async def iter_bytes(*parts: bytes) -> AsyncIterator[bytes]:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +22,15 @@ import psutil
 import pytest
 import torch
 import yaml
+from ray import serve
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 from served import log_lines
 
 from bench.serving.servers import ROOT, Running, free_ports, servers, started, titled
 from deployments.check import StartError, check, read_config
 from deployments.fit import starting_resources
-from deployments.http.readiness import Deployments, Readiness
+from deployments.http.readiness import Deployments, Readiness, _ask_controller
 
 MODEL = ROOT / "configs" / "scenes.yaml"
 SLOW = {"prompt": "a ring", "plan": "base"}  # fifty steps
@@ -348,6 +351,31 @@ def test_readiness_counts_replicas_that_both_the_controller_and_ray_know() -> No
     assert Readiness.of(scaled_to_none, frozenset()).reason is None
     one_of_two = Deployments({"images#Base": 2}, frozenset(), frozenset({first, second}))
     assert Readiness.of(one_of_two, frozenset({second})) == Readiness({"Base": 1}, None)
+
+
+def test_replicas_go_on_while_their_application_is_built_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve then reports no deployments of it."""
+    base = DeploymentStatusOverview(
+        status=DeploymentStatus.UPDATING,
+        status_trigger=DeploymentStatusTrigger.CONFIG_UPDATE_STARTED,
+        replica_states={ReplicaState.RUNNING: 1, ReplicaState.UPDATING: 1},
+        message="",
+    )
+
+    def report(before: Deployments, status: ApplicationStatus, *deployments: str) -> Mapping[str, int]:
+        overview = ApplicationStatusOverview(status, "", 0.0, dict.fromkeys(deployments, base))
+        monkeypatch.setattr(serve, "status", lambda: ServeStatus(applications={"images": overview}))
+        monkeypatch.setattr("deployments.ray_internals.get", lambda name: None)
+        return _ask_controller(frozenset(), before).running
+
+    other = Deployments({"other#Base": 2})
+    assert report(other, ApplicationStatus.DEPLOYING) == {}
+    assert report(other, ApplicationStatus.DEPLOYING, "Base") == {"images#Base": 1}
+    before = Deployments({"images#Base": 2, "other#Base": 2})
+    for building in (ApplicationStatus.DEPLOYING, ApplicationStatus.DEPLOY_FAILED):
+        assert report(before, building) == {"images#Base": 2}
+    assert report(before, ApplicationStatus.RUNNING, "Tail") == {"images#Tail": 1}
+    assert report(before, ApplicationStatus.DELETING) == {}
 
 
 def test_a_stage_is_ready_when_one_of_its_deployments_is() -> None:

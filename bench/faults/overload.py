@@ -1,8 +1,8 @@
 """Send a server several times as much as it can do, and see what it still does.
 
-First clients that wait for their answers find out what the server can do. Then requests come without waiting, a
-multiple of that, each of which may take some seconds; probes ask for `/readyz` meanwhile. Goodput is what is answered
-with an image in time. Ends with an error if a bar is missed.
+First clients that wait for their answers find out what the server can do, and once more in the end. In between requests
+come without waiting, a multiple of that, each of which may take some seconds; probes ask for `/readyz` meanwhile.
+Goodput is what is answered with an image in time. Ends with an error if a bar is missed.
 """
 
 from __future__ import annotations
@@ -74,13 +74,15 @@ async def _load(running: Running, arguments: argparse.Namespace) -> dict[str, An
     load = asyncio.create_task(steadily(running.url, sent, rate))
     probes, peak = await _watch(running, load)
     answers = await load
+    memory_after = running.resident_memory()
     recovery = await _recover(running, 2 * idle)
+    afterwards = await _saturate(running, arguments.saturation_seconds)
     images = [answer.latency for answer in answers if answer.status == 200]
     refused = [answer for answer in answers if answer.status == 503]
     late = [answer for answer in answers if answer.status not in (200, 503)]
     return {
         "client_first": client_first,
-        "saturation": round(saturation, 3),
+        "saturation": round((saturation + afterwards) / 2, 3),
         "sent_per_s": round(rate, 3),
         "timeout_s": arguments.timeout,
         "answers": counts(answers),
@@ -96,7 +98,7 @@ async def _load(running: Running, arguments: argparse.Namespace) -> dict[str, An
         "probe_p99_s": _percentile(probes, 99),
         "memory_before": memory,
         "memory_peak": peak,
-        "memory_after": running.resident_memory(),
+        "memory_after": memory_after,
         "recovery_s": round(recovery, 1),
     }
 

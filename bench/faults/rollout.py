@@ -30,7 +30,7 @@ from bench.serving.servers import Running
 
 _NODES = 2
 _TIMEOUT_S = 110.0
-_CHANGE_S = 240.0  # that a change may take
+_CHANGE_S = 600.0  # that a change may take
 _POLL_S = 0.5
 
 Config = dict[str, Any]
@@ -53,7 +53,7 @@ _CHANGES: dict[str, Callable[[Config], Config]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--rate", type=positive, default=1.0, help="requests a second")
+    parser.add_argument("--rate", type=positive, default=0.5, help="requests a second")
     parser.add_argument("--still", type=positive, default=10.0, help="seconds before the first change and after each")
     parser.add_argument("--changes", nargs="+", choices=_CHANGES, default=list(_CHANGES))
     add_output_argument(parser)

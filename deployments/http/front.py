@@ -130,11 +130,11 @@ class Front:
 
     def _refusal(self) -> JSONResponse | None:
         """Return the refusal of a request that could not be served; a request may wait for a stage that restarts."""
-        readiness = self._watch.readiness
-        was_ready = self._watch.was_ready or readiness.reason is None  # the watch may not have looked since
-        if was_ready and readiness.replicas.get("Ingress"):
+        known = self._watch.last_known
+        was_ready = self._watch.was_ready or known.reason is None  # the watch may not have looked since
+        if was_ready and known.replicas.get("Ingress"):
             return None
-        return _error(503, "not_ready", readiness.reason or "starting")
+        return _error(503, "not_ready", known.reason or "starting")
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send a request to a replica and, if that dies before it answers, once more to whichever is there then.

@@ -18,6 +18,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from deployments import metrics, ray_internals
 
@@ -31,7 +32,7 @@ _STATUS_PERIOD_UNREADY_S = 0.5
 _DEADLINE_S = 2.0  # after which a cluster that does not respond makes the server unready
 _AT_REST = {"HEALTHY", "UPSCALING", "DOWNSCALING"}  # statuses in which a deployment may be scaled to zero replicas
 # States in which a replica works; a controller that begins anew has yet to hear of one that it recovers.
-_AT_WORK = ("RUNNING", "RECOVERING", "PENDING_MIGRATION")
+_AT_WORK = {"RUNNING", "RECOVERING", "PENDING_MIGRATION"}
 _DRAINING = "draining"
 _STAGES = "stages of "  # before an application's name
 _ORIGINS = "origins of "  # likewise
@@ -140,10 +141,15 @@ class Watch:
     @property
     def readiness(self) -> Readiness:
         """The current state."""
+        if self._seen and not self.draining and time.monotonic() - self._seen > _DEADLINE_S:
+            return Readiness({}, "the cluster does not answer")
+        return self.last_known
+
+    @property
+    def last_known(self) -> Readiness:
+        """The state when the cluster last answered: while it does not, replicas do what they are asked to."""
         if self.draining:
             return Readiness({}, "draining: the server is about to stop")
-        if time.monotonic() - self._seen > _DEADLINE_S:
-            return Readiness({}, "starting" if not self._seen else "the cluster does not answer")
         return Readiness.of(self._deployments, self._alive)
 
     @property
@@ -181,7 +187,7 @@ class Watch:
             self._changed.clear()
             started = self._alive
             with suppress(*_UNANSWERED):
-                self._deployments = await self._call(partial(_ask_controller, started))
+                self._deployments = await self._call(partial(_ask_controller, started, self._deployments))
             period = _STATUS_PERIOD_S if self.readiness.reason is None else _STATUS_PERIOD_UNREADY_S
             with suppress(TimeoutError):
                 async with asyncio.timeout(period):
@@ -194,18 +200,37 @@ def _tell(task: asyncio.Task[None]) -> None:
         logger.error("the watch over the cluster has ended", exc_info=task.exception())
 
 
-def _ask_controller(started: frozenset[str]) -> Deployments:
-    running, resting, stages, origins = {}, set(), {}, set()
-    for application, overview in serve.status().applications.items():
+def _ask_controller(started: frozenset[str], before: Deployments) -> Deployments:
+    applications = serve.status().applications
+    stages, origins = {}, set()
+    for application in applications:
         announced = json.loads(ray_internals.get(_STAGES + application) or b"{}")
         stages.update({f"{application}#{deployment}": runs for deployment, runs in announced.items()})
         origins.update(json.loads(ray_internals.get(_ORIGINS + application) or b"[]"))
+    running, resting = _report(applications, before)
+    return Deployments(running, resting, started, stages, tuple(sorted(origins)))
+
+
+def _report(
+    applications: Mapping[str, ApplicationStatusOverview], before: Deployments
+) -> tuple[dict[str, int], frozenset[str]]:
+    """Return the deployments' running replicas, and the deployments at rest, as the controller reports them.
+
+    While it builds an application anew, and when it could not, it reports no deployments of what goes on meanwhile.
+    """
+    running: dict[str, int] = {}
+    resting: set[str] = set()
+    for application, overview in applications.items():
+        if not overview.deployments and overview.status != ApplicationStatus.DELETING:
+            former = {key: count for key, count in before.running.items() if key.partition("#")[0] == application}
+            running.update(former)
+            resting.update(before.resting & former.keys())
         for deployment, status in overview.deployments.items():
             key = f"{application}#{deployment}"
-            running[key] = sum(status.replica_states.get(state, 0) for state in _AT_WORK)
+            running[key] = sum(count for state, count in status.replica_states.items() if state in _AT_WORK)
             if status.status in _AT_REST:
                 resting.add(key)
-    return Deployments(running, frozenset(resting), started, stages, tuple(sorted(origins)))
+    return running, frozenset(resting)
 
 
 def announce(application: str, stages: Mapping[str, Sequence[str]], cors_origins: Sequence[str] = ()) -> None:
