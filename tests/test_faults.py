@@ -34,7 +34,6 @@ def test_no_request_is_lost_to_faults(tmp_path: Path) -> None:
     assert content["disturbed"]["answers"] == content["undisturbed"]["answers"] == {"200": 24}
 
 
-@pytest.mark.xfail(reason="on two cores the proxy has too little of them: refusals and some images come late")
 @pytest.mark.long
 @pytest.mark.slow
 def test_too_much_load_is_refused_and_the_rest_is_in_time(tmp_path: Path) -> None:
