@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 
 from bench.faults.answers import Answer, Figures, ask, different, lost, requests, steadily
@@ -122,21 +123,15 @@ def _deploy(running: Running, config: Config, directory: Path) -> None:
     """Deploy a config on the running server, and wait until it is there."""
     path = directory / "changed.yaml"
     path.write_text(yaml.safe_dump(config))
-    _serve("deploy", str(path), "--address", running.dashboard)
-    deadline = time.monotonic() + _CHANGE_S
-    while time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-        status = yaml.safe_load(_serve("status", "--address", running.dashboard))
-        application = status["applications"][config["applications"][0]["name"]]
-        if application["status"] == "RUNNING":
-            return
-    raise TimeoutError(f"not done after {_CHANGE_S:g} s: {application}")
-
-
-def _serve(*arguments: str) -> str:
-    """Run Serve's command; return its output."""
-    command = [str(Path(sys.executable).with_name("serve")), *arguments]
+    command = [str(Path(sys.executable).with_name("serve")), "deploy", str(path), "--address", running.dashboard]
     done = subprocess.run(command, timeout=60, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
-    return done.stdout
+    deadline = time.monotonic() + _CHANGE_S
+    while time.monotonic() < deadline:
+        time.sleep(_POLL_S)  # by HTTP, since each `serve status` would take seconds of a core
+        status = httpx.get(f"{running.dashboard}/api/serve/applications/", timeout=30).raise_for_status().json()
+        application = status["applications"][config["applications"][0]["name"]]
+        if application["status"] == "RUNNING":
+            return
+    raise TimeoutError(f"not done after {_CHANGE_S:g} s: {application['status']} {application['message']}")

@@ -57,7 +57,8 @@ def with_replicas(config: dict[str, Any], count: int) -> dict[str, Any]:
 @contextmanager
 def standing(nodes: int) -> Iterator[Site]:
     """Serve the small model with two replicas of each stage on a head, which has none of them, and further nodes."""
-    os.environ.update(ENVIRONMENT)  # the nodes' processes have it from here
+    # The nodes' processes have it from here. They would start a worker ahead for each of the cores that they claim.
+    os.environ.update(ENVIRONMENT, RAY_prestart_worker_first_driver="0")
     server: Server = servers(SCENES)[0]
     assert server.config
     with running_head(num_cpus=0, object_store_memory=_STORE_BYTES, include_dashboard=True) as cluster:
