@@ -133,8 +133,7 @@ class Refusals:
             body.rewind()
         now = time.monotonic()
         kind = _kind(scope, body)
-        held = self._held.get(kind) if kind else None
-        if kind is None or held is None or not held.holds(now):
+        if kind is None or not (held := self._held.get(kind)) or not held.holds(now):
             return None
         if held.next <= now:
             held.let_through(now, self._share(kind))

@@ -296,6 +296,18 @@ def test_the_ledger_is_read_in_pages_and_between_times(
     store: AccessStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.access.store._PAGE", 2)
+    key = make(store)
+    charges = []
+    for seconds in (0, 0, 0, 1, 1):
+        clock.now += seconds
+        charges.append(reserve(store, key))
+    assert {charge.id for charge, _ in store.ledger(0.0, math.inf)} == set(charges)
+    assert [charge.id for charge, _ in store.ledger(clock.now - 1, clock.now)] == [charges[3]]
+    assert len(list(store.ledger(0.0, clock.now - 1))) == 3
+
+
+def test_rows_are_pruned_that_ended_long_ago(store: AccessStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.access.store._PAGE", 2)
     key = make(store, requests_per_minute=2)
     served, void, _, made, waits = (
         reserve(store, make(store, name), until=clock.now + until)
