@@ -11,6 +11,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments import ray_internals
 from deployments.messages import Call, FinalReply, ImageReply, PacketReply, RefusalReply, StepReply, read_reply
 from stages.wire import OtherVersion
 
@@ -23,7 +24,7 @@ class Lost(Exception):
     Attributes:
         deployment: where it was.
         reason: `died` if its replica did while it had the image, `stalled` if the replica's device did, `hung` if it
-            took too long, which may have been in a queue, and `refused` if nothing was begun.
+            took too long, which may have been in a queue, and `refused` if nothing was begun or no replica is left.
     """
 
     def __init__(self, deployment: str, reason: Reason) -> None:
@@ -67,7 +68,8 @@ async def attempt(
     except TimeoutError as error:
         if not limit.expired():
             raise
-        raise Lost(call.hop.deployment, "hung") from error
+        # Serve holds the call while no replica is left, and gives it to the next one.
+        raise Lost(call.hop.deployment, "refused" if ray_internals.lacks_replicas(replica) else "hung") from error
     except OtherVersion as error:
         reply, data = RefusalReply(code="other_version", message=str(error)), b""
     if reply.kind == "stalled":

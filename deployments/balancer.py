@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +62,7 @@ class Balancer:
                 self._running[stage].append(name)
         self._costs = {name: MeasuredCost() for name in placement}
         self._avoided: set[str] = set()
+        self._losses: Counter[str] = Counter()
 
     def avoids(self, deployment: str) -> bool:
         """Whether the deployment lost an attempt and has not proved since that it works."""
@@ -184,19 +185,24 @@ class Balancer:
     def at_work(self, deployment: str, work: float) -> Iterator[float | None]:
         """Count `work`, in evaluations of a megapixel, as in flight at a deployment within the block, an attempt.
 
+        It is measured unless the deployment was avoided or lost an attempt meanwhile: Serve may have held the call
+        until there was a replica, which says nothing about the work.
+
         Yields:
             Seconds after which the attempt hangs. None for a deployment that nobody has measured or that is avoided: it
             may have no replica yet, so that only the deadline of the image counts.
         """
         cost = self._costs[deployment]
         begun, measured = cost.begin(work), False
-        known = cost.seconds > 0 and not self.avoids(deployment)
+        avoided, losses = self.avoids(deployment), self._losses[deployment]
+        known = cost.seconds > 0 and not avoided
         try:
             yield max(self._hang_floor_s, self._hang_factor * cost.in_flight * cost.seconds) if known else None
-            measured = True
+            measured = not avoided and self._losses[deployment] == losses
             self.readmit(deployment)
         except Lost as lost:
             self._avoided.add(deployment)
+            self._losses[deployment] += 1
             # What hung takes at least as long, so a slow deployment gets fewer images from now on.
             measured = lost.reason == "hung"
             raise

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backends import get_backend
-from backends.directories import make_writable
 from deployments import console, tracing
 from deployments.autoscaling import WorkMeter
 from deployments.gauging import WorkGauge
-from deployments.messages import Call, PacketReply, RefusalReply, StalledReply, Start, StepReply, Wire
-from deployments.settings import DECODE, ENCODE
-from deployments.workers import DecodeWorker, DenoiseWorker, EncodeWorker, HandOut
+from deployments.messages import Call, RefusalReply, StalledReply, Start, StepReply, Wire
 from stages.errors import NotFinite, PromptTooLong
-from stages.packet import LatentPacket
-from stages.pulse import Pulse
 from stages.wire import OtherVersion
+
+if TYPE_CHECKING:
+    from deployments.workers import HandOut
+    from stages.packet import LatentPacket
 
 
 class StageReplica:
@@ -33,21 +31,14 @@ class StageReplica:
             stages.wire.OtherVersion: the application was built by another version of the project.
         """
         console.attach()
+        # With torch and diffusers, which take seconds, and which the process that builds the application goes without.
+        from deployments.components import Components
+
         message = Start.from_json(start)
-        model, placement = message.model, message.placement
         self._stall_timeout_s = message.stall_timeout_s
         self._at_work: set[asyncio.Task[Any]] = set()
         self._meter = WorkMeter()
-        self._gauge = WorkGauge()
-        backend = get_backend(placement.backend)
-        if placement.compilation_cache:
-            make_writable(placement.compilation_cache)
-            backend.keep_compilations(placement.compilation_cache)
-        self._encoder = EncodeWorker(model, backend) if ENCODE in placement.stages else None
-        self._transformer = (
-            DenoiseWorker(model, backend, placement, self._gauge.note_step) if placement.denoises else None
-        )
-        self._decoder = DecodeWorker(model, backend) if DECODE in placement.stages else None
+        self._components = Components(message, WorkGauge())
 
     async def check_health(self) -> None:
         """Raise if the replica cannot work; Serve calls this, and replaces a replica that raises several times.
@@ -55,10 +46,8 @@ class StageReplica:
         The calls to a stalled device end at once, since Serve lets a replica that it replaces end its work. Metrics are
         told here, too, for which Serve's period is short enough.
         """
-        denoising = self._transformer.census() if self._transformer else {}
-        self._gauge.tell(self._pulses, denoising, self._transformer.adapters if self._transformer else ())
-        if self._transformer:
-            self._transformer.check_health()
+        self._components.tell()
+        self._components.check_health()
         if self._stalled:
             for task in self._at_work:
                 task.cancel()
@@ -99,13 +88,8 @@ class StageReplica:
             result.cancel()
 
     @property
-    def _pulses(self) -> dict[str, Pulse]:
-        workers = {"encoder": self._encoder, "transformer": self._transformer, "decoder": self._decoder}
-        return {component: worker.pulse for component, worker in workers.items() if worker}
-
-    @property
     def _stalled(self) -> bool:
-        return any(pulse.seconds > self._stall_timeout_s for pulse in self._pulses.values())
+        return any(pulse.seconds > self._stall_timeout_s for pulse in self._components.pulses.values())
 
     async def _reply(self, call: str, packet: bytes, hand_out: HandOut) -> Wire:
         """Run a call; errors of a single image become replies, since Serve would log a traceback of an exception."""
@@ -117,8 +101,8 @@ class StageReplica:
         try:
             message = Call.from_json(call)
             with tracing.within(message.traceparent):
-                wire = await self._run(message, packet, hand_out)
-            self._meter.end_call(sum(pulse.busy for pulse in self._pulses.values()))
+                wire = await self._components.run(message, packet, hand_out)
+            self._meter.end_call(sum(pulse.busy for pulse in self._components.pulses.values()))
             return wire
         except asyncio.CancelledError:
             if not self._stalled:
@@ -136,21 +120,3 @@ class StageReplica:
         finally:
             self._at_work.discard(task)
         return refusal.to_json(), b""
-
-    async def _run(self, call: Call, packet: bytes, hand_out: HandOut) -> Wire:
-        size = call.route.image.size
-        if packet:
-            current = LatentPacket.from_bytes(packet)
-        else:
-            assert self._encoder, "no encoder here"
-            with self._gauge.staying(ENCODE, size):
-                current = await self._encoder.encode(call.route.image, call.route.plan.stages[0].scale)
-        if current.position < call.hop.end:
-            assert self._transformer, "no transformer here"
-            current = await self._transformer.denoise(current, call, hand_out)
-        if call.hop.decodes:
-            assert self._decoder, "no decoder here"
-            with self._gauge.staying(DECODE, size):
-                reply, data = await self._decoder.decode(current, size, call.route.format, call.route.quality)
-            return reply.to_json(), data
-        return PacketReply().to_json(), current.to_bytes()

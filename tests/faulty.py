@@ -32,19 +32,19 @@ class FaultyReplica(StageReplica):
         super().__init__(*args)
         self._name = serve.get_replica_context().deployment
         self._directory = Path(os.environ[DIRECTORY])
-        if self._encoder:
-            encoder = self._encoder._encoder
+        if self._components.encoder:
+            encoder = self._components.encoder._encoder
             encoder.begin = self._faulty(  # type: ignore[method-assign]
                 encoder.begin, lambda request_id, *_: self._is_deadly(request_id, 3)
             )
-        if self._transformer:
-            denoiser = self._transformer._batcher._denoiser
+        if self._components.transformer:
+            denoiser = self._components.transformer._batcher._denoiser
             denoiser.step = self._faulty(  # type: ignore[method-assign]
                 denoiser.step,
                 lambda runs: any(self._is_deadly(run.packet.request_id, run.state.index) for run in runs),
             )
-        if self._decoder:
-            decoder = self._decoder._decoder
+        if self._components.decoder:
+            decoder = self._components.decoder._decoder
             decoder.decode = self._faulty(decoder.decode, lambda *_: False)  # type: ignore[method-assign]
         began(self._directory, self._name, os.getpid()).touch()
 

@@ -88,7 +88,7 @@ def test_what_computes_nothing_loads_neither_torch_nor_diffusers() -> None:
     for module in (
         "stages.config", "stages.plan", "deployments.messages", "deployments.settings", "deployments.check",
         "deployments.router", "deployments.http.ingress", "deployments.http.front", "deployments.launch",
-        "deployments.__main__", "deployments.jobs.jobs", "cluster.simulate",
+        "deployments.app", "deployments.__main__", "deployments.jobs.jobs", "cluster.simulate",
         "cluster.plan", "cluster.check", "cluster.render",
     ):  # fmt: skip
         loaded = subprocess.run(

@@ -129,13 +129,13 @@ def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_a_replica_whose_device_stands_still_fails_its_health_check_and_takes_no_work(
     replica: StageReplica, run: Run, at: str, monkeypatch: pytest.MonkeyPatch, pass_time: Callable[[float], None]
 ) -> None:
-    assert replica._encoder
-    assert replica._transformer
-    assert replica._decoder
+    assert replica._components.encoder
+    assert replica._components.transformer
+    assert replica._components.decoder
     owner, name = {
-        "encoder": (replica._encoder._encoder, "begin"),
-        "transformer": (replica._transformer._batcher._denoiser, "step"),
-        "decoder": (replica._decoder._decoder, "decode"),
+        "encoder": (replica._components.encoder._encoder, "begin"),
+        "transformer": (replica._components.transformer._batcher._denoiser, "step"),
+        "decoder": (replica._components.decoder._decoder, "decode"),
     }[at]
     gate = Gate(getattr(owner, name))
     monkeypatch.setattr(owner, name, gate)
@@ -167,7 +167,7 @@ def test_a_replica_whose_device_stands_still_fails_its_health_check_and_takes_no
 
 def replica_pulse(replica: StageReplica) -> float:
     """Seconds of the piece of work at hand."""
-    workers = (replica._encoder, replica._transformer, replica._decoder)
+    workers = (replica._components.encoder, replica._components.transformer, replica._components.decoder)
     return max(worker.pulse.seconds for worker in workers if worker)
 
 

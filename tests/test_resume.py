@@ -498,6 +498,35 @@ def test_where_all_replicas_of_the_only_deployment_are_gone_serve_holds_the_imag
     assert cluster["Base"].attempts[measured:] == [("image", 0, 30)]
 
 
+@pytest.mark.parametrize("images", [1, 8])
+def test_a_time_without_replicas_does_not_count_as_work(images: int) -> None:
+    """The first image comes before anyone knows that none is left, and is held as the others are."""
+    cluster = Cluster()
+    back = asyncio.Event()
+
+    async def held(call: Call, step: int) -> None:
+        cluster["Base"].gone = not back.is_set()
+        await back.wait()
+
+    async def play() -> None:
+        await cluster.image("measured")
+        cost = cluster.pools._costs["Base"]
+        before = cost.seconds, cost.seconds_among(images)
+        cluster["Base"].before = held
+        async with asyncio.TaskGroup() as waiting:
+            for number in range(images):
+                waiting.create_task(cluster.image(f"image {number}"))
+                await asyncio.sleep(1.0)
+            await asyncio.sleep(60.0)
+            back.set()
+        assert (cost.seconds, cost.seconds_among(images)) == before
+        await cluster.image("after")  # is measured again
+        assert cost.seconds != before[0]
+        assert cost.seconds == pytest.approx(before[0], rel=0.1)
+
+    run(play())
+
+
 def test_an_attempt_that_hangs_is_cancelled_and_made_elsewhere() -> None:
     cluster = Cluster({**SPREAD, "Second": ("base",)})
 
