@@ -6,13 +6,14 @@ TORCH_XLA ?= torch==2.9.1 torch-xla==2.9.0
 CLIENTS = tests/clients
 GAUDI = cluster/environments/gaudi
 
-.PHONY: serve test test-slow test-pools lint lock audit
+.PHONY: serve test test-slow test-pools environments lint lock audit
 
 serve: $(VENV)/installed
 	$(VENV)/bin/python -m deployments serve_config.yaml
 
+# By two processes, of which one has all tests that start Ray.
 test: $(VENV)/installed $(CLIENTS)/installed lint
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses 2 --dist loadgroup
 
 # All of them, or what CI has the time for with SLOW='slow and not long'.
 SLOW ?= slow
@@ -24,6 +25,9 @@ POOLS ?= slow or not slow
 test-pools: $(VENV)/installed $(VENV)-xla/installed $(VENV)-gaudi/installed
 	PJRT_DEVICE=CPU $(VENV)-xla/bin/python -m pytest -m '$(POOLS)' --backend xla tests/test_backends.py
 	GAUDI_PYTHON=$(abspath $(VENV)-gaudi/bin/python) $(VENV)/bin/pytest -m '$(POOLS)' tests/pools
+
+# Sets up what the tests need, two at a time with --jobs 2.
+environments: $(VENV)/installed $(CLIENTS)/installed $(VENV)-xla/installed $(VENV)-gaudi/installed
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -48,7 +48,7 @@ def find_flaws(backend: str, compilation_cache: Path | None, *, on_device: bool)
     """
     doing = "import what replicas import"
     try:
-        import_module("deployments.replica")
+        import_module("deployments.components")
         if compilation_cache:
             doing = f"write to {compilation_cache}, the pool's environment.compilation_cache"
             import_module("backends.directories").make_writable(compilation_cache)

@@ -42,8 +42,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=backend_names(), help="the one backend to test, which must be able to run")
 
 
+# Fixtures that start Ray.
+RAY = {"cluster", "colocated", "narrow", "observed", "server", "site"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests of the shared server last: it then runs beside no other server, and takes no core before."""
+    """Let one worker of pytest-xdist have all tests with Ray, and put those of the shared server last.
+
+    So no server runs beside another one, whose cores it would take.
+    """
+    for item in items:
+        if RAY & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("ray"))
     items.sort(key=lambda item: "server" in getattr(item, "fixturenames", ()))
 
 

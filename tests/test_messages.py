@@ -80,21 +80,23 @@ def test_another_version_is_refused_in_a_sentence() -> None:
 
 
 def test_what_computes_nothing_loads_neither_torch_nor_diffusers() -> None:
-    """Configuration, plans, messages, router, ingress, proxy and simulator, each of them in a process of its own."""
-    program = (
-        "import importlib, sys; importlib.import_module(sys.argv[1]); "
-        "print(*({'torch', 'diffusers', 'transformers', 'peft'} & sys.modules.keys()))"
-    )
-    for module in (
+    """Configuration, plans, messages, router, ingress, proxy and simulator, one after the other in one process."""
+    modules = (
         "stages.config", "stages.plan", "deployments.messages", "deployments.settings", "deployments.check",
         "deployments.router", "deployments.http.ingress", "deployments.http.front", "deployments.launch",
         "deployments.app", "deployments.__main__", "deployments.jobs.jobs", "cluster.simulate",
         "cluster.plan", "cluster.check", "cluster.render",
-    ):  # fmt: skip
-        loaded = subprocess.run(
-            [sys.executable, "-c", program, module], capture_output=True, text=True, check=True, timeout=120
-        )
-        assert loaded.stdout.split() == [], module
+    )  # fmt: skip
+    program = (
+        "import importlib, sys\n"
+        "for module in sys.argv[1:]:\n"
+        "    importlib.import_module(module)\n"
+        "    print(module, *({'torch', 'diffusers', 'transformers', 'peft'} & sys.modules.keys()))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", program, *modules], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert loaded.stdout.splitlines() == list(modules)
 
 
 def test_errors_do_not_quote_messages_since_they_are_logged() -> None:

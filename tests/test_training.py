@@ -25,7 +25,7 @@ from diffusers import (
 )
 from PIL import Image, ImageChops
 from plans import PLANS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from backends import Backend
@@ -36,6 +36,7 @@ from scenes.scene import COLORS, FILLS, SHAPES, Scene, SceneObject, sample_scene
 from stages.denoise import join_negative
 from stages.families.qwen_image import EMPTY_PROMPT
 from stages.families.qwen_image.autoencoder import convolve_images
+from stages.lora_files import linear_layers, read_lora
 from stages.pipeline import Pipeline, Prompted
 from stages.plan import Plan
 from stages.sigmas import stage_sigmas
@@ -163,6 +164,7 @@ def test_joined_prompts_are_those_that_the_engine_joins() -> None:
 
 
 LORAS = {name: CHECKPOINT / "loras" / name for name in ("bridge", "distilled", "finish")}
+WEIGHTS = "pytorch_lora_weights.safetensors"
 PROMPTS, NEGATIVES = ["a red star", "a small blue moon on the left"], ["a furry shape", " "]
 # Training leaves attention guidance to the engine.
 PLANS_IN_TRAINING = [
@@ -371,9 +373,31 @@ def test_tail_moves_the_bridge_by_what_the_finish_makes_of_its_end(tmp_path: Pat
     command = [sys.executable, "-m", "training.tail", *paths]
     subprocess.run(command, cwd=ROOT, check=True, timeout=240)
     for name, directory in loras.items():
-        before, after = (load_file(of / "pytorch_lora_weights.safetensors") for of in (directory, tmp_path / name))
+        before, after = (load_file(of / WEIGHTS) for of in (directory, tmp_path / name))
         moved = {key for key, value in after.items() if not value.equal(before[key])}
         assert len(moved) > len(before) / 2, name
+
+
+def test_average_is_of_the_factors_and_serves_as_a_lora(
+    tmp_path: Path, transformer: QwenImageTransformer2DModel
+) -> None:
+    loras = [LORAS[name] for name in ("distilled", "finish")]  # of which one began as the other
+    command = [sys.executable, "-m", "training.average", str(tmp_path / "mean")]
+    subprocess.run([*command, *map(str, loras)], cwd=ROOT, check=True, timeout=240)
+    first, second, mean = (load_file(of / WEIGHTS) for of in (*loras, tmp_path / "mean"))
+    assert mean.keys() == first.keys()
+    for key, value in mean.items():
+        torch.testing.assert_close(value, ((first[key].float() + second[key].float()) / 2).to(value.dtype))
+    assert read_lora("mean", tmp_path / "mean" / WEIGHTS, linear_layers(transformer))
+
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file({key: value[:1] for key, value in first.items()}, other / WEIGHTS)
+    refused = subprocess.run(
+        [*command, str(loras[0]), str(other)], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == f"average: {other} has other layers or ranks than {loras[0]}"
 
 
 def test_checkpoint_is_a_small_pipeline_of_the_production_classes_for_plain_diffusers() -> None:
