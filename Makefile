@@ -6,14 +6,20 @@ TORCH_XLA ?= torch==2.9.1 torch-xla==2.9.0
 CLIENTS = tests/clients
 GAUDI = cluster/environments/gaudi
 
-.PHONY: serve test test-slow test-pools environments lint lock audit
+.PHONY: serve test test-ray test-others test-slow test-pools environments lint lock audit
 
 serve: $(VENV)/installed
 	$(VENV)/bin/python -m deployments serve_config.yaml
 
-# By two processes, of which one has all tests that start Ray.
+# In two processes at once, of which one has all tests that start Ray: no server then runs beside another one.
 test: $(VENV)/installed $(CLIENTS)/installed lint
-	$(VENV)/bin/pytest --numprocesses 2 --dist loadgroup
+	$(MAKE) --jobs 2 --output-sync test-ray test-others
+
+test-ray:
+	$(VENV)/bin/pytest -m 'ray and not slow'
+
+test-others:
+	$(VENV)/bin/pytest -m 'not ray and not slow'
 
 # All of them, or what CI has the time for with SLOW='slow and not long'.
 SLOW ?= slow

@@ -46,14 +46,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 RAY = {"cluster", "colocated", "narrow", "observed", "server", "site"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one worker of pytest-xdist have all tests with Ray, and put those of the shared server last.
-
-    So no server runs beside another one, whose cores it would take.
-    """
+    """Mark tests with Ray, and put those of the shared server last: it then runs beside no other server."""
     for item in items:
         if RAY & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            item.add_marker(pytest.mark.ray)
     items.sort(key=lambda item: "server" in getattr(item, "fixturenames", ()))
 
 

@@ -1,8 +1,8 @@
 """Disturb a server under steady load: processes and a node are killed, stopped and slowed, object stores are filled.
 
-The server stands on a head and two nodes on this machine, with two replicas of each deployment. The same requests are
-sent twice, without faults and with them. Ends with an error if a request is not answered with the image that it got
-without faults.
+The server stands on a head and two nodes on this machine, each of which has a replica of each deployment. The same
+requests are sent twice, without faults and with them. Ends with an error if a request is not answered with the image
+that it got without faults.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the command."""
     output = output_directory(arguments)
-    with standing(_NODES) as site:
+    with standing(_NODES, apart=True) as site:
         undisturbed, disturbed, struck, recovery = asyncio.run(_compare(site, arguments))
     missing = lost(disturbed)
     others = different(disturbed, undisturbed)

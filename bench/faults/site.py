@@ -55,16 +55,24 @@ def with_replicas(config: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 @contextmanager
-def standing(nodes: int) -> Iterator[Site]:
-    """Serve the small model with two replicas of each stage on a head, which has none of them, and further nodes."""
+def standing(nodes: int, *, apart: bool = False) -> Iterator[Site]:
+    """Serve the small model with two replicas of each stage on a head, which has none of them, and further nodes.
+
+    Args:
+        nodes: number of the further nodes.
+        apart: whether a node has one replica of each at most. Without that Serve starts those that a node's death took
+            where there is room at once, and the next death may take both.
+    """
     # The nodes' processes have it from here. They would start a worker ahead for each of the cores that they claim.
     os.environ.update(ENVIRONMENT, RAY_prestart_worker_first_driver="0")
     server: Server = servers(SCENES)[0]
     assert server.config
+    config = with_replicas(server.config, 2)
+    if apart:
+        for deployment in config["applications"][0]["deployments"]:
+            deployment["max_replicas_per_node"] = 1
     with running_head(num_cpus=0, object_store_memory=_STORE_BYTES, include_dashboard=True) as cluster:
         for _ in range(nodes):
             cluster.add_node(num_cpus=_CORES, num_gpus=0, object_store_memory=_STORE_BYTES)
-        with started(
-            replace(server, config=with_replicas(server.config, 2)), SCENES, address=cluster.address
-        ) as running:
+        with started(replace(server, config=config), SCENES, address=cluster.address) as running:
             yield Site(running, cluster)

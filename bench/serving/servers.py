@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 SPREAD, COLOCATED = "three stages, spread", "three stages, co-located"
 MONOLITH, FASTAPI = "monolithic Ray Serve", "diffusers behind FastAPI, base"
 _START_TIMEOUT = 300.0  # seconds
+_TOLD_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,11 @@ class Running:
 
     @property
     def dashboard(self) -> str:
-        """URL of Ray's dashboard, which one of our own servers tells when it is ready."""
-        found = re.search(r"dashboard at (http://[\w.:\[\]-]+)", self.log.read_text())
-        assert found, "the server has not told it yet"
+        """URL of Ray's dashboard, which one of our own servers tells once it has seen that it is ready."""
+        deadline = time.monotonic() + _TOLD_S
+        while not (found := re.search(r"dashboard at (http://[\w.:\[\]-]+)", self.log.read_text())):
+            assert time.monotonic() < deadline, "the server does not tell it"
+            time.sleep(0.1)
         return found[1]
 
     def processes(self) -> list[psutil.Process]:
