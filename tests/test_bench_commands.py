@@ -186,6 +186,7 @@ def test_serving_reports_every_server(monkeypatch: pytest.MonkeyPatch, command: 
     assert len(content["forecasts"]) == 3
 
 
+@pytest.mark.ray
 def test_handover_reports_every_way_on_one_node(command: Command, tmp_path: Path) -> None:
     command(
         "handover",
