@@ -21,7 +21,7 @@ test-ray:
 test-others:
 	$(VENV)/bin/pytest -m 'not ray and not slow'
 
-# All of them, or what CI has the time for with SLOW='slow and not long'.
+# All of them, or what SLOW chooses; 'slow and not long' is what CI has the time for.
 SLOW ?= slow
 test-slow: $(VENV)/installed
 	$(VENV)/bin/pytest -m '$(SLOW)'

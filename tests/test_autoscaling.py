@@ -164,6 +164,7 @@ def loaded(url: str, body: dict[str, Any], clients: int) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.slow
 def test_under_load_the_slow_stage_gets_a_replica_and_the_fast_ones_do_not() -> None:

@@ -189,6 +189,7 @@ def test_longest_prompt_is_the_familys(model: Path) -> None:
         ModelConfig.read(other)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_the_server_draws_what_one_process_draws(ours: Pipeline, model: Path) -> None:
     server = servers(model)[1]

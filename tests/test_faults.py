@@ -27,6 +27,7 @@ def bench(name: str, output: Path, *arguments: object) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_no_request_is_lost_to_faults(tmp_path: Path) -> None:
     content = bench("chaos", tmp_path, "--requests", 24, "--rate", 0.5, "--faults", 5, "--kinds", *KINDS)
@@ -34,6 +35,7 @@ def test_no_request_is_lost_to_faults(tmp_path: Path) -> None:
     assert content["disturbed"]["answers"] == content["undisturbed"]["answers"] == {"200": 24}
 
 
+@pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.slow
 def test_too_much_load_is_refused_and_the_rest_is_in_time(tmp_path: Path) -> None:
@@ -45,6 +47,7 @@ def test_too_much_load_is_refused_and_the_rest_is_in_time(tmp_path: Path) -> Non
     assert content["answers"].keys() == {"200", "503 overloaded"}
 
 
+@pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.slow
 def test_nothing_is_left_of_requests(tmp_path: Path) -> None:
@@ -57,6 +60,7 @@ def test_nothing_is_left_of_requests(tmp_path: Path) -> None:
     assert len(content["processes"]) > 8
 
 
+@pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.slow
 def test_no_request_is_lost_to_an_update(tmp_path: Path) -> None:
@@ -64,6 +68,7 @@ def test_no_request_is_lost_to_an_update(tmp_path: Path) -> None:
     assert content["changed"]["answers"].keys() == {"200"}
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_nonsense_is_answered(tmp_path: Path) -> None:
     content = bench("fuzz", tmp_path, "--cases", 400)

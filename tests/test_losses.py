@@ -23,7 +23,7 @@ from served import log_lines, pixels
 
 from bench.serving.servers import ROOT, Running, Server, servers, started, titled
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]  # CI has `bench chaos`
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]  # CI has `bench chaos`
 
 MODEL = ROOT / "configs" / "scenes.yaml"
 LONG = {"prompt": "a striped heart", "plan": "base"}  # fifty steps, in batches of at most eight

@@ -321,6 +321,7 @@ def test_settings_have_the_shipped_pools_by_default() -> None:
     assert list(settings.read_pools()) == ["cpu"]
 
 
+@pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_stage_runs_in_its_pools_own_python(tmp_path: Path, pipeline: Pipeline) -> None:

@@ -333,6 +333,7 @@ async def send(url: str, **fields: object) -> list[httpx.Response]:
         return await asyncio.gather(*(client.post("/v1/images/generations", json=body) for body in bodies))
 
 
+@pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.slow
 def test_two_deployments_of_a_stage_share_its_images_but_for_those_that_choose_a_pool(
@@ -366,6 +367,7 @@ def test_two_deployments_of_a_stage_share_its_images_but_for_those_that_choose_a
         assert np.abs(served - np.asarray(local.image).astype(int)).max() <= 3
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_images_pass_over_a_deployment_whose_pool_has_no_node(tmp_path: Path) -> None:
     model = Path(__file__).parent.parent / "configs" / "scenes.yaml"

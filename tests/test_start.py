@@ -319,6 +319,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
         check(written(tmp_path, config))
 
 
+@pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.slow
 def test_constructor_that_raises_ends_the_start_with_its_reason(tmp_path: Path) -> None:
@@ -542,6 +543,7 @@ def test_sigterm_drains(narrow: Running) -> None:
     end(narrow, signal.SIGTERM, group=False)
 
 
+@pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_drains() -> None:

@@ -144,6 +144,7 @@ def with_distilled_of(directory: Path, step: str) -> Server:
     return server
 
 
+@pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_deployment_of_the_next_minor_version_serves(tmp_path: Path, pipeline: Pipeline) -> None:
@@ -164,6 +165,7 @@ TRACE = r"""\g<0>
         Path("{}/trace").write_text(str(VERSION))"""
 
 
+@pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_deployment_of_another_major_version_stops_the_start_in_a_sentence(tmp_path: Path) -> None:

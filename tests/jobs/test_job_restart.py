@@ -96,6 +96,7 @@ def follow_docs(running: Running, directory: Path) -> None:
         assert holds(read(image), ("heart", "red"), "left of", ("ring", "blue"))
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.long
 def test_accepted_jobs_survive_the_death_of_everything(tmp_path: Path) -> None:
