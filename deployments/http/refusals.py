@@ -146,11 +146,10 @@ class Refusals:
 
     def note(self, scope: Scope, body: Replay, start: Message) -> Message:
         """Take note of the beginning of the application's answer; return what the client is to get."""
-        headers = MutableHeaders(raw=list(start["headers"]))
-        found = headers.get(_HEADER)
+        found = Headers(raw=start["headers"]).get(_HEADER)
         if found is None:
             return start
-        refusal = Refusal.from_header(found)
+        headers, refusal = MutableHeaders(raw=list(start["headers"])), Refusal.from_header(found)
         kind = _kind(scope, body)
         if kind and (kind in self._held or len(self._held) < _MOST_KINDS):
             now = time.monotonic()
