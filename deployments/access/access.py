@@ -8,7 +8,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -235,12 +235,20 @@ class KeyedAccess(Access):
         if caller == ANYONE:  # it was accepted when the API was open
             yield
             return
+        begun = self._calls.submit(self._store.begin, charge_id, until)
         try:
             with _answering(), _permitting():
-                await self._call(self._store.begin, charge_id, until)
+                async with asyncio.timeout(_DEADLINE_S):
+                    await asyncio.wrap_future(begun)
             yield
         finally:
-            self._note(self._store.pause, charge_id, until)
+            self._note(self._pause, begun, charge_id, until)
+
+    def _pause(self, begun: Future[None], charge_id: str, until: float) -> None:
+        """Tell the database that images are no longer in the making, after it heard that they are, however late."""
+        if not begun.cancelled():
+            wait([begun])
+        self._store.pause(charge_id, until)
 
     def _note(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Tell the database what nobody waits for, in the background and for a while.

@@ -151,6 +151,29 @@ async def test_a_request_that_the_database_hears_too_late_costs_nothing(file: Pa
     access._store.close()
 
 
+async def test_a_job_that_the_database_hears_of_too_late_is_not_in_the_making(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = KeyedAccess(AccessSettings(database=f"sqlite:///{file}"))
+    caller = Caller(access._store.create("shop", SCOPES, Limits(concurrent_images=1)).key_id)
+    await access.reserve("imgjob_1", caller, "r", 1, "128x128")
+    begin = access._store.begin
+
+    def late(charge_id: str, until: float) -> None:
+        time.sleep(1.0)
+        begin(charge_id, until)
+
+    monkeypatch.setattr(access._store, "begin", late)
+    with pytest.raises(APIError, match="try again later"):
+        async with access.making(caller, "imgjob_1", time.time() + 600):
+            pass
+    await asyncio.gather(*access._notes)
+    await asyncio.to_thread(access._calls.shutdown)
+    (row,) = rows(access._store)
+    assert (row.settled_at, row.making_until) == (None, 0.0)
+    access._store.close()
+
+
 async def test_a_request_that_comes_again_counts_once(file: Path) -> None:
     access = KeyedAccess(AccessSettings(database=f"sqlite:///{file}"))
     caller = Caller(access._store.create("shop", SCOPES, Limits(concurrent_images=1)).key_id)
