@@ -105,8 +105,9 @@ def _stage(alone: float, growth: float, steps: int, most: int) -> Stage:
         steps: number of steps.
         most: largest batch.
     """
-    per_image = alone * max((growth - 1) / (_BATCH - 1), 0.01)
-    fixed = max(alone - per_image, 0.0)
+    # At most in proportion, however noisy the measurement: one image takes `alone`.
+    per_image = alone * min(max((growth - 1) / (_BATCH - 1), 0.01), 1.0)
+    fixed = alone - per_image
     return Stage(device="core", steps=steps, fixed=fixed / steps, per_image=per_image / steps, max_batch=most)
 
 
