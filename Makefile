@@ -15,6 +15,8 @@ serve: $(VENV)/installed
 test: $(VENV)/installed $(CLIENTS)/installed lint
 	$(MAKE) --jobs 2 --output-sync test-ray test-others
 
+test-ray test-others: $(VENV)/installed $(CLIENTS)/installed
+
 test-ray:
 	$(VENV)/bin/pytest -m 'ray and not slow'
 

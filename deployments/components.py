@@ -19,21 +19,18 @@ class Components:
         encoder, transformer, decoder: the components; None for one that is not needed.
     """
 
-    def __init__(self, start: Start, gauge: WorkGauge) -> None:
-        """Load the components.
-
-        Args:
-            start: what to load.
-            gauge: is told of the work.
-        """
+    def __init__(self, start: Start) -> None:
+        """Load the components."""
         model, placement = start.model, start.placement
         backend = get_backend(placement.backend)
         if placement.compilation_cache:
             make_writable(placement.compilation_cache)
             backend.keep_compilations(placement.compilation_cache)
-        self._gauge = gauge
+        self._gauge = WorkGauge()
         self.encoder = EncodeWorker(model, backend) if ENCODE in placement.stages else None
-        self.transformer = DenoiseWorker(model, backend, placement, gauge.note_step) if placement.denoises else None
+        self.transformer = (
+            DenoiseWorker(model, backend, placement, self._gauge.note_step) if placement.denoises else None
+        )
         self.decoder = DecodeWorker(model, backend) if DECODE in placement.stages else None
 
     @property

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from deployments import metrics
+from stages.batching import StepReport
 from stages.pulse import Pulse
-
-if TYPE_CHECKING:
-    from stages.batching import StepReport  # imports torch
 
 _MOST_STEPS = 65536  # that are kept until they are told
 

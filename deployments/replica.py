@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from deployments import console, tracing
 from deployments.autoscaling import WorkMeter
-from deployments.gauging import WorkGauge
 from deployments.messages import Call, RefusalReply, StalledReply, Start, StepReply, Wire
 from stages.errors import NotFinite, PromptTooLong
 from stages.wire import OtherVersion
@@ -38,7 +37,7 @@ class StageReplica:
         self._stall_timeout_s = message.stall_timeout_s
         self._at_work: set[asyncio.Task[Any]] = set()
         self._meter = WorkMeter()
-        self._components = Components(message, WorkGauge())
+        self._components = Components(message)
 
     async def check_health(self) -> None:
         """Raise if the replica cannot work; Serve calls this, and replaces a replica that raises several times.

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 from diffusers import QwenImagePipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors.torch import load_file
+
+from stages.sources import BadFile, find_adapter
 
 _PREFIX = f"{QwenImagePipeline.transformer_name}."
 
@@ -25,9 +26,10 @@ def average(loras: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Return the mean of saved LoRAs of a transformer, in the first one's dtypes.
 
     Raises:
+        BadFile: one is not there.
         ValueError: they are not of the same layers or ranks.
     """
-    states = [load_file(directory / LORA_WEIGHT_NAME_SAFE) for directory in loras]
+    states = [load_file(find_adapter("loras", str(directory), None)) for directory in loras]
     first = states[0]
     shapes = {key: value.shape for key, value in first.items()}
     for directory, state in zip(loras, states, strict=True):
@@ -47,7 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         mean = average(arguments.loras)
-    except (OSError, ValueError) as error:
+    except (BadFile, ValueError) as error:
         sys.exit(f"average: {error}")
     QwenImagePipeline.save_lora_weights(arguments.output, transformer_lora_layers=mean)
 

@@ -238,8 +238,7 @@ class KeyedAccess(Access):
         begun = self._calls.submit(self._store.begin, charge_id, until)
         try:
             with _answering(), _permitting():
-                async with asyncio.timeout(_DEADLINE_S):
-                    await asyncio.wrap_future(begun)
+                await self._heard(begun)
             yield
         finally:
             self._note(self._pause, begun, charge_id, until)
@@ -274,8 +273,12 @@ class KeyedAccess(Access):
         task.add_done_callback(self._notes.discard)
 
     async def _call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._heard(self._calls.submit(function, *args, **kwargs))
+
+    async def _heard(self, call: Future[T]) -> T:
+        """Return what a call to the database does; raises TimeoutError if it does not answer in time."""
         async with asyncio.timeout(_DEADLINE_S):
-            return await asyncio.get_running_loop().run_in_executor(self._calls, partial(function, *args, **kwargs))
+            return await asyncio.wrap_future(call)
 
 
 @contextmanager
